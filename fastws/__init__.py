@@ -1,0 +1,10 @@
+"""Fast kernels and lean trainers for weight-space learning.
+
+Shapes: B checkpoints in a batch, M in a zoo, P weights per checkpoint, L layers, N tokens, T token size, W window,
+S indices in a row of permutations, D width, E embedding.
+"""
+
+from fastws.ops.masked_mse import masked_mse
+from fastws.version import __version__
+
+__all__ = ["__version__", "masked_mse"]

@@ -1,0 +1,47 @@
+"""Compiles every Triton kernel for GPUs that need not be here: the interpreter accepts what the compiler refuses."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and the integer types, numbers are constants
+}
+
+
+def test_triton_kernels_compile():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+def test_every_triton_kernel_is_listed():
+    files = (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")
+    found = {f"{file.stem}.{name}" for file in files for name in re.findall(r"^def (_\w+)", file.read_text(), re.M)}
+    assert found == set(KERNELS)
+
+
+def compile_all():
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    for name, arguments in KERNELS.items():
+        module, kernel = name.split(".")
+        function = getattr(import_module(f"fastws.kernels.{module}"), kernel)
+        constants = {argument: value for argument, value in arguments.items() if isinstance(value, int)}
+        for dtype in ("fp32", "bf16"):
+            for integer in ("i32", "i64"):  # Triton compiles anew when an argument outgrows 32 bits
+                types = {
+                    argument: "constexpr" if argument in constants else kind.replace("T", dtype).replace("I", integer)
+                    for argument, kind in arguments.items()
+                }
+                source = triton.compiler.ASTSource(function, types, constants)
+                triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+
+if __name__ == "__main__":
+    compile_all()
