@@ -4,7 +4,8 @@ Shapes: B checkpoints in a batch, M in a zoo, P weights per checkpoint, L layers
 S indices in a row of permutations, D width, E embedding.
 """
 
+from fastws.layout import Layout
 from fastws.ops.masked_mse import masked_mse
 from fastws.version import __version__
 
-__all__ = ["__version__", "masked_mse"]
+__all__ = ["Layout", "__version__", "masked_mse"]

@@ -1,0 +1,165 @@
+"""Checkpoint files: what tensors they hold, without loading them, and their tensors, without unpickling anything."""
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {  # safetensors name: dtype
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+MAX_HEADER = 100_000_000  # bytes, the limit of the format
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
+PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int  # first byte, counted from the beginning of the file
+    end: int
+
+
+def read_safetensors_header(path: str | Path) -> dict[str, Header]:
+    """Name, shape, dtype and place of every tensor of a safetensors file; reads the header only and checks all of it.
+
+    Raises:
+        ValueError: If the file is truncated, or its header is not one, or names bytes that overlap, leave gaps or are
+            not there.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path}: header must fit into the file, got {length} of {size} bytes; copy it again")
+        text = file.read(length)
+    try:
+        described = json.loads(text)
+        described.pop("__metadata__", None)
+        headers = {name: parse_tensor(entry, 8 + length) for name, entry in described.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: header must be that of a safetensors file, got {error!r}") from error
+    check_places(path, headers, 8 + length, size)
+    return headers
+
+
+def parse_tensor(entry: Mapping, data: int) -> Header:
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"shape and data_offsets must be integers from 0, got {entry}")
+    return Header(shape, DTYPES[entry["dtype"]], data + begin, data + end)
+
+
+def check_places(path: Path, headers: Mapping[str, Header], data: int, size: int) -> None:
+    expected, before = data, "the header"
+    for name, header in sorted(headers.items(), key=lambda item: (item[1].begin, item[1].end)):
+        needed = math.prod(header.shape) * header.dtype.itemsize
+        if header.end - header.begin != needed:
+            raise ValueError(f"{path}: {name!r} must take {needed} bytes, got {header.end - header.begin}")
+        if header.begin != expected:
+            what = "overlaps" if header.begin < expected else "leaves a gap after"
+            raise ValueError(f"{path}: offsets must follow each other without gaps, but {name!r} {what} {before}")
+        expected, before = header.end, repr(name)
+    if expected != size:
+        raise ValueError(f"{path}: file must have {expected} bytes, got {size}; it is truncated or damaged")
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name to file, of a ``*.safetensors.index.json``."""
+    try:
+        names = json.loads(path.read_text())["weight_map"]
+        places = {name: path.parent / file for name, file in names.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: index must hold a weight_map of tensor names to files, got {error!r}") from error
+    for name, file in names.items():
+        if Path(file).name != file:  # an index from strangers names no files elsewhere
+            raise ValueError(f"{path}: file of {name!r} must lie beside the index, got {file!r}")
+    return places
+
+
+def read_headers(path: Path) -> dict[str, Header]:
+    """The tensors of one safetensors file or of a sharded one, by its index."""
+    if path.suffix == ".json":
+        places = read_index(path)
+        shards = {file: read_safetensors_header(file) for file in dict.fromkeys(places.values())}
+        missing = [name for name, file in places.items() if name not in shards[file]]
+        if missing:
+            raise ValueError(f"{path}: {missing[0]!r} must be in {places[missing[0]].name}, which does not hold it")
+        return {name: shards[file][name] for name, file in places.items()}
+    return read_safetensors_header(path)
+
+
+def is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, on the CPU.
+
+    safetensors files and their indices are memory-mapped. Everything else is read by ``torch.load`` with
+    ``weights_only=True``, which executes nothing; a dictionary that holds the weights under ``state_dict``, ``model``
+    or the like is unwrapped, and prefixes that DataParallel and torch.compile put before every name are dropped.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds something else than tensors, or would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: checkpoint must be a file, got {'a folder' if path.is_dir() else 'nothing'}")
+    if is_safetensors(path):
+        headers = read_headers(path)
+        places = read_index(path) if path.suffix == ".json" else dict.fromkeys(headers, path)
+        try:
+            opened = {file: safe_open(file, framework="pt") for file in dict.fromkeys(places.values())}
+            return {name: opened[file].get_tensor(name) for name, file in places.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: file must load with weights_only=True, nothing else is run; got {first}") from error
+    return unwrap(loaded, str(path))
+
+
+def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
+    """The state dict in what a training script saved."""
+    if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        inner = next((key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
+        loaded = loaded[inner] if inner else loaded
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(loaded)}")
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in loaded):
+            loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
+    return dict(loaded)
+
+
+def describe_value(value: object) -> str:
+    return f"a dictionary of {list(value)[:5]}" if isinstance(value, Mapping) else type(value).__name__
