@@ -10,6 +10,26 @@ from pathlib import Path
 import pytest
 
 KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and the integer types, numbers are constants
+    "masked_mse._token_sums_kernel": {
+        "prediction": "*T",
+        "target": "*T",
+        "lengths": "*i32",
+        "sums": "*fp32",
+        "rows": "I",
+        "size": "I",
+        "MOMENTS": 1,
+        "BLOCK": 512,
+    },
+    "masked_mse._scaled_errors_kernel": {
+        "grad": "*T",
+        "prediction": "*T",
+        "target": "*T",
+        "lengths": "*i32",
+        "divisor": "*fp32",
+        "grad_prediction": "*T",
+        "size": "I",
+        "BLOCK": 512,
+    },
 }
 
 
