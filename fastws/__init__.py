@@ -6,6 +6,16 @@ S indices in a row of permutations, D width, E embedding.
 
 from fastws.layout import Layout
 from fastws.ops.masked_mse import masked_mse
+from fastws.ops.permute import permute, random_permutations
+from fastws.ops.tokenize import detokenize, tokenize
 from fastws.version import __version__
 
-__all__ = ["Layout", "__version__", "masked_mse"]
+__all__ = [
+    "Layout",
+    "__version__",
+    "detokenize",
+    "masked_mse",
+    "permute",
+    "random_permutations",
+    "tokenize",
+]

@@ -1,0 +1,127 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "cpu/clones.h"
+#include "cpu/memory.h"
+#include "cpu/rows.h"
+#include "dispatch.h"
+#include "philox.h"
+#include "table.h"
+
+namespace fastws {
+namespace {
+
+using torch::stable::Tensor;
+
+// Rows begin to end of one tensor of one checkpoint. Inverse: from and to change roles, row by row.
+template <bool kInverse, typename scalar_t>
+void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_t* from, scalar_t* to, int64_t begin,
+                  int64_t end) {
+  const int64_t length = layer.row_length;
+  const int32_t* out = layer.out < 0 ? nullptr : permutations + layer.out;
+  from += layer.weight_offset, to += layer.weight_offset;
+  if (out == nullptr && layer.in < 0) return copy(from + begin * length, to + begin * length, (end - begin) * length);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t other = out == nullptr ? row : out[row];
+    const scalar_t* source = from + (kInverse ? row : other) * length;
+    scalar_t* target = to + (kInverse ? other : row) * length;
+    if (layer.in < 0)
+      copy(source, target, length);
+    else if constexpr (kInverse)
+      move_row<true, scalar_t>(target, source, permutations + layer.in, layer.block, layer.units, 0, length);
+    else
+      move_row<false, scalar_t>(source, target, permutations + layer.in, layer.block, layer.units, 0, length);
+  }
+}
+
+// Permutes the weights from begin to end, which count through the whole batch, cut at whole rows: a row belongs to the
+// range in which it begins.
+template <typename scalar_t>
+void permute_range(const Layer* layers, int64_t num_layers, int64_t numel, const int32_t* permutations, int64_t indices,
+                   const scalar_t* from, scalar_t* to, bool inverse, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t checkpoint = i / numel, weight = i % numel;
+    const auto behind = [](int64_t w, const Layer& layer) { return w < layer.weight_offset; };
+    const Layer& layer = *(std::upper_bound(layers, layers + num_layers, weight, behind) - 1);
+    const int64_t length = layer.row_length, first = weight - layer.weight_offset;
+    const int64_t left = std::min(end - i, layer.rows * length - first);
+    const int64_t row = (first + length - 1) / length, last = (first + left + length - 1) / length;
+    const auto rows = inverse ? &permute_rows<true, scalar_t> : &permute_rows<false, scalar_t>;
+    rows(layer, permutations + checkpoint * indices, from + checkpoint * numel, to + checkpoint * numel, row, last);
+    i += left;
+  }
+}
+
+Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& permutations_, bool inverse) {
+  const Tensor flat = torch::stable::contiguous(flat_), table = torch::stable::contiguous(table_);
+  const Tensor permutations = torch::stable::contiguous(permutations_);
+  const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
+  const int64_t indices = permutations.size(1);
+  const Tensor permuted = new_empty(flat, {batch, numel});
+
+  dispatch_floating(flat.scalar_type(), "permute", [&]<typename scalar_t>() {
+    const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
+    const int32_t* index = permutations.const_data_ptr<int32_t>();
+    const scalar_t* from = flat.const_data_ptr<scalar_t>();
+    scalar_t* to = permuted.mutable_data_ptr<scalar_t>();
+    torch::stable::parallel_for(0, batch * numel, 16384, [=](int64_t begin, int64_t end) {
+      permute_range(layers, num_layers, numel, index, indices, from, to, inverse, begin, end);
+    });
+  });
+  return permuted;
+}
+
+constexpr int64_t kLanes = 16;          // counters drawn side by side, so that the compiler uses vectors
+constexpr int64_t kBlock = 4 * kLanes;  // words of one draw
+
+FASTWS_CLONES void draw_words(uint64_t seed, uint64_t offset, uint64_t counter, uint32_t* words) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const Words drawn = philox(seed, offset, counter + lane);
+    for (int64_t k = 0; k < 4; ++k) words[4 * lane + k] = drawn.word[k];
+  }
+}
+
+// One draw of all groups. Words come in blocks, from the last to the first, as Fisher-Yates wants them.
+void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64_t offset, int64_t first,
+                    int32_t* permutation) {
+  uint32_t words[kBlock];
+  int64_t drawn = -1;  // number of the block in words
+  for (int64_t group = groups; group-- > 0;) {
+    int32_t* entries = permutation + starts[group];
+    const int64_t size = starts[group + 1] - starts[group], begin = first + starts[group];
+    for (int64_t i = 0; i < size; ++i) entries[i] = int32_t(i);
+    for (int64_t i = size - 1; i > 0;) {
+      const int64_t block = (begin + i) / kBlock;
+      if (block != drawn) draw_words(seed, offset, block * kLanes, words), drawn = block;
+      const int64_t last = std::max<int64_t>(block * kBlock - begin, 1);
+      for (; i >= last; --i) {
+        const uint64_t word = words[(begin + i) - block * kBlock];
+        std::swap(entries[i], entries[word * uint64_t(i + 1) >> 32]);
+      }
+    }
+  }
+}
+
+Tensor random_permutations_cpu(const Tensor& starts_, int64_t total, int64_t batch, int64_t seed, int64_t offset) {
+  const Tensor starts = torch::stable::contiguous(starts_);
+  const Tensor permutations = torch::stable::new_empty(starts, {batch, total}, torch::headeronly::ScalarType::Int);
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  int32_t* to = permutations.mutable_data_ptr<int32_t>();
+  const int64_t groups = starts.size(0) - 1, grain = 1 + 4096 / (total + 1);
+  torch::stable::parallel_for(0, batch, grain, [=](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) shuffle_groups(start, groups, seed, offset, b * total, to + b * total);
+  });
+  return permutations;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastws, CPU, m) {
+  m.impl("permute", TORCH_BOX(&permute_cpu));
+  m.impl("random_permutations", TORCH_BOX(&random_permutations_cpu));
+}
+
+}  // namespace fastws

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/memory.h"
+#include "table.h"
+
+namespace fastws {
+
+// Entries begin to end of a row whose input units are permuted: out[f - begin] = row[...], the formula of
+// docs/design.md; with Inverse the same addresses are written instead of read: row[...] = out[f - begin]. A block of a
+// size known to the compiler is a few vector moves.
+template <int64_t kBlock, bool kInverse, typename scalar_t>
+inline void move_units(std::conditional_t<kInverse, scalar_t, const scalar_t>* row,
+                       std::conditional_t<kInverse, const scalar_t, scalar_t>* out, const int32_t* in, int64_t block_,
+                       int64_t units, int64_t begin, int64_t end) {
+  const int64_t block = kBlock > 0 ? kBlock : block_, period = units * block;
+  const auto move = [](auto* r, auto* o, int64_t count) {
+    if constexpr (kInverse)
+      copy(o, r, count);
+    else
+      copy(r, o, count);
+  };
+  for (int64_t f = begin; f < end;) {
+    const int64_t unit = f % period / block, rest = f % block;
+    auto* const from = row + f / period * period;
+    if (rest > 0 || end - f < block) {  // a piece of a block, at either end of a token
+      const int64_t count = std::min(block - rest, end - f);
+      move(from + in[unit] * block + rest, out + (f - begin), count);
+      f += count;
+      continue;
+    }
+    const int64_t count = std::min(units - unit, (end - f) / block);
+    auto* const to = out + (f - begin);
+    for (int64_t u = 0; u < count; ++u) move(from + in[unit + u] * block, to + u * block, block);
+    f += count * block;
+  }
+}
+
+template <bool kInverse, typename scalar_t>
+inline void move_row(std::conditional_t<kInverse, scalar_t, const scalar_t>* row,
+                     std::conditional_t<kInverse, const scalar_t, scalar_t>* out, const int32_t* in, int64_t block,
+                     int64_t units, int64_t begin, int64_t end) {
+  switch (block) {
+    case 1:
+      return move_units<1, kInverse, scalar_t>(row, out, in, block, units, begin, end);
+    case 9:
+      return move_units<9, kInverse, scalar_t>(row, out, in, block, units, begin, end);
+    case 25:
+      return move_units<25, kInverse, scalar_t>(row, out, in, block, units, begin, end);
+    default:
+      return move_units<0, kInverse, scalar_t>(row, out, in, block, units, begin, end);
+  }
+}
+
+}  // namespace fastws

@@ -1,0 +1,174 @@
+"""Permute: neuron permutations of flat checkpoints, and the random permutations themselves."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastws import _native
+from fastws.philox import check_stream, philox_reference
+
+
+def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
+    """Permutes the rows and input units of every tensor of flat checkpoints.
+
+    For tensor l, row c and weight f of the row, with ``period = units * block``::
+
+        permuted[b, offset + c * R + f] = flat[b, offset + out[c] * R + f // period * period
+                                                  + in[f % period // block] * block + f % block]
+
+    where ``out`` and ``in`` are vectors in ``permutations[b]`` (identity where the table has -1). Exact. Differentiable
+    in ``flat``; the gradient is permuted back. ``Symmetry.permute`` calls this with the right table.
+
+    Args:
+        flat: Flat checkpoints, ``[B, P]``, floating point.
+        table: ``symmetry.tensor_table(layout)``, ``[L, 11]``, int64, on the device of ``flat``: a row for every tensor,
+            in order, without gaps; trusted, not checked.
+        permutations: ``symmetry.random(B)``, ``[B, S]``, int32. Trusted, unless FASTWS_CHECK=1.
+
+    Returns:
+        Permuted checkpoints, ``[B, P]``.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit; with FASTWS_CHECK=1 also if a vector is no permutation.
+
+    Example:
+        >>> layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+        >>> table = layout.tensor_table.clone()
+        >>> table[0, 8] = 0  # the row permutation begins at index 0
+        >>> fastws.permute(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), table, torch.tensor([[1, 0]], dtype=torch.int32))
+        tensor([[3., 4., 1., 2.]])
+    """
+    if flat.dim() != 2 or not flat.is_floating_point():
+        raise ValueError(f"permute: flat must be [B, P] floating point, got {list(flat.shape)} {flat.dtype}")
+    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != flat.device:
+        got = f"{list(table.shape)} {table.dtype} on {table.device}"
+        raise ValueError(f"permute: table must be [L, 11] int64 on {flat.device}, got {got}")
+    check_permutations("permute", permutations, len(flat), table)
+    return torch.ops.fastws.permute(flat, table, permutations)
+
+
+def random_permutations(
+    group_sizes: Tensor | Sequence[int], batch: int, seed: int, offset: int = 0, *, device: torch.device | None = None
+) -> Tensor:
+    """Draws uniform permutations of several groups, ``batch`` of them, the groups of one draw in one row.
+
+    Fisher-Yates: for i from size - 1 down to 1, entries i and ``word * (i + 1) >> 32`` change places, where ``word`` is
+    Philox word ``b * S + start + i`` of the stream. The bias of a draw is below ``size / 2**32``. The same numbers on
+    every device. Not differentiable: integers.
+
+    Args:
+        group_sizes: Sizes of the groups, ``[G]``, from 1 each; integers.
+        batch: Number of draws, ``B``, from 0.
+        seed: Names the stream of random numbers, in ``[0, 2**63)``.
+        offset: Names the draw within the stream, in ``[0, 2**63)``; training steps count it up.
+        device: Where to draw; by default the CPU, or the device of ``group_sizes``.
+
+    Returns:
+        Permutations, ``[B, S]``, int32, with ``S = sum(group_sizes)``; entries count from 0 in each group.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> fastws.random_permutations([3, 2], batch=2, seed=0)
+        tensor([[2, 0, 1, 0, 1],
+                [0, 1, 2, 0, 1]], dtype=torch.int32)
+    """
+    if isinstance(group_sizes, Tensor):
+        device = device or group_sizes.device
+        group_sizes = group_sizes.tolist()
+    if batch < 0 or any(size < 1 for size in group_sizes):
+        got = f"{batch} and {min(group_sizes, default=1)}"
+        raise ValueError(f"random_permutations: batch must be at least 0 and sizes at least 1, got {got}")
+    check_stream("random_permutations", seed, offset)
+    starts = [0]
+    for size in group_sizes:
+        starts.append(starts[-1] + size)
+    return torch.ops.fastws.random_permutations(torch.tensor(starts, device=device), starts[-1], batch, seed, offset)
+
+
+def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor) -> None:
+    shape, dtype, device = permutations.shape, permutations.dtype, permutations.device
+    if permutations.dim() != 2 or len(permutations) != batch or dtype != torch.int32 or device != table.device:
+        got = f"{list(shape)} {dtype} on {device}"
+        raise ValueError(f"{op}: permutations must be [{batch}, S] int32 on {table.device}, got {got}")
+    if not _native.CHECK or torch.compiler.is_compiling():
+        return
+    vectors = {(out, rows) for _, _, rows, *_, out, _, _ in table.tolist() if out >= 0}
+    vectors |= {(into, units) for *_, units, _, _, _, into, _ in table.tolist() if into >= 0}
+    vectors |= {(bias, rows) for _, _, rows, *_, bias in table.tolist() if bias >= 0}
+    for first, size in sorted(vectors):
+        vector = permutations[:, first : first + size].sort(1).values
+        if vector.shape[1] != size or (vector != torch.arange(size, device=device)).any():
+            raise ValueError(f"{op}: permutations[:, {first}:{first + size}] must hold each of 0..{size - 1} once")
+
+
+def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:
+    permuted = flat.clone(memory_format=torch.contiguous_format)
+    for weight, _, rows, length, block, units, _, _, out, into, _ in table.tolist():
+        layer = flat[:, weight : weight + rows * length].reshape(len(flat), rows, -1, units, block)
+        for first, size, axis in [(out, rows, 1), (into, units, 3)]:
+            if first >= 0:
+                vector = permutations[:, first : first + size].long()
+                vector = vector.argsort(1) if inverse else vector
+                index = vector.view([size if a == axis else len(flat) if a == 0 else 1 for a in range(5)])
+                layer = layer.gather(axis, index.expand_as(layer))
+        permuted[:, weight : weight + rows * length] = layer.reshape(len(flat), -1)
+    return permuted
+
+
+def random_permutations_reference(starts: Tensor, total: int, batch: int, seed: int, offset: int) -> Tensor:
+    """All groups and draws side by side, from the last entry down; ``starts`` are the group boundaries, ``[G + 1]``."""
+    words = philox_reference(seed, offset, batch * total, starts.device).view(batch, total)
+    index = torch.arange(total, device=starts.device)
+    permutations = (index - starts[torch.searchsorted(starts, index, right=True) - 1]).repeat(batch, 1)
+    sizes = starts.diff()
+    for i in range(int(sizes.max()) - 1 if len(sizes) else 0, 0, -1):
+        first = starts[:-1][sizes > i]
+        here = (first + i).expand(batch, -1)
+        there = first + (words.gather(1, here) * (i + 1) >> 32)
+        a, b = permutations.gather(1, here), permutations.gather(1, there)
+        permutations.scatter_(1, here, b).scatter_(1, there, a)
+    return permutations.int()
+
+
+torch.library.define(
+    "fastws::permute", "(Tensor flat, Tensor table, Tensor permutations, bool inverse=False) -> Tensor"
+)
+torch.library.define(
+    "fastws::random_permutations", "(Tensor starts, SymInt total, SymInt batch, SymInt seed, SymInt offset) -> Tensor"
+)
+torch.library.register_kernel("fastws::permute", "default", permute_reference)
+torch.library.register_kernel("fastws::random_permutations", "default", random_permutations_reference)
+
+
+@torch.library.register_fake("fastws::permute")
+def permute_fake(flat, table, permutations, inverse=False):
+    return torch.empty_like(flat, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fastws::random_permutations")
+def random_permutations_fake(starts, total, batch, seed, offset):
+    return starts.new_empty(batch, total, dtype=torch.int32)
+
+
+def permute_setup_context(ctx, inputs, output):
+    _, table, permutations, ctx.inverse = inputs
+    ctx.save_for_backward(table, permutations)
+
+
+def permute_backward(ctx, grad_permuted):
+    grad_flat = torch.ops.fastws.permute(grad_permuted, *ctx.saved_tensors, not ctx.inverse)
+    return grad_flat, None, None, None
+
+
+def random_permutations_backward(ctx, grad):
+    raise NotImplementedError("random_permutations: integers have no gradient")
+
+
+torch.library.register_autograd("fastws::permute", permute_backward, setup_context=permute_setup_context)
+torch.library.register_autograd("fastws::random_permutations", random_permutations_backward)
+
+_native.register_triton("permute", file="permute")
+_native.register_triton("random_permutations", file="permute")

@@ -1,0 +1,150 @@
+"""Tokenize: flat checkpoints to grids of tokens, and back."""
+
+import torch
+from torch import Tensor
+
+from fastws import _native
+
+
+def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | None = None) -> Tensor:
+    """Cuts flat checkpoints into zero-padded tokens, each a piece of one row of one layer.
+
+    For token n = (layer l, row c, chunk q) and entry e, with ``f = q * token_size + e``, R weights per row::
+
+        tokens[b, n, e] = flat[b, weight_offset[l] + c * R + f]    f < R
+                        = flat[b, bias_offset[l] + c]              f = R, if the layer has a bias
+                        = 0                                        otherwise
+
+    Differentiable in ``flat``; the gradient is :func:`detokenize`. Source: SANE, arXiv 2406.09997, section 2.
+
+    Args:
+        flat: Flat checkpoints, ``[B, P]``, floating point.
+        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``flat``; trusted, not checked.
+        token_size: Entries per token, ``T``, from 1; the one that ``table`` was made for.
+        num_tokens: Tokens per checkpoint, ``N``; read from ``table`` when left out, which waits for the device.
+
+    Returns:
+        Tokens, ``[B, N, T]``, with the dtype and device of ``flat``.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+
+    Example:
+        >>> layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)})
+        >>> fastws.tokenize(torch.arange(8.0)[None], layout.table, token_size=4)
+        tensor([[[0., 1., 2., 6.],
+                 [3., 4., 5., 7.]]])
+    """
+    if flat.dim() != 2 or not flat.is_floating_point():
+        raise ValueError(f"tokenize: flat must be [B, P] floating point, got {list(flat.shape)} {flat.dtype}")
+    check_table("tokenize", table, flat)
+    if token_size < 1:
+        raise ValueError(f"tokenize: token_size must be at least 1, got {token_size}")
+    num_tokens = count_tokens(table) if num_tokens is None else num_tokens
+    return torch.ops.fastws.tokenize(flat, table, token_size, num_tokens)
+
+
+def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
+    """Puts tokens back into flat checkpoints; weights that no token holds are 0, padding is ignored.
+
+    The adjoint of :func:`tokenize`, and its exact inverse on the weights that ``table`` covers.
+    Differentiable in ``tokens``; the gradient is :func:`tokenize`.
+
+    Args:
+        tokens: Tokens, ``[B, N, T]``, floating point.
+        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``tokens``; trusted, not checked.
+        num_weights: Weights per checkpoint, ``P``.
+
+    Returns:
+        Flat checkpoints, ``[B, P]``.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+
+    Example:
+        >>> layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)})
+        >>> fastws.detokenize(torch.tensor([[[0.0, 1.0, 2.0, 6.0], [3.0, 4.0, 5.0, 7.0]]]), layout.table, 8)
+        tensor([[0., 1., 2., 3., 4., 5., 6., 7.]])
+    """
+    if tokens.dim() != 3 or not tokens.is_floating_point():
+        raise ValueError(
+            f"detokenize: tokens must be [B, N, T] floating point, got {list(tokens.shape)} {tokens.dtype}"
+        )
+    check_table("detokenize", table, tokens)
+    return torch.ops.fastws.detokenize(tokens, table, num_weights)
+
+
+def check_table(op: str, table: Tensor, like: Tensor) -> None:
+    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != like.device:
+        got = f"{list(table.shape)} {table.dtype} on {table.device}"
+        raise ValueError(f"{op}: table must be [L, 11] int64 on {like.device}, got {got}")
+
+
+def count_tokens(table: Tensor) -> int:
+    return int(table[-1, 7] + table[-1, 2] * table[-1, 6]) if len(table) else 0
+
+
+def tokenize_reference(flat: Tensor, table: Tensor, token_size: int, num_tokens: int) -> Tensor:
+    tokens = []
+    for weight, bias, rows, length, _, _, chunks, *_ in table.tolist():
+        layer = flat[:, weight : weight + rows * length].reshape(len(flat), rows, length)
+        if bias >= 0:
+            layer = torch.cat([layer, flat[:, bias : bias + rows, None]], 2)
+        padding = chunks * token_size - layer.shape[2]
+        tokens.append(torch.nn.functional.pad(layer, (0, padding)).reshape(len(flat), rows * chunks, token_size))
+    return torch.cat(tokens, 1) if tokens else flat.new_zeros(len(flat), 0, token_size)
+
+
+def detokenize_reference(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
+    flat = tokens.new_zeros(len(tokens), num_weights)
+    for weight, bias, rows, length, _, _, chunks, first, *_ in table.tolist():
+        layer = tokens[:, first : first + rows * chunks].reshape(len(tokens), rows, chunks * tokens.shape[2])
+        flat[:, weight : weight + rows * length] = layer[:, :, :length].reshape(len(tokens), rows * length)
+        if bias >= 0:
+            flat[:, bias : bias + rows] = layer[:, :, length]
+    return flat
+
+
+torch.library.define("fastws::tokenize", "(Tensor flat, Tensor table, int token_size, SymInt num_tokens) -> Tensor")
+torch.library.define("fastws::detokenize", "(Tensor tokens, Tensor table, SymInt num_weights) -> Tensor")
+torch.library.register_kernel("fastws::tokenize", "default", tokenize_reference)
+torch.library.register_kernel("fastws::detokenize", "default", detokenize_reference)
+
+
+@torch.library.register_fake("fastws::tokenize")
+def tokenize_fake(flat, table, token_size, num_tokens):
+    return flat.new_empty(flat.shape[0], num_tokens, token_size)
+
+
+@torch.library.register_fake("fastws::detokenize")
+def detokenize_fake(tokens, table, num_weights):
+    return tokens.new_empty(tokens.shape[0], num_weights)
+
+
+def tokenize_setup_context(ctx, inputs, output):
+    flat, table, _, _ = inputs
+    ctx.save_for_backward(table)
+    ctx.num_weights = flat.shape[1]
+
+
+def tokenize_backward(ctx, grad_tokens):
+    (table,) = ctx.saved_tensors
+    return torch.ops.fastws.detokenize(grad_tokens, table, ctx.num_weights), None, None, None
+
+
+def detokenize_setup_context(ctx, inputs, output):
+    tokens, table, _ = inputs
+    ctx.save_for_backward(table)
+    ctx.num_tokens, ctx.token_size = tokens.shape[1:]
+
+
+def detokenize_backward(ctx, grad_flat):
+    (table,) = ctx.saved_tensors
+    return torch.ops.fastws.tokenize(grad_flat, table, ctx.token_size, ctx.num_tokens), None, None
+
+
+torch.library.register_autograd("fastws::tokenize", tokenize_backward, setup_context=tokenize_setup_context)
+torch.library.register_autograd("fastws::detokenize", detokenize_backward, setup_context=detokenize_setup_context)
+
+_native.register_triton("tokenize", file="tokenize")
+_native.register_triton("detokenize", file="tokenize")
