@@ -1,0 +1,131 @@
+"""What a run writes: checkpoint.pt, of which a complete one is there at any moment, and the lines of log.jsonl."""
+
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastws
+from fastws.version import __version__
+
+if find_spec("tensorboard"):
+    from torch.utils.tensorboard import SummaryWriter
+else:
+    SummaryWriter = None
+
+
+def make_folder(path: str) -> Path:
+    """Creates the folder of a run; raises OSError if nothing can be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"train: out must be a folder that can be written, got {path!r}: {error.strerror}") from error
+    return folder
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain containers to a temporary file, and renames it to ``path`` when it is on the disk.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    temporary = path.with_suffix(".tmp")
+    size = sum(tensor.nbytes for tensor in tensors(state))
+    try:
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError("No space left on device")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's archive writer, after a failed write
+        temporary.unlink(missing_ok=True)
+        room = f"disk must have room for {(size >> 20) + 1} MiB at {path}"
+        raise OSError(f"train: {room}, got {error}; free it, then run the same command again to resume") from error
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name outlives a power cut
+    os.close(folder)
+
+
+def tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors(child)]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what ``save`` wrote; nothing but tensors and plain containers is accepted."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"train: {path} must be a checkpoint, got {reason}; remove it to start anew") from error
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Versions, commit and device, for the first line of a log."""
+    root = Path(fastws.__file__).parents[1]
+    commit = "unknown"
+    if (root / "setup.py").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or commit
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "fastws": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "device": f"{device.type}: {name}, {torch.get_num_threads()} threads",
+    }
+
+
+class Log:
+    """log.jsonl, and TensorBoard scalars where it is installed.
+
+    Args:
+        folder: Of the run.
+        header: The first line of a new log.
+        done: Steps that a resumed run has done; records of later steps are dropped, for they will come again.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], done: int):
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines() if done and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= done]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept or [json.dumps(header)]))
+        os.replace(temporary, path)
+        self.file = open(path, "a")  # noqa: SIM115  closed with the log
+        self.board = SummaryWriter(str(folder), purge_step=done + 1) if SummaryWriter else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(
+                f"train: disk must have room for {self.file.name}, got {error}; free it, then resume"
+            ) from error
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()

@@ -1,0 +1,211 @@
+"""The one training loop: draw a batch, take a step, log, evaluate, checkpoint, resume.
+
+A run holds no state but the model, the optimizer and the number of steps done: rates are functions of the step, and
+batches are drawn from the seed and the step. So a run that was killed continues as if nothing had happened, bit for
+bit on a CPU.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import cos, isfinite, pi
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from fastws.train import files, processes
+
+FREE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every trainer is told."""
+
+    out: str  # folder of the run: log.jsonl and checkpoint.pt; an interrupted run in it is resumed
+
+    steps: int = 10_000  # in all, those before an interruption included
+    batch_size: int = 32  # samples per step, over all processes
+    lr: float = 1e-4  # peak of the one-cycle schedule
+    weight_decay: float = 3e-9  # of matrices and tables; vectors have none
+    clip: float | None = None  # largest norm of the gradient
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    compile: bool = False  # the model, by torch.compile
+    device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+    seed: int = 0  # of everything random
+
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps
+    save_every: int = 500  # steps
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "lr", "log_every", "eval_every", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"train: clip must be positive, or None for no clipping, got {self.clip}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"train: seed must be in [0, 2**63), got {self.seed}")
+
+
+def train(
+    config: Config,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Callable[[int], Any],
+    loss: Callable[[nn.Module, Any], Metrics],
+    evaluate: Callable[[nn.Module], Metrics] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Trains ``model`` in place and returns its last metrics.
+
+    Args:
+        config: Steps, rates, precision, and where to write.
+        model: On the device of this process; see ``processes.join``.
+        optimizer: Of the parameters of ``model``, from ``adamw``.
+        batch: Draws the share of this process in the batch of a step, from the seed and the step alone.
+        loss: Computes scalars, ``"loss"`` among them, from the model and a batch.
+        evaluate: Computes scalars from the model in evaluation mode.
+        extra: Tensors and plain containers that are saved with the model, for those who use it.
+
+    Raises:
+        SystemExit: If SIGINT or SIGTERM asked to stop; the run can be resumed.
+        ValueError: If ``out`` holds a run with another config, or a damaged checkpoint.
+        OSError: If ``out`` cannot be written, or the disk is full.
+        FloatingPointError: If the loss is not finite.
+    """
+    folder, device = files.make_folder(config.out), next(model.parameters()).device
+    done = restore(folder, config, model, optimizer)
+    processes.require_equal("step to resume from", done, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
+    if config.compile:
+        model.compile()  # in place: the names in checkpoints stay as they are
+    parallel = DistributedDataParallel(model) if processes.world() > 1 else model
+    with processes.stop_requests() as stop, Recorder(folder, config, done, device) as recorder:
+        while done < config.steps:
+            one_cycle(optimizer, config, done)
+            with autocast:
+                metrics = loss(parallel, batch(done))
+            metrics |= update(metrics["loss"], model, optimizer, config.clip)
+            done += 1
+            last = done == config.steps
+            stopping = processes.agree_to_stop(stop.is_set(), done, device)
+            saving = last or stopping or done % config.save_every == 0
+            recorder.step(done)
+            if saving or done % config.log_every == 0:
+                recorder.write("train", metrics)
+            if evaluate and (last or done % config.eval_every == 0):
+                parallel.eval()
+                with torch.no_grad(), autocast:
+                    recorder.write("val", evaluate(parallel))
+                parallel.train()
+            if saving and processes.rank() == 0:
+                state = {"config": plain(config), "step": done, "extra": extra or {}}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                files.save(folder / "checkpoint.pt", state)
+            if stopping and not last:
+                sys.exit(f"stopped after step {done} of {config.steps}; run the same command again to resume")
+    return recorder.latest
+
+
+def update(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Metrics:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    metrics = {} if clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
+    optimizer.step()
+    return metrics
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Fused AdamW, without weight decay of biases and norms."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    """Sets the learning rate and beta1 of a step, as ``OneCycleLR`` with its defaults, but without state.
+
+    During the first 30 % of the steps the rate rises from lr / 25 to lr while beta1 falls from 0.95 to 0.85; then the
+    rate falls to lr / 250,000 while beta1 rises to 0.95. Both follow half a cosine.
+    """
+    peak, last = 0.3 * config.steps - 1, config.steps - 1
+    if step <= peak:
+        part, rates, momenta = step / max(peak, 1), (config.lr / 25, config.lr), (0.95, 0.85)
+    else:
+        part, rates, momenta = (step - peak) / (last - peak), (config.lr, config.lr / 25e4), (0.85, 0.95)
+    begin = (1 + cos(pi * part)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = rates[1] + (rates[0] - rates[1]) * begin
+        group["betas"] = (momenta[1] + (momenta[0] - momenta[1]) * begin, group["betas"][1])
+
+
+def uses_bf16(config: Config, device: torch.device) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def plain(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))
+
+
+def restore(folder: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Loads the checkpoint of a run, if there is one; returns the number of steps done."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = files.load(path)
+    for name, value in plain(config).items():
+        before = state["config"].get(name)
+        if name not in FREE and value != before:
+            raise ValueError(f"train: {name} must be {before!r} to resume {folder}, got {value!r}; or give another out")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+class Recorder:
+    """The log and the progress bar of a run; both are kept by the first process alone."""
+
+    def __init__(self, folder: Path, config: Config, done: int, device: torch.device):
+        first = processes.rank() == 0
+        header = {"config": plain(config)} | files.describe(device) | {"processes": processes.world()}
+        self.log = files.Log(folder, header, done) if first else None
+        self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=not first)
+        self.latest: dict[str, float] = {}
+        self.done, self.begin, self.start = done, done, perf_counter()
+
+    def step(self, done: int) -> None:
+        self.done = done
+        self.bar.update()
+
+    def write(self, split: str, metrics: Metrics) -> None:
+        """Averages metrics over all processes and writes them down; the only place that waits for the device."""
+        values = {f"{split}/{name}": value for name, value in processes.average(metrics).items()}
+        loss = values[f"{split}/loss"]
+        if not isfinite(loss):
+            raise FloatingPointError(
+                f"train: loss must be finite, got {loss} in step {self.done}; lower lr or set clip"
+            )
+        self.latest |= values
+        if self.log:
+            rate = (self.done - self.begin) / (perf_counter() - self.start)
+            self.log.write({"step": self.done, "steps_per_second": rate} | values)
+            self.bar.set_postfix(loss=f"{self.latest.get('train/loss', float('nan')):.4g}")
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()

@@ -1,0 +1,267 @@
+"""The training loop on a small regression, which is also a program: ``python tests/test_loop.py OUT`` trains it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastws.philox import philox_reference
+from fastws.train import files, loop, processes
+
+CONFIG = loop.Config(
+    out="unset", steps=40, batch_size=8, lr=1e-2, clip=1.0, device="cpu", log_every=1, eval_every=10, save_every=3
+)
+
+
+def draw(config, step, split=slice(None)):
+    words = philox_reference(config.seed, step, config.batch_size * 5, torch.device("cpu"))
+    return (words.view(config.batch_size, 5) * 2.0**-32)[split].float()
+
+
+def losses(model, x):
+    y = model(x)
+    whole = processes.gather(y)
+    spread = (whole - whole.mean(0)).square().mean()  # like contrast, a loss of the whole batch
+    return {"loss": (y - x.prod(-1, keepdim=True).sin()).square().mean() + (spread - 0.1).square(), "spread": spread}
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.LayerNorm(16, bias=False), nn.Linear(16, 1))
+
+
+def train(config, at_step=lambda step: None):
+    with processes.join(config.device):
+        model = build()
+
+        def batch(step):
+            at_step(step)
+            return draw(config, step, processes.share(config.batch_size))
+
+        def evaluate(model):
+            return losses(model, draw(config, 10**6, processes.share(config.batch_size)))
+
+        arguments = {"batch": batch, "loss": losses, "evaluate": evaluate, "extra": {"sizes": (5, 16, 1)}}
+        loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
+    return model
+
+
+@contextmanager
+def one_thread():  # sums depend on their number
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def curve(out):
+    return [(record["step"], record["train/loss"]) for record in read_log(out)[1:] if "train/loss" in record]
+
+
+def assert_same_run(out, other):
+    ours, theirs = (files.load(Path(folder) / "checkpoint.pt") for folder in (out, other))
+    for key in ("step", "model", "optimizer", "extra"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    assert curve(out) == curve(other)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = str(tmp_path_factory.mktemp("reference"))
+    with one_thread():
+        train(replace(CONFIG, out=out))
+    return out
+
+
+def test_loop_trains_and_logs(reference):
+    header, *records = read_log(reference)
+    assert header["config"]["steps"] == 40 and header["torch"] == torch.__version__ and header["processes"] == 1
+    assert {"fastws", "commit", "device", "python"} < header.keys()
+    losses_by_step = dict(curve(reference))
+    assert list(losses_by_step) == list(range(1, 41)) and losses_by_step[40] < losses_by_step[1] / 2
+    validation = [record for record in records if "val/loss" in record]
+    assert [record["step"] for record in validation] == [10, 20, 30, 40]
+    assert all(record["steps_per_second"] > 0 for record in records) and "train/gradient_norm" in records[0]
+
+
+def test_checkpoint_is_plain(reference):
+    state = torch.load(Path(reference) / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 40 and state["config"]["lr"] == 1e-2 and state["extra"] == {"sizes": (5, 16, 1)}
+    assert [path.name for path in Path(reference).glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loop_stops_when_asked_and_resumes(reference, tmp_path, number, capsys):
+    config = replace(CONFIG, out=str(tmp_path))
+    before = signal.getsignal(number)
+    with one_thread():
+        with pytest.raises(SystemExit, match="stopped after step 18 of 40; run the same command again to resume"):
+            train(config, lambda step: step == 17 and os.kill(os.getpid(), number))
+        assert signal.getsignal(number) == before
+        assert files.load(tmp_path / "checkpoint.pt")["step"] == 18
+        train(replace(config, log_every=1, save_every=7, compile=False))
+    assert_same_run(tmp_path, reference)
+
+
+def test_loop_resumes_after_sigkill(reference, tmp_path):
+    when = int.from_bytes(os.urandom(1)) % 30 + 2  # any step; that it does not matter which is the point
+    command = [sys.executable, __file__, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "log.jsonl").exists() or len(read_whole_lines(tmp_path)) <= when:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with one_thread():
+        train(replace(CONFIG, out=str(tmp_path)))
+    assert_same_run(tmp_path, reference)
+
+
+def read_whole_lines(out):
+    return (out / "log.jsonl").read_text().split("\n")[:-1]
+
+
+def test_two_processes_equal_one(reference, tmp_path):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
+    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
+    command = [sys.executable, __file__, str(tmp_path)]
+    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert read_log(tmp_path)[0]["processes"] == 2
+    ours, theirs = (files.load(Path(out) / "checkpoint.pt")["model"] for out in (tmp_path, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(curve(tmp_path)), torch.tensor(curve(reference)), rtol=1e-5, atol=1e-5)
+    untrained = build().state_dict()
+    assert max((ours[name] - untrained[name]).abs().max() for name in ours) > 0.01
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 101])
+def test_one_cycle_is_that_of_torch(steps):
+    config = replace(CONFIG, steps=steps, lr=3e-4)
+    ours, theirs = (loop.adamw(build(), config) for _ in range(2))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=config.lr, total_steps=steps)
+    for step in range(steps):
+        loop.one_cycle(ours, config, step)
+        for group, expected in zip(ours.param_groups, theirs.param_groups, strict=True):
+            assert group["lr"] == pytest.approx(expected["lr"], rel=1e-9)
+            assert group["betas"] == pytest.approx(expected["betas"], rel=1e-9)
+        theirs.step()
+        if step < steps - 1:
+            schedule.step()
+
+
+def test_adamw_spares_vectors():
+    matrices, vectors = loop.adamw(build(), replace(CONFIG, weight_decay=0.5)).param_groups
+    assert [p.dim() for p in matrices["params"]] == [2, 2] and matrices["weight_decay"] == 0.5
+    assert [p.dim() for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0
+
+
+def test_bf16_keeps_weights_in_fp32(tmp_path):
+    seen = []
+    model = build()
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    config = replace(CONFIG, out=str(tmp_path), steps=2, precision="bf16")
+    arguments = {"batch": partial(draw, config), "loss": losses}
+    loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
+    assert seen == [torch.bfloat16] * 2 and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_compiled_run_has_the_same_names(tmp_path, monkeypatch, reference):
+    compiled = []
+
+    def compile(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")  # needs no compiler
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    with one_thread():
+        train(replace(CONFIG, out=str(tmp_path), compile=True))
+    ours, theirs = (files.load(Path(out) / "checkpoint.pt")["model"] for out in (tmp_path, reference))
+    assert len(compiled) == 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- bad input
+
+
+def test_wrong_config_is_refused(reference):
+    config = replace(CONFIG, out=reference, lr=2e-2)
+    with pytest.raises(ValueError, match=r"train: lr must be 0.01 to resume .*, got 0.02; or give another out"):
+        train(config)
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint.pt must be a checkpoint, got .*; remove it to start anew"):
+        train(replace(CONFIG, out=str(tmp_path)))
+
+
+def test_pickles_are_refused(tmp_path):
+    torch.save({"step": Path("x")}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt must be a checkpoint"):
+        train(replace(CONFIG, out=str(tmp_path)))
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="train: out must be a folder that can be written, got .*Not a directory"):
+        train(replace(CONFIG, out=str(tmp_path / "file" / "run")))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    def fill_disk(step):
+        if step == 5:
+            (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+
+    message = r"train: disk must have room for 1 MiB at .*No space left.*; free it, then run the same command"
+    with pytest.raises(OSError, match=message):
+        train(replace(CONFIG, out=str(tmp_path)), fill_disk)
+    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not (tmp_path / "checkpoint.tmp").exists()
+
+
+def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="train: disk must have room for 1 MiB"):
+        train(replace(CONFIG, out=str(tmp_path)))
+
+
+def test_loss_must_be_finite(tmp_path):
+    model = build()
+    config = replace(CONFIG, out=str(tmp_path), save_every=1)
+    arguments = {"batch": lambda step: draw(config, step) / (step < 4), "loss": losses}
+    with pytest.raises(FloatingPointError, match="loss must be finite, got (nan|inf) in step 5; lower lr or set clip"):
+        loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
+    state = files.load(tmp_path / "checkpoint.pt")
+    assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
+@pytest.mark.parametrize("field, value", [("steps", 0), ("lr", -1.0), ("clip", 0.0), ("seed", -1), ("log_every", 0)])
+def test_config_is_checked(field, value):
+    with pytest.raises(ValueError, match=f"train: {field} must be"):
+        replace(CONFIG, **{field: value})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(replace(CONFIG, out=sys.argv[1]), lambda step: time.sleep(0.02))  # leaves time to be killed
