@@ -6,6 +6,7 @@ S indices in a row of permutations, D width, E embedding.
 
 from fastws.layout import Layout
 from fastws.ops.masked_mse import masked_mse
+from fastws.ops.nt_xent import nt_xent
 from fastws.ops.permute import permute, random_permutations
 from fastws.ops.tokenize import detokenize, tokenize
 from fastws.version import __version__
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "detokenize",
     "masked_mse",
+    "nt_xent",
     "permute",
     "random_permutations",
     "tokenize",

@@ -30,6 +30,26 @@ KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and 
         "size": "I",
         "BLOCK": 512,
     },
+    "nt_xent._logsumexp_kernel": {
+        "u": "*fp32",
+        "logsumexp": "*fp32",
+        "positives": "*fp32",
+        "scale": "*fp32",
+        "count": "I",
+        "size": "I",
+        "BLOCK": 64,
+        "CHUNK": 32,
+    },
+    "nt_xent._grad_rows_kernel": {
+        "u": "*fp32",
+        "logsumexp": "*fp32",
+        "grad": "*fp32",
+        "scale": "*fp32",
+        "count": "I",
+        "size": "I",
+        "BLOCK": 64,
+        "CHUNK": 32,
+    },
 }
 
 
