@@ -1,0 +1,165 @@
+"""Embeddings of networks by a trained SANE (arXiv 2406.09997, algorithm 2): encoded in chunks with a halo."""
+
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import fastws
+from fastws.nn.sane import SANE, SANEConfig
+from fastws.zoo.format import Zoo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Embeds every network of a zoo: the mean over its tokens of their embeddings."""
+
+    model: str  # checkpoint.pt of fastws train sane
+    zoo: str  # folder of the zoo
+    out: str  # file to write, a safetensors file with "embeddings" [M, E] in the order of the zoo's rows
+
+    halo: int | None = None  # tokens seen on both sides of a chunk; by default a quarter of the training window
+    one_pass: bool = False  # encode the whole sequence at once, as the published code does for properties
+    batch_size: int = 64  # windows per forward pass
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+
+
+class Encoder(NamedTuple):
+    """A trained SANE, and how weights become its tokens. ``value = weight * scale[l] + shift[l]`` in layer l."""
+
+    model: SANE
+    layout: fastws.Layout
+    scale: Tensor  # [L]
+    shift: Tensor  # [L]
+
+
+def run(config: Config) -> None:
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder, zoo = load_encoder(config.model, device), Zoo.open(config.zoo)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        embeddings = embed(encoder, zoo, halo=halo, batch_size=config.batch_size)
+    save_embeddings(config.out, embeddings, encoder.layout)
+    print(f"embeddings {list(embeddings.shape)}: {config.out}")
+
+
+def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder:
+    """Loads the model, the layout and the statistics of a run of ``fastws train sane``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint of that program.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        extra = state["extra"]
+        layout, sizes, mean, std = (extra[name] for name in ("layout", "sane", "mean", "std"))
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {error}") from error
+    with torch.device("meta"):
+        model = SANE(SANEConfig(**sizes))
+    model.to_empty(device=device).load_state_dict(state["model"])
+    layout = fastws.Layout.from_dict(layout)
+    return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device))
+
+
+def default_halo(encoder: Encoder) -> int:
+    return encoder.model.config.window // 4
+
+
+@torch.no_grad()
+def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64) -> Tensor:
+    """Embeds all rows of a zoo; shows progress.
+
+    Args:
+        encoder: From ``load_encoder``.
+        zoo: Of the architecture that the encoder was trained on.
+        halo: Tokens seen on both sides of a chunk; None encodes each network in one pass.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        Mean of the token embeddings of each row, ``[M, E]`` float32, on the CPU.
+
+    Raises:
+        ValueError: If the zoo is of another architecture, or the halo leaves nothing of the window.
+    """
+    encoder.layout.require_same(zoo.layout, f"embed: zoo {zoo.path}")
+    window, device = encoder.model.config.window, encoder.scale.device
+    windows = len(chunk(encoder.layout.num_tokens, window, halo)[0])
+    together = max(1, batch_size // windows)
+    embeddings = torch.empty(len(zoo), encoder.model.config.latent)
+    with tqdm(total=len(zoo), desc="embed", unit="network") as bar:
+        for rows in torch.arange(len(zoo)).split(together):
+            z = encode(encoder, zoo.rows(rows).to(device), halo=halo, batch_size=batch_size)
+            embeddings[rows] = z.mean(1).cpu()
+            bar.update(len(rows))
+    return embeddings
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, weights: Tensor, *, halo: int | None, batch_size: int = 64) -> Tensor:
+    """Embeds all tokens of networks: flat weights ``[B, P]`` to ``[B, N, E]`` float32; see ``embed``."""
+    layout, device = encoder.layout, weights.device
+    starts, window, place = chunk(layout.num_tokens, encoder.model.config.window, halo)
+    table = layout.table.to(device)
+    model = torch.arange(len(weights)).repeat_interleave(len(starts)).to(device)
+    start = starts.repeat(len(weights)).to(device)
+    parts = []
+    for some, begin in zip(model.split(batch_size), start.split(batch_size), strict=True):
+        values, _, positions = fastws.token_views(
+            weights, table, layout.token_size, some, begin, window,
+            scale=encoder.scale, shift=encoder.shift, dtype=torch.float32,
+        )  # fmt: skip
+        parts.append(encoder.model.encode(values, positions).float())
+    z = torch.cat(parts).view(len(weights), len(starts) * window, -1)
+    return z[:, place.to(device)]
+
+
+def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, Tensor]:
+    """Windows such that each token is seen with ``halo`` tokens on both sides, where there are so many.
+
+    Returns:
+        The starts of the windows ``[C]``, their length W, and for each token where to read it among the ``C * W``
+        tokens of the windows, ``[N]``. A window that would begin before the sequence begins with it, and one that
+        would end behind it ends with it.
+    """
+    if halo is None or num_tokens <= window:
+        return torch.zeros(1, dtype=torch.int64), num_tokens, torch.arange(num_tokens)
+    content = window - 2 * halo
+    if halo < 0 or content < 1:
+        raise ValueError(f"embed: halo must be in [0, {(window - 1) // 2}] for a window of {window} tokens, got {halo}")
+    starts = (torch.arange(0, num_tokens, content) - halo).clamp(0, num_tokens - window)
+    token = torch.arange(num_tokens)
+    owner = token // content
+    return starts, window, owner * window + token - starts[owner]
+
+
+def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout) -> None:
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"embeddings": embeddings}, temporary, {"fastws": json.dumps({"fingerprint": layout.fingerprint})})
+    temporary.replace(path)
+
+
+def load_embeddings(path: str | Path, rows: int) -> Tensor:
+    """Reads what ``embed`` wrote for a zoo of so many rows.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    embeddings = load_file(path).get("embeddings")
+    if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:
+        got = "none" if embeddings is None else list(embeddings.shape)
+        raise ValueError(f"predict: {path} must hold embeddings [{rows}, E], one per row of the zoo, got {got}")
+    return embeddings

@@ -1,0 +1,252 @@
+import json
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import kendalltau
+from small_zoo import SmallZoo
+
+import fastws
+from fastws.downstream import embed, predict
+from fastws.nn.sane import SANE, SANEConfig
+
+CPU = torch.device("cpu")
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return SmallZoo()
+
+
+@pytest.fixture(scope="module")
+def encoder(zoo):
+    torch.manual_seed(0)
+    layout = zoo.layout.with_tokens(5)
+    positions = tuple(int(count) + 1 for count in layout.positions.amax(0))
+    sizes = {"window": 8, "width": 16, "heads": 2, "depth": 1, "latent": 6}
+    model = SANE(SANEConfig(token_size=5, max_positions=positions, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # attention that matters
+    layers = len(layout.table)
+    return embed.Encoder(model, layout, torch.rand(layers) + 0.5, torch.randn(layers))
+
+
+# --- probes
+
+
+def regress(features, target, penalty):
+    """An independent statement: normal equations with a column of ones, by numpy."""
+    x, y = {}, {}
+    for split in SPLITS:
+        known = ~numpy.isnan(target[split])
+        x[split] = numpy.concatenate([features[split], numpy.ones((len(features[split]), 1))], 1)[known]
+        y[split] = target[split][known]
+    matrix = x["train"].T @ x["train"] + penalty * numpy.eye(x["train"].shape[1])
+    weights = numpy.linalg.solve(matrix, x["train"].T @ y["train"])
+    predicted = {split: x[split] @ weights for split in SPLITS}
+    score = {split: 1 - ((predicted[split] - y[split]) ** 2).mean() / y[split].var() for split in SPLITS}
+    return score, kendalltau(y["test"], predicted["test"]).statistic
+
+
+def make_problem(width, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(width)
+    counts = dict(zip(SPLITS, (40, 25, 30), strict=True))
+    features = {split: torch.randn(n, width, generator=generator, dtype=dtype) + 2 for split, n in counts.items()}
+    mixing = torch.randn(width, 3, generator=generator, dtype=dtype) / width**0.5
+    targets = {}
+    for split, x in features.items():
+        noise = torch.randn(len(x), 3, generator=generator, dtype=dtype)
+        targets[split] = x @ mixing + noise * torch.tensor([0.1, 1.0, 5.0], dtype=dtype)
+    targets["train"][3, 1] = targets["test"][7, 1] = torch.nan
+    return features, targets
+
+
+@pytest.mark.parametrize("width", [5, 39, 100])  # fewer, as many, more features than networks, with the ones
+def test_probes_are_those_of_numpy(width):
+    features, targets = make_problem(width)
+    for number, probe in enumerate(predict.fit_probes(features, targets)):
+        plain = {split: x.numpy() for split, x in features.items()}
+        target = {split: y[:, number].numpy() for split, y in targets.items()}
+        runs = {penalty: regress(plain, target, penalty) for penalty in predict.PENALTIES}
+        penalty = max(predict.PENALTIES, key=lambda penalty: runs[penalty][0]["val"])
+        score, tau = runs[penalty]
+        assert probe.penalty == penalty
+        assert probe.train_r2 == pytest.approx(score["train"], rel=0, abs=1e-8)
+        assert probe.val_r2 == pytest.approx(score["val"], rel=0, abs=1e-8)
+        assert probe.test_r2 == pytest.approx(score["test"], rel=0, abs=1e-8)
+        assert probe.test_tau == pytest.approx(tau, abs=1e-12)
+
+
+def test_probe_finds_what_is_there():
+    features, targets = make_problem(5)
+    clear, _, hidden = predict.fit_probes(features, targets)
+    assert clear.test_r2 > 0.9 and clear.test_tau > 0.7 and hidden.test_r2 < 0.5
+
+
+def test_standardised_probes_ignore_units():
+    features, targets = make_problem(5)
+    other = {split: x * torch.tensor([1e-6, 1, 1e4, 3, 1e2]) - 7 for split, x in features.items()}
+    ours, theirs = (predict.fit_probes(x, targets, standardize=True) for x in (features, other))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    assert predict.fit_probes(other, targets)[0] != pytest.approx(theirs[0], rel=1e-6)
+
+
+def test_constant_targets_have_no_score():
+    features, targets = make_problem(5)
+    targets = {split: torch.ones_like(y) for split, y in targets.items()}
+    probe = predict.fit_probes(features, targets)[0]
+    assert numpy.isnan([probe.train_r2, probe.val_r2, probe.test_r2, probe.test_tau]).all()
+
+
+# --- features
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_statistics_are_those_of_numpy(zoo, padded):
+    layout = zoo.layout.with_tokens(5)
+    tokens = layout.tokenize(zoo.weights.double()).values
+    features = []
+    for layer in range(len(layout.table)):
+        here = layout.positions[:, 1] == layer
+        mask = torch.ones_like(layout.mask) if padded else layout.mask
+        entries = tokens[:, here][:, mask[here]].numpy()
+        quantiles = numpy.percentile(entries, [1, 25, 50, 75, 99], axis=1)
+        features += [entries.mean(1), entries.var(1), *quantiles]
+    actual = predict.layer_statistics(zoo.weights, layout, padded=padded)
+    assert actual.shape == (len(zoo), 7 * len(layout.table))
+    torch.testing.assert_close(actual, torch.from_numpy(numpy.stack(features, 1)), rtol=1e-10, atol=1e-12)
+
+
+# --- embeddings
+
+
+@pytest.mark.parametrize("window, halo", [(8, 0), (8, 2), (8, 3), (9, 4), (1, 0)])
+def test_chunks_cover_every_sequence(window, halo):
+    for num_tokens in range(1, 60):
+        starts, width, place = embed.chunk(num_tokens, window, halo)
+        assert width == min(window, num_tokens) and starts.min() >= 0 and starts.max() + width <= num_tokens
+        seen = (starts[:, None] + torch.arange(width)).flatten()[place]
+        assert torch.equal(seen, torch.arange(num_tokens))
+        inside = place % width  # tokens before, and width - 1 - inside behind
+        assert (torch.minimum(inside, width - 1 - inside) >= torch.minimum(
+            torch.full_like(seen, halo), torch.minimum(seen, num_tokens - 1 - seen))).all()  # fmt: skip
+
+
+def test_published_chunks():
+    """Content of 128 tokens with 64 on both sides; the first begins, the last ends with the sequence."""
+    starts, _, place = embed.chunk(128 * 3 + 72, 256, 64)
+    assert starts.tolist() == [0, 64, 192, 200] and place[[0, 127, 128, 383, 384]].tolist() == [0, 127, 320, 703, 952]
+
+
+@pytest.mark.parametrize("halo", [None, 0, 3])
+def test_encode_is_the_model_on_every_chunk(zoo, encoder, halo):
+    weights, layout = zoo.weights[:3], encoder.layout
+    z = embed.encode(encoder, weights, halo=halo, batch_size=2)
+    values = layout.tokenize(weights).values
+    layer = layout.positions[:, 1].long()
+    values = (values * encoder.scale[layer, None] + encoder.shift[layer, None]) * layout.mask
+    count = layout.num_tokens
+    content = count if halo is None else 8 - 2 * halo
+    expected = []
+    for first in range(0, count, content):
+        begin = 0 if halo is None else min(max(first - halo, 0), count - 8)
+        window = slice(begin, count if halo is None else begin + 8)
+        part = encoder.model.encode(values[:, window], layout.positions[window])
+        expected.append(part[:, first - begin : min(first + content, count) - begin])
+    torch.testing.assert_close(z, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_is_the_mean_of_tokens(zoo, encoder):
+    embeddings = embed.embed(encoder, zoo, halo=2, batch_size=7)
+    expected = embed.encode(encoder, zoo.weights, halo=2).mean(1)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
+    one_pass = embed.embed(encoder, zoo, halo=None)
+    assert embeddings.std(0).min() > 1e-3 and (embeddings - one_pass).abs().max() > 1e-3
+
+
+def test_embeddings_survive_a_file(tmp_path, encoder):
+    embeddings = torch.randn(7, 6)
+    embed.save_embeddings(tmp_path / "new" / "e.safetensors", embeddings, encoder.layout)
+    assert torch.equal(embed.load_embeddings(tmp_path / "new" / "e.safetensors", 7), embeddings)
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, encoder):
+    """What a run of the trainer leaves."""
+    std = 1 / encoder.scale
+    sizes = vars(encoder.model.config)
+    extra = {"sane": sizes, "layout": encoder.layout.to_dict(), "mean": -encoder.shift * std, "std": std}
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
+    torch.save({"model": encoder.model.state_dict(), "extra": extra}, path)
+    return path
+
+
+def test_encoder_is_loaded(checkpoint, encoder, zoo):
+    loaded = embed.load_encoder(checkpoint)
+    ours, expected = (embed.encode(e, zoo.weights[:2], halo=2) for e in (loaded, encoder))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed.Zoo, "open", lambda path: zoo)
+    out = tmp_path / "embeddings.safetensors"
+    embed.run(embed.Config(model=str(checkpoint), zoo="small", out=str(out), device="cpu"))
+    predict.run(predict.Config(zoo="small", out=str(tmp_path), embeddings=str(out)))
+    predict.run(
+        predict.Config(zoo="small", out=str(tmp_path / "b"), model=str(checkpoint), device="cpu", weights=False)
+    )
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    again = json.loads((tmp_path / "b/results.json").read_text())
+    assert results["results"][0] == pytest.approx(again["results"][0])
+    assert {row["features"] for row in results["results"]} == {"sane", "statistics", "weights"}
+    scores = {(row["features"], row["target"]): row["test_r2"] for row in results["results"]}
+    assert scores["statistics", "test_accuracy"] > 0.9 and scores["statistics", "generalisation_gap"] is None
+    assert f"{scores['statistics', 'test_accuracy']:.4f}" in printed and f"results: {tmp_path}/results.json" in printed
+
+
+# --- bad input
+
+
+def test_another_architecture_is_refused(encoder, zoo):
+    other = SmallZoo()
+    other.layout = fastws.Layout.from_checkpoint(torch.nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="embed: zoo small: architecture must be the same"):
+        embed.embed(encoder, other, halo=None)
+
+
+@pytest.mark.parametrize("halo", [-1, 4])
+def test_halo_must_leave_room(encoder, zoo, halo):
+    with pytest.raises(ValueError, match=rf"embed: halo must be in \[0, 3\] for a window of 8 tokens, got {halo}"):
+        embed.embed(encoder, zoo, halo=halo)
+
+
+def test_model_must_be_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="embed: model must be the checkpoint.pt of fastws train sane, got no"):
+        embed.load_encoder(tmp_path / "none.pt")
+    torch.save({"extra": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="embed: model must be the checkpoint.pt of fastws train sane"):
+        embed.load_encoder(tmp_path / "other.pt")
+
+
+def test_targets_must_be_properties(zoo):
+    with pytest.raises(ValueError, match=r"predict: targets must be properties of the zoo \(model, epoch,.*got 'size'"):
+        predict.read_target(zoo, "size")
+
+
+def test_embeddings_must_fit_the_zoo(tmp_path):
+    save_file({"embeddings": torch.zeros(3, 2)}, tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match=r"must hold embeddings \[4, E\], one per row of the zoo, got \[3, 2\]"):
+        embed.load_embeddings(tmp_path / "e.safetensors", 4)
+
+
+def test_features_must_be_asked_for(zoo):
+    with pytest.raises(ValueError, match="predict: features must be asked for, got none"):
+        predict.make_features(predict.Config(zoo="small", out="", statistics=False, weights=False), zoo)

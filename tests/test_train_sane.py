@@ -1,0 +1,258 @@
+"""Pretraining of SANE. ``python tests/test_train_sane.py OUT`` runs ten steps; ``... golden`` writes their losses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy
+import pytest
+import torch
+from small_zoo import SmallZoo
+
+import fastws
+from fastws.train import processes, sane
+
+GOLDEN = Path(__file__).parent / "golden/sane.txt"
+CPU = torch.device("cpu")
+CONFIG = sane.Config(
+    out="unset", zoo="small", size="tiny", window=8, batch_size=8, steps=10, lr=3e-3, log_every=1, eval_every=5,
+    val_batches=2, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return SmallZoo()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():  # sums depend on their number
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_losses(out, split="train"):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()[1:]]
+    return [record[f"{split}/loss"] for record in records if f"{split}/loss" in record]
+
+
+def load_weights(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory, zoo):
+    out = str(tmp_path_factory.mktemp("ten_steps"))
+    torch.set_num_threads(1)
+    sane.train(replace(CONFIG, out=out), zoo, CPU)
+    return out
+
+
+def test_ten_steps_are_the_golden_ones(ten_steps):
+    expected = [float(line) for line in GOLDEN.read_text().split()]
+    assert len(expected) == 10
+    assert read_losses(ten_steps) == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_learns(zoo, tmp_path):
+    config = replace(CONFIG, out=str(tmp_path), steps=150, log_every=10, eval_every=150)
+    metrics = sane.train(config, zoo, CPU)
+    losses = read_losses(tmp_path)
+    assert losses[-1] < losses[0] / 3 and metrics["val/r2"] > 0.5
+
+
+def test_resumed_run_is_the_same(zoo, ten_steps, tmp_path, monkeypatch):
+    draw = sane.draw
+
+    def interrupt(config, source, split, step):
+        if split == "train" and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(config, source, split, step)
+
+    monkeypatch.setattr(sane, "draw", interrupt)
+    with pytest.raises(SystemExit, match="stopped after step 4 of 10"):
+        sane.train(replace(CONFIG, out=str(tmp_path)), zoo, CPU)
+    monkeypatch.undo()
+    sane.train(replace(CONFIG, out=str(tmp_path)), zoo, CPU)
+    torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=0, atol=0)
+    for split in ("train", "val"):
+        assert read_losses(tmp_path, split) == read_losses(ten_steps, split)
+
+
+def test_two_processes_equal_one(ten_steps, tmp_path):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
+    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
+    command = [sys.executable, __file__, str(tmp_path)]
+    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    for split in ("train", "val"):
+        assert read_losses(tmp_path, split) == pytest.approx(read_losses(ten_steps, split), rel=1e-5)
+    # Adam divides by the root of tiny second moments, which magnifies rounding
+    torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
+
+
+# --- windows
+
+
+def standardise(source, flat):
+    """Windows' whole sequences, by the plain way: standardise every layer, then tokenize."""
+    flat = flat.clone()
+    for layer, (weight, bias, rows, length, *_) in enumerate(source.layout.table.tolist()):
+        for begin, count in ((weight, rows * length), (bias, rows)):
+            flat[..., begin : begin + count] -= source.mean[layer]
+            flat[..., begin : begin + count] /= source.std[layer]
+    return source.layout.tokenize(flat).values
+
+
+@pytest.mark.parametrize("permute", ["none", "second", "both"])
+def test_views_are_windows_of_permuted_networks(zoo, permute):
+    config = replace(CONFIG, noise=0.0, permute=permute)
+    source = sane.make_source(config, zoo, CPU)
+    batch = sane.draw(config, source, "train", 5)
+    rows = sane.choose(source.rows["train"], 8, config.seed, 5)
+    start = batch.positions[:, 0, 0]
+    permutations = zoo.symmetry.random(16, config.seed, sane.PERMUTATION + 5).unflatten(0, (2, 8))
+    for view in (0, 1):
+        networks = source.weights[rows]
+        if (permute, view) in {("second", 1), ("both", 0), ("both", 1)}:
+            networks = zoo.symmetry.permute(networks, permutations[view])
+        tokens = standardise(source, networks)
+        expected = torch.stack([tokens[b, n : n + 8] for b, n in enumerate(start)])
+        torch.testing.assert_close(batch.values[view], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(batch.values[0], batch.values[1]) == (permute == "none")
+    assert torch.equal(batch.target, batch.values)
+    places = torch.stack([source.layout.positions[n : n + 8] for n in start])
+    assert torch.equal(batch.positions, places) and torch.equal(batch.lengths, source.layout.lengths[places[..., 0]])
+
+
+def test_noise_multiplies(zoo):
+    config = replace(CONFIG, batch_size=64, permute="none", target="clean")
+    batch = sane.draw(config, sane.make_source(config, zoo, CPU), "train", 0)
+    assert ((batch.values == 0) == (batch.target == 0)).all()  # padding stays padding
+    factors = (batch.values / batch.target)[batch.target != 0]
+    assert factors.mean().item() == pytest.approx(1, abs=0.01) and factors.std().item() == pytest.approx(0.1, rel=0.1)
+    first, second = (batch.values / batch.target)[:, batch.target[0] != 0]
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.1
+
+
+def test_validation_is_not_noised(zoo):
+    config = replace(CONFIG, permute="none", erase=0.5)
+    source = sane.make_source(config, zoo, CPU)
+    batch = sane.draw(config, source, "val", 0)
+    assert torch.equal(*batch.values)
+    assert all(torch.equal(*pair) for pair in zip(batch, sane.draw(config, source, "val", 0), strict=True))
+
+
+def test_moments_are_those_of_the_training_split(zoo):
+    source = sane.make_source(CONFIG, zoo, CPU)
+    networks = zoo.rows(zoo.split("train")).double().numpy()
+    for layer, (weight, bias, rows, length, *_) in enumerate(source.layout.table.tolist()):
+        entries = numpy.concatenate([networks[:, weight : weight + rows * length], networks[:, bias : bias + rows]], 1)
+        assert source.mean[layer].item() == pytest.approx(entries.mean(1).mean(), rel=1e-5)
+        assert source.std[layer].item() == pytest.approx(entries.var(1, ddof=1).mean() ** 0.5, rel=1e-5)
+
+
+def test_moments_of_layers_that_do_not_vary():
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(1, 1), "b.weight": torch.zeros(2, 2)})
+    mean, std = sane.layer_moments(torch.tensor([[2.0, 5, 5, 5, 5], [4.0, 5, 5, 5, 5]]), layout)
+    assert mean.tolist() == [3, 5] and std.tolist() == [1, 1]
+
+
+def test_every_epoch_visits_every_row_once():
+    rows = torch.arange(100, 110)
+    chosen = torch.cat([sane.choose(rows, 4, 0, step) for step in range(10)]).view(4, 10)
+    assert all(sorted(epoch.tolist()) == rows.tolist() for epoch in chosen)
+    assert len({tuple(epoch.tolist()) for epoch in chosen}) == 4
+    assert sane.choose(rows, 25, 0, 3).shape == (25,)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_windows_start_anywhere(zoo, shared):
+    config = replace(CONFIG, batch_size=16, shared_window=shared)
+    source = sane.make_source(config, zoo, CPU)
+    batches = [sane.draw(config, source, "train", step) for step in range(30)]
+    starts = [batch.positions[..., 0, 0].unique().tolist() for batch in batches]
+    assert {start for some in starts for start in some} == set(range(source.layout.num_tokens - 8 + 1))
+    assert (max(map(len, starts)) == 1) == shared
+
+
+def test_processes_share_a_batch(zoo, monkeypatch):
+    source = sane.make_source(CONFIG, zoo, CPU)
+    whole = sane.draw(CONFIG, source, "train", 2)
+    parts = []
+    monkeypatch.setattr(processes, "world", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(sane.draw(CONFIG, source, "train", 2))
+    for field, axis in [("values", 1), ("target", 1), ("lengths", 0), ("positions", 0)]:
+        together = torch.cat([getattr(part, field) for part in parts], axis)
+        assert torch.equal(together, getattr(whole, field))
+
+
+def test_losses_by_hand():
+    class Model(torch.nn.Module):
+        def forward(self, values, positions):
+            projection = torch.tensor([[[1.0, 0], [0, 1]], [[1.0, 0], [0, 1]]])  # views agree, networks do not
+            return None, values + 1, projection
+
+    values = torch.arange(16.0).view(2, 2, 2, 2)
+    lengths = torch.tensor([[2, 1], [0, 1]], dtype=torch.int32)  # 4 of 8 entries
+    metrics = sane.losses(CONFIG, Model(), sane.Batch(values, values, lengths, None))
+    contrast = numpy.log(numpy.exp(10) + 2) - 10
+    assert metrics["reconstruction"].item() == 0.5
+    assert metrics["contrast"].item() == pytest.approx(contrast, rel=1e-2, abs=1e-6)
+    assert metrics["loss"].item() == pytest.approx(0.05 * metrics["contrast"].item() + 0.95 * 0.5)
+
+
+def test_epochs_choose_states(zoo):
+    source = sane.make_source(replace(CONFIG, epochs=(2, 2)), zoo, CPU)
+    expected = [zoo.split(split)[1::2] for split in ("train", "val")]
+    assert torch.equal(source.weights, zoo.rows(torch.cat(expected)))
+    assert [len(rows) for rows in source.rows.values()] == [len(rows) for rows in expected]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"window": 17}, "train sane: window must be at most the 16 tokens of a network, got 17"),
+        ({"max_positions": (16, 3, 7)}, r"train sane: max_positions must be at least \(16, 3, 8\), got \(16, 3, 7\)"),
+        ({"epochs": (7, 9)}, "train sane: zoo must have 2 networks to train on, got 0 in small"),
+    ],
+)
+def test_config_must_fit_the_zoo(zoo, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        sane.train(replace(CONFIG, out=str(tmp_path), **fields), zoo, CPU)
+
+
+def test_permuting_needs_a_symmetry(tmp_path):
+    with pytest.raises(ValueError, match="zoo must have a symmetry to permute by, got none in small; permute none"):
+        sane.train(replace(CONFIG, out=str(tmp_path)), SmallZoo(symmetry=False), CPU)
+
+
+@pytest.mark.parametrize("field, value", [("gamma", 1.5), ("batch_size", 1), ("steps", -1)])
+def test_config_is_checked(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        replace(CONFIG, **{field: value})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with processes.join("cpu"), TemporaryDirectory() as temporary:
+        out = temporary if sys.argv[1] == "golden" else sys.argv[1]
+        sane.train(replace(CONFIG, out=out), SmallZoo(), CPU)
+        if sys.argv[1] == "golden":
+            GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in read_losses(out)))
