@@ -1,51 +1,37 @@
-"""A zoo of small perceptrons in memory, with properties that can be read off their weights."""
+"""A zoo of small perceptrons, with properties that can be read off their weights."""
 
-from functools import cached_property
-from pathlib import Path
-
-import pyarrow
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
+from fastws.zoo.format import Zoo
+from fastws.zoo.writer import ZooWriter
+
+MODELS = 36
 
 
-class SmallZoo:
+def make_small_zoo(path, symmetry: bool = True, widths=(6, 8, 5, 3)) -> Zoo:
     """36 models with 2 states each: a template times a gain, plus noise. Accuracy grows with the gain."""
-
-    path = Path("small")
-
-    def __init__(self, symmetry: bool = True, models: int = 36):
-        generator = torch.Generator().manual_seed(0)
-        module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-        self.layout = Layout.from_checkpoint(module)
-        self.symmetry = Symmetry.trace(module, torch.zeros(2, 6)) if symmetry else None
-        self.model = torch.arange(models).repeat_interleave(2)
-        epoch = torch.arange(2 * models) % 2 + 1
-        gain = (0.5 + torch.rand(models, generator=generator))[self.model] * (0.9 + 0.1 * epoch)
-        template = torch.randn(self.layout.num_weights, generator=generator)
-        noise = torch.randn(2 * models, self.layout.num_weights, generator=generator)
-        self.weights = gain[:, None] * (template + 0.3 * noise)
-        accuracy = 0.3 + 0.4 * gain
-        self.columns = {
-            "model": [f"m{number}" for number in self.model.tolist()],
-            "epoch": epoch.numpy(),
-            "train_accuracy": (accuracy + 0.05).numpy(),
-            "test_accuracy": accuracy.numpy(),
-            "generalisation_gap": torch.full_like(accuracy, 0.05).numpy(),
-        }
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    @cached_property
-    def properties(self) -> pyarrow.Table:
-        return pyarrow.table(self.columns)
-
-    def rows(self, indices: Tensor) -> Tensor:
-        return self.weights[indices]
-
-    def split(self, name: str) -> Tensor:
-        part = {"train": self.model % 6 < 4, "val": self.model % 6 == 4, "test": self.model % 6 == 5}[name]
-        return part.nonzero().flatten()
+    generator = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in zip(widths, widths[1:], strict=False)]
+    module = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+    layout = Layout.from_checkpoint(module)
+    model, epoch = torch.arange(MODELS).repeat_interleave(2), torch.arange(2 * MODELS) % 2 + 1
+    gain = (0.5 + torch.rand(MODELS, generator=generator))[model] * (0.9 + 0.1 * epoch)
+    template = torch.randn(layout.num_weights, generator=generator)
+    noise = torch.randn(2 * MODELS, layout.num_weights, generator=generator)
+    accuracy = 0.3 + 0.4 * gain
+    properties = {
+        "model": [f"m{number}" for number in model.tolist()],
+        "epoch": epoch,
+        "train_accuracy": accuracy + 0.05,
+        "test_accuracy": accuracy,
+        "generalisation_gap": torch.full_like(accuracy, 0.05),
+    }
+    parts = {"train": (0, 1, 2, 3), "val": (4,), "test": (5,)}
+    splits = {name: [f"m{m}" for m in range(MODELS) if m % 6 in part] for name, part in parts.items()}
+    traced = Symmetry.trace(module, torch.zeros(2, widths[0])) if symmetry else None
+    with ZooWriter(path, layout, traced, splits=splits) as writer:
+        writer.append(gain[:, None] * (template + 0.3 * noise), properties)
+    return Zoo.open(path)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import kendalltau
-from small_zoo import SmallZoo
+from small_zoo import make_small_zoo
 
-import fastws
 from fastws.downstream import embed, predict
 from fastws.nn.sane import SANE, SANEConfig
 
@@ -16,8 +15,8 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
-def zoo():
-    return SmallZoo()
+def zoo(tmp_path_factory):
+    return make_small_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +214,9 @@ def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
 # --- bad input
 
 
-def test_another_architecture_is_refused(encoder, zoo):
-    other = SmallZoo()
-    other.layout = fastws.Layout.from_checkpoint(torch.nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="embed: zoo small: architecture must be the same"):
+def test_another_architecture_is_refused(encoder, tmp_path):
+    other = make_small_zoo(tmp_path / "zoo", widths=(6, 8, 3))
+    with pytest.raises(ValueError, match=r"embed: zoo .*: architecture must be the same, but '2.weight' \[5, 8\]"):
         embed.embed(encoder, other, halo=None)
 
 

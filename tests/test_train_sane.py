@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy
 import pytest
 import torch
-from small_zoo import SmallZoo
+from small_zoo import make_small_zoo
 
 import fastws
 from fastws.train import processes, sane
@@ -27,8 +27,8 @@ CONFIG = sane.Config(
 
 
 @pytest.fixture(scope="module")
-def zoo():
-    return SmallZoo()
+def zoo(tmp_path_factory):
+    return make_small_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,7 @@ def test_config_must_fit_the_zoo(zoo, tmp_path, fields, message):
 
 def test_permuting_needs_a_symmetry(tmp_path):
     with pytest.raises(ValueError, match="zoo must have a symmetry to permute by, got none in small; permute none"):
-        sane.train(replace(CONFIG, out=str(tmp_path)), SmallZoo(symmetry=False), CPU)
+        sane.train(replace(CONFIG, out=str(tmp_path)), make_small_zoo(tmp_path / "zoo", symmetry=False), CPU)
 
 
 @pytest.mark.parametrize("field, value", [("gamma", 1.5), ("batch_size", 1), ("steps", -1)])
@@ -252,7 +252,7 @@ def test_config_is_checked(field, value):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with processes.join("cpu"), TemporaryDirectory() as temporary:
-        out = temporary if sys.argv[1] == "golden" else sys.argv[1]
-        sane.train(replace(CONFIG, out=out), SmallZoo(), CPU)
+        out = f"{temporary}/run" if sys.argv[1] == "golden" else sys.argv[1]
+        sane.train(replace(CONFIG, out=out), make_small_zoo(f"{temporary}/zoo"), CPU)
         if sys.argv[1] == "golden":
             GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in read_losses(out)))
