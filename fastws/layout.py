@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fastws.roles import Role, bias_name, describe_source, load_state
 
 FORMAT = 1
-COLUMNS = ("weight_offset", "bias_offset", "rows", "row_length", "block", "units", "chunks", "first_token")
-COLUMNS += ("out", "in", "bias")  # places in a row of permutations, -1 where there is none
 NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
 
 
@@ -55,6 +53,12 @@ class Layout:
         aliases: Names of tied tensors, and the entry that each is tied to.
         token_size: Entries per token, ``T``.
         norm: ``"keep"`` tokenizes norm layers, ``"skip"`` leaves their weights, biases and statistics out.
+        num_weights: Length of the flat vector, ``P``.
+        num_tokens: Tokens per checkpoint, ``N``.
+        dtype: The smallest one that holds every number of the checkpoint exactly.
+        layers: Names of the tensors behind each row of ``table``: a weight, and its bias if it has one.
+        table: int64 ``[L, 11]``, one row per tokenized tensor; docs/design.md says what the columns mean.
+        tensor_table: The same columns with one row per tensor, biases too: it covers the flat vector without gaps.
     """
 
     entries: tuple[Entry, ...]
@@ -106,62 +110,31 @@ class Layout:
 
     def with_tokens(self, token_size: int | None = None, norm: Literal["keep", "skip"] | None = None) -> "Layout":
         """The same architecture with another token size or another treatment of norm layers."""
-        layout = replace(self, token_size=1, norm=norm or self.norm)
-        longest = max((row_length(*layer) for layer in layout._layers), default=1)
+        norm = norm or self.norm
+        longest = max((row_length(*layer) for layer in find_layers(self.entries, norm)), default=1)
         token_size = longest if token_size is None else token_size
         if isinstance(token_size, bool) or not isinstance(token_size, int) or token_size < 1:
             raise ValueError(f"layout: token_size must be a whole number from 1, got {token_size!r}")
-        return replace(layout, token_size=token_size)
+        return replace(self, token_size=token_size, norm=norm)
 
     # --- tables
 
-    @cached_property
-    def _layers(self) -> list[tuple[Entry, Entry | None]]:
-        """The tokenized tensors, each with the bias that is the last entry of its rows."""
-        entries = {entry.name: entry for entry in self.entries}
-        layers, attached = [], set()
-        for entry in self.entries:
-            if entry.role.endswith("weight") and entry.numel > 0:
-                bias = entries.get(bias_name(entry.name))
-                if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1]:
-                    bias = None
-                else:
-                    attached.add(bias.name)
-                layers.append((entry, bias))
-            elif entry.role.endswith(("bias", "statistic")) and entry.numel > 0:
-                layers.append((entry, None))
-        skip = ("norm weight", "norm bias", "norm statistic") if self.norm == "skip" else ()
-        return [(e, bias) for e, bias in layers if e.name not in attached and e.role not in skip]
-
-    @cached_property
-    def layers(self) -> tuple[tuple[str, str | None], ...]:
-        """Names of the tensors behind each row of ``table``: a weight, and its bias if it has one."""
-        return tuple((entry.name, bias and bias.name) for entry, bias in self._layers)
-
-    @cached_property
-    def table(self) -> Tensor:
-        """int64 ``[L, 11]``, one row per tokenized tensor; the columns are those of ``COLUMNS``."""
-        return make_table(self._layers, self.token_size)
-
-    @cached_property
-    def tensor_table(self) -> Tensor:
-        """The same columns with one row per tensor, biases too: it covers the flat vector without gaps."""
-        return make_table([(entry, None) for entry in self.entries if entry.offset >= 0 and entry.numel], 1)
-
-    @cached_property
-    def num_weights(self) -> int:
-        """Length of the flat vector, ``P``."""
-        return sum(entry.numel for entry in self.entries if entry.offset >= 0)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Tokens per checkpoint, ``N``."""
-        return int(self.table[-1, 7] + self.table[-1, 2] * self.table[-1, 6]) if len(self.table) else 0
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The smallest dtype that holds every number of the checkpoint exactly."""
-        return flat_dtype(entry.dtype for entry in self.entries if entry.offset >= 0)
+    def __post_init__(self):
+        """The attributes above that follow from the entries; eager, because torch.compile cannot trace a cache."""
+        flat = [entry for entry in self.entries if entry.offset >= 0]
+        layers = find_layers(self.entries, self.norm)
+        table = make_table(layers, self.token_size)
+        derived = {
+            "layers": tuple((entry.name, bias and bias.name) for entry, bias in layers),
+            "table": table,
+            "tensor_table": make_table([(entry, None) for entry in flat if entry.numel], 1),
+            "num_weights": sum(entry.numel for entry in flat),
+            "num_tokens": int(table[-1, 7] + table[-1, 2] * table[-1, 6]) if layers else 0,
+            "dtype": flat_dtype(entry.dtype for entry in flat),
+            "_on_device": {},
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -186,10 +159,6 @@ class Layout:
     def mask(self) -> Tensor:
         """True where a token holds a weight, bool ``[N, T]``; made on demand."""
         return torch.arange(self.token_size) < self.lengths[:, None]
-
-    @cached_property
-    def _on_device(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
-        return {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``table``, ``lengths`` and ``positions`` on a device."""
@@ -399,6 +368,24 @@ class Layout:
             raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error!r}") from error
 
 
+def find_layers(entries: tuple[Entry, ...], norm: str) -> list[tuple[Entry, Entry | None]]:
+    """The tokenized tensors, each with the bias that is the last entry of its rows."""
+    by_name = {entry.name: entry for entry in entries}
+    layers, attached = [], set()
+    for entry in entries:
+        if entry.role.endswith("weight") and entry.numel > 0:
+            bias = by_name.get(bias_name(entry.name))
+            if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1]:
+                bias = None
+            else:
+                attached.add(bias.name)
+            layers.append((entry, bias))
+        elif entry.role.endswith(("bias", "statistic")) and entry.numel > 0:
+            layers.append((entry, None))
+    skip = ("norm weight", "norm bias", "norm statistic") if norm == "skip" else ()
+    return [(entry, bias) for entry, bias in layers if entry.name not in attached and entry.role not in skip]
+
+
 def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Tensor:
     table, first_token = [], 0
     for entry, bias in layers:
@@ -410,7 +397,7 @@ def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Ten
         row = [entry.offset, bias_offset, rows, length, length // units, units, chunks, first_token, -1, -1, -1]
         table.append(row)
         first_token += rows * chunks
-    return torch.tensor(table, dtype=torch.int64).view(-1, len(COLUMNS))
+    return torch.tensor(table, dtype=torch.int64).view(-1, 11)
 
 
 def row_length(entry: Entry, bias: Entry | None) -> int:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,8 +22,9 @@ inline void copy(const scalar_t* from, scalar_t* to, int64_t count) {
 
 // A new tensor like x. The kernel hands out fresh memory in pages of 4 KiB and clears each at its first touch, which
 // takes several times as long as writing it; large tensors ask for pages of 2 MiB instead.
-inline torch::stable::Tensor new_empty(const torch::stable::Tensor& x, std::initializer_list<int64_t> sizes) {
-  const torch::stable::Tensor out = torch::stable::new_empty(x, sizes);
+inline torch::stable::Tensor new_empty(const torch::stable::Tensor& x, std::initializer_list<int64_t> sizes,
+                                       std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  const torch::stable::Tensor out = torch::stable::new_empty(x, sizes, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());

@@ -4,11 +4,10 @@
 
 #include <algorithm>
 
-#include "cpu/clones.h"
+#include "cpu/draw.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
 #include "dispatch.h"
-#include "philox.h"
 #include "table.h"
 
 namespace fastws {
@@ -74,32 +73,25 @@ Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& perm
   return permuted;
 }
 
-constexpr int64_t kLanes = 16;          // counters drawn side by side, so that the compiler uses vectors
-constexpr int64_t kBlock = 4 * kLanes;  // words of one draw
-
-FASTWS_CLONES void draw_words(uint64_t seed, uint64_t offset, uint64_t counter, uint32_t* words) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const Words drawn = philox(seed, offset, counter + lane);
-    for (int64_t k = 0; k < 4; ++k) words[4 * lane + k] = drawn.word[k];
-  }
-}
-
-// One draw of all groups. Words come in blocks, from the last to the first, as Fisher-Yates wants them.
+// One draw of all groups, of which the words begin at word first of the stream.
 void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64_t offset, int64_t first,
                     int32_t* permutation) {
-  uint32_t words[kBlock];
-  int64_t drawn = -1;  // number of the block in words
-  for (int64_t group = groups; group-- > 0;) {
+  constexpr int64_t kWords = 8 * kPhiloxWords;
+  uint32_t words[kWords];
+  int64_t drawn = 0, end = 0;  // the words of the stream that are at hand
+  for (int64_t group = 0; group < groups; ++group) {
     int32_t* entries = permutation + starts[group];
     const int64_t size = starts[group + 1] - starts[group], begin = first + starts[group];
-    for (int64_t i = 0; i < size; ++i) entries[i] = int32_t(i);
-    for (int64_t i = size - 1; i > 0;) {
-      const int64_t block = (begin + i) / kBlock;
-      if (block != drawn) draw_words(seed, offset, block * kLanes, words), drawn = block;
-      const int64_t last = std::max<int64_t>(block * kBlock - begin, 1);
-      for (; i >= last; --i) {
-        const uint64_t word = words[(begin + i) - block * kBlock];
-        std::swap(entries[i], entries[word * uint64_t(i + 1) >> 32]);
+    for (int64_t i = 0; i < size;) {
+      if (begin + i >= end) {
+        drawn = (begin + i) / 4 * 4, end = drawn + kWords;
+        draw_words(seed, offset, drawn / 4, kWords / 4, words);
+      }
+      const uint32_t* word = words + (begin - drawn);
+#pragma GCC unroll 8
+      for (const int64_t last = std::min(size, end - begin); i < last; ++i) {
+        const int64_t j = word[i] * uint64_t(i + 1) >> 32;
+        entries[i] = entries[j], entries[j] = int32_t(i);
       }
     }
   }

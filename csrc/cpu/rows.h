@@ -22,19 +22,22 @@ inline void move_units(std::conditional_t<kInverse, scalar_t, const scalar_t>* r
     else
       copy(r, o, count);
   };
+  // divisions once a call, not once a block; a period is mostly the whole row
+  const int64_t turn = begin < period ? 0 : begin / period;
+  int64_t unit = (begin - turn * period) / block, rest = begin - turn * period - unit * block;
+  row += turn * period;
   for (int64_t f = begin; f < end;) {
-    const int64_t unit = f % period / block, rest = f % block;
-    auto* const from = row + f / period * period;
     if (rest > 0 || end - f < block) {  // a piece of a block, at either end of a token
       const int64_t count = std::min(block - rest, end - f);
-      move(from + in[unit] * block + rest, out + (f - begin), count);
-      f += count;
-      continue;
+      move(row + in[unit] * block + rest, out + (f - begin), count);
+      f += count, rest = 0, ++unit;
+    } else {
+      auto* const to = out + (f - begin) - unit * block;
+      const int64_t last = unit + std::min(units - unit, (end - f) / block);
+      f += (last - unit) * block;
+      for (; unit < last; ++unit) move(row + in[unit] * block, to + unit * block, block);
     }
-    const int64_t count = std::min(units - unit, (end - f) / block);
-    auto* const to = out + (f - begin);
-    for (int64_t u = 0; u < count; ++u) move(from + in[unit + u] * block, to + u * block, block);
-    f += count * block;
+    if (unit == units) unit = 0, row += period;
   }
 }
 

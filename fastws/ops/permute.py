@@ -1,11 +1,13 @@
 """Permute: neuron permutations of flat checkpoints, and the random permutations themselves."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fastws import _native
+from fastws.checks import check_permutations, check_table
 from fastws.philox import check_stream, philox_reference
 
 
@@ -41,9 +43,7 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
     """
     if flat.dim() != 2 or not flat.is_floating_point():
         raise ValueError(f"permute: flat must be [B, P] floating point, got {list(flat.shape)} {flat.dtype}")
-    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != flat.device:
-        got = f"{list(table.shape)} {table.dtype} on {table.device}"
-        raise ValueError(f"permute: table must be [L, 11] int64 on {flat.device}, got {got}")
+    check_table("permute", table, flat.device)
     check_permutations("permute", permutations, len(flat), table)
     return torch.ops.fastws.permute(flat, table, permutations)
 
@@ -53,9 +53,9 @@ def random_permutations(
 ) -> Tensor:
     """Draws uniform permutations of several groups, ``batch`` of them, the groups of one draw in one row.
 
-    Fisher-Yates: for i from size - 1 down to 1, entries i and ``word * (i + 1) >> 32`` change places, where ``word`` is
-    Philox word ``b * S + start + i`` of the stream. The bias of a draw is below ``size / 2**32``. The same numbers on
-    every device. Not differentiable: integers.
+    Fisher-Yates, inside out: for i from 0 to size - 1 and ``j = word * (i + 1) >> 32``, entry i becomes entry j and
+    entry j becomes i, where ``word`` is Philox word ``b * S + start + i`` of the stream. The bias of a draw is below
+    ``size / 2**32``. The same numbers on every device. Not differentiable: integers.
 
     Args:
         group_sizes: Sizes of the groups, ``[G]``, from 1 each; integers.
@@ -82,26 +82,8 @@ def random_permutations(
         got = f"{batch} and {min(group_sizes, default=1)}"
         raise ValueError(f"random_permutations: batch must be at least 0 and sizes at least 1, got {got}")
     check_stream("random_permutations", seed, offset)
-    starts = [0]
-    for size in group_sizes:
-        starts.append(starts[-1] + size)
+    starts = [0, *accumulate(group_sizes)]
     return torch.ops.fastws.random_permutations(torch.tensor(starts, device=device), starts[-1], batch, seed, offset)
-
-
-def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor) -> None:
-    shape, dtype, device = permutations.shape, permutations.dtype, permutations.device
-    if permutations.dim() != 2 or len(permutations) != batch or dtype != torch.int32 or device != table.device:
-        got = f"{list(shape)} {dtype} on {device}"
-        raise ValueError(f"{op}: permutations must be [{batch}, S] int32 on {table.device}, got {got}")
-    if not _native.CHECK or torch.compiler.is_compiling():
-        return
-    vectors = {(out, rows) for _, _, rows, *_, out, _, _ in table.tolist() if out >= 0}
-    vectors |= {(into, units) for *_, units, _, _, _, into, _ in table.tolist() if into >= 0}
-    vectors |= {(bias, rows) for _, _, rows, *_, bias in table.tolist() if bias >= 0}
-    for first, size in sorted(vectors):
-        vector = permutations[:, first : first + size].sort(1).values
-        if vector.shape[1] != size or (vector != torch.arange(size, device=device)).any():
-            raise ValueError(f"{op}: permutations[:, {first}:{first + size}] must hold each of 0..{size - 1} once")
 
 
 def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:
@@ -119,18 +101,17 @@ def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse
 
 
 def random_permutations_reference(starts: Tensor, total: int, batch: int, seed: int, offset: int) -> Tensor:
-    """All groups and draws side by side, from the last entry down; ``starts`` are the group boundaries, ``[G + 1]``."""
+    """All groups and draws side by side; ``starts`` are the group boundaries, ``[G + 1]``."""
     words = philox_reference(seed, offset, batch * total, starts.device).view(batch, total)
-    index = torch.arange(total, device=starts.device)
-    permutations = (index - starts[torch.searchsorted(starts, index, right=True) - 1]).repeat(batch, 1)
+    permutations = torch.zeros(batch, total, dtype=torch.int32, device=starts.device)
     sizes = starts.diff()
-    for i in range(int(sizes.max()) - 1 if len(sizes) else 0, 0, -1):
+    for i in range(int(sizes.max()) if len(sizes) else 0):
         first = starts[:-1][sizes > i]
         here = (first + i).expand(batch, -1)
         there = first + (words.gather(1, here) * (i + 1) >> 32)
-        a, b = permutations.gather(1, here), permutations.gather(1, there)
-        permutations.scatter_(1, here, b).scatter_(1, there, a)
-    return permutations.int()
+        permutations.scatter_(1, here, permutations.gather(1, there))
+        permutations.scatter_(1, there, i)
+    return permutations
 
 
 torch.library.define(

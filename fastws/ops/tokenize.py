@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastws import _native
+from fastws.checks import check_table
 
 
 def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | Non
     """
     if flat.dim() != 2 or not flat.is_floating_point():
         raise ValueError(f"tokenize: flat must be [B, P] floating point, got {list(flat.shape)} {flat.dtype}")
-    check_table("tokenize", table, flat)
+    check_table("tokenize", table, flat.device)
     if token_size < 1:
         raise ValueError(f"tokenize: token_size must be at least 1, got {token_size}")
     num_tokens = count_tokens(table) if num_tokens is None else num_tokens
@@ -70,14 +71,8 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
         raise ValueError(
             f"detokenize: tokens must be [B, N, T] floating point, got {list(tokens.shape)} {tokens.dtype}"
         )
-    check_table("detokenize", table, tokens)
+    check_table("detokenize", table, tokens.device)
     return torch.ops.fastws.detokenize(tokens, table, num_weights)
-
-
-def check_table(op: str, table: Tensor, like: Tensor) -> None:
-    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != like.device:
-        got = f"{list(table.shape)} {table.dtype} on {table.device}"
-        raise ValueError(f"{op}: table must be [L, 11] int64 on {like.device}, got {got}")
 
 
 def count_tokens(table: Tensor) -> int:

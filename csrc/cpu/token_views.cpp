@@ -1,0 +1,217 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/clones.h"
+#include "cpu/draw.h"
+#include "cpu/memory.h"
+#include "cpu/normal.h"
+#include "cpu/rows.h"
+#include "dispatch.h"
+#include "table.h"
+
+namespace fastws {
+namespace {
+
+using torch::stable::Tensor;
+
+// What arithmetic is done in.
+template <typename scalar_t>
+using wide_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename from_t, typename to_t>
+FASTWS_CLONES void convert(const from_t* from, to_t* to, int64_t size) {
+  for (int64_t t = 0; t < size; ++t) to[t] = to_t(from[t]);
+}
+
+template <typename wide_t>
+FASTWS_CLONES void standardise(wide_t* x, int64_t size, float scale, float shift) {
+  for (int64_t t = 0; t < size; ++t) x[t] = x[t] * scale + shift;
+}
+
+constexpr int64_t kWords = 4 * kPhiloxWords;  // drawn at once
+
+// x[t] *= 1 + noise * normal, where x[0] is entry first of the draw.
+template <typename wide_t>
+FASTWS_CLONES void multiply_noise(wide_t* x, int64_t size, float noise, uint64_t seed, uint64_t offset, int64_t first) {
+  uint32_t words[kWords];
+  float normals[kWords];
+  for (int64_t begin = first / 4 * 4; begin < first + size; begin += kWords) {
+    const int64_t needed = (first + size - begin + kPhiloxWords - 1) / kPhiloxWords * kPhiloxWords;
+    const int64_t count = needed < kWords ? needed : kWords;
+    draw_words(seed, offset, begin / 4, count / 4, words);
+    for (int64_t i = 0; i < count; i += 2) normal_pair(words[i], words[i + 1], normals[i], normals[i + 1]);
+    const int64_t from = begin > first ? begin : first;
+    const int64_t to = begin + count < first + size ? begin + count : first + size;
+    wide_t* y = x + (from - first);
+    const float* normal = normals + (from - begin);
+    for (int64_t t = 0; t < to - from; ++t) y[t] *= 1 + noise * normal[t];
+  }
+}
+
+// x[t] = 0 where the word of entry first + t is below the threshold.
+template <typename wide_t>
+FASTWS_CLONES void erase(wide_t* x, int64_t size, int64_t threshold, uint64_t seed, uint64_t offset, int64_t first) {
+  uint32_t words[kWords];
+  for (int64_t begin = first / 4 * 4; begin < first + size; begin += kWords) {
+    draw_words(seed, offset, begin / 4, kWords / 4, words);
+    const int64_t from = begin > first ? begin : first;
+    const int64_t to = begin + kWords < first + size ? begin + kWords : first + size;
+    for (int64_t i = from; i < to; ++i) x[i - first] = words[i - begin] < threshold ? wide_t(0) : x[i - first];
+  }
+}
+
+struct Options {
+  const float *scale, *shift;  // per row of the table, or null
+  float noise;
+  int64_t erase_threshold;
+  uint64_t seed, offset;
+
+  bool arithmetic() const { return scale || shift || noise > 0 || erase_threshold > 0; }
+};
+
+// Entries 0 to length of one token, permuted: chunk q of row c.
+template <typename scalar_t>
+void gather_token(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row, int64_t chunk,
+                  int64_t token_size, int64_t length, scalar_t* token) {
+  const auto permuted = [=](int64_t place) { return permutations && place >= 0 ? permutations[place + row] : row; };
+  const int64_t begin = chunk * token_size, end = std::min(begin + length, layer.row_length);
+  const scalar_t* from = weights + layer.weight_offset + permuted(layer.out) * layer.row_length;
+  if (end > begin) {
+    if (permutations && layer.in >= 0)
+      move_row<false, scalar_t>(from, token, permutations + layer.in, layer.block, layer.units, begin, end);
+    else
+      copy(from + begin, token, end - begin);
+  }
+  if (begin + length > layer.row_length) token[length - 1] = weights[layer.bias_offset + permuted(layer.bias)];
+}
+
+// Asks for the memory of a row that is needed soon: its units are read in random order, which no hardware foresees.
+template <typename scalar_t>
+void prefetch_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row) {
+  constexpr int64_t kLine = 64 / sizeof(scalar_t), kMost = 32768 / sizeof(scalar_t);  // half of a small L1 cache
+  const int64_t other = permutations && layer.out >= 0 ? permutations[layer.out + row] : row;
+  const scalar_t* from = weights + layer.weight_offset + other * layer.row_length;
+  for (int64_t i = 0; i < std::min(layer.row_length, kMost); i += kLine) __builtin_prefetch(from + i);
+}
+
+// One token: gathered where it can stay, widened for arithmetic if there is any, and stored.
+template <typename scalar_t, typename to_t>
+void make_token(const scalar_t* weights, const Layer& layer, int64_t l, const int32_t* permutations, int64_t row,
+                int64_t chunk, int64_t token_size, int64_t length, int64_t entry, const Options& options,
+                scalar_t* gathered, wide_type<scalar_t>* wide, to_t* token) {
+  using wide_t = wide_type<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, to_t>)
+    if (!options.arithmetic() || std::is_same_v<scalar_t, wide_t>) gathered = token;
+  if constexpr (std::is_same_v<wide_t, to_t>) wide = token;
+  if constexpr (std::is_same_v<scalar_t, wide_t>) {
+    if (static_cast<void*>(gathered) != static_cast<void*>(token)) gathered = wide;
+    wide = gathered;
+  }
+  gather_token(weights, layer, permutations, row, chunk, token_size, length, gathered);
+  if (static_cast<void*>(gathered) == static_cast<void*>(token) && !options.arithmetic()) return;
+
+  if constexpr (!std::is_same_v<scalar_t, wide_t>) convert(gathered, wide, length);
+  if (options.scale || options.shift)
+    standardise(wide, length, options.scale ? options.scale[l] : 1, options.shift ? options.shift[l] : 0);
+  if (options.noise > 0) multiply_noise(wide, length, options.noise, options.seed, 2 * options.offset, entry);
+  if (options.erase_threshold > 0)
+    erase(wide, length, options.erase_threshold, options.seed, 2 * options.offset + 1, entry);
+  if (static_cast<void*>(wide) != static_cast<void*>(token)) convert(wide, token, length);
+}
+
+struct Views {
+  const Layer* table;
+  const int64_t *base, *layers, *start;  // [B], [B, 2], [B]
+  const int32_t* permutations;           // [B, indices]
+  int64_t indices, token_size, window;
+  int32_t *lengths, *positions;  // [B, W], [B, W, 3]
+};
+
+// Tokens begin to end of the batch; they follow each other, so that the layer is looked for once a view.
+template <typename scalar_t, typename to_t>
+void make_tokens(const scalar_t* weights, const Views& views, const Options& options, to_t* values, int64_t begin,
+                 int64_t end) {
+  std::vector<scalar_t> gathered(views.token_size);
+  std::vector<wide_type<scalar_t>> wide(views.token_size);
+  const int64_t size = views.token_size;
+  for (int64_t k = begin; k < end;) {
+    const int64_t view = k / views.window, first = views.layers[2 * view], last = views.layers[2 * view + 1];
+    const int32_t* permutations = views.indices > 0 ? views.permutations + view * views.indices : nullptr;
+    int64_t token = views.start[view] + k % views.window;
+    int64_t l = find_layer(views.table, first, last, token);
+    int64_t row = (token - views.table[l].first_token) / views.table[l].chunks;
+    int64_t chunk = (token - views.table[l].first_token) % views.table[l].chunks;
+    for (const int64_t stop = std::min(end, (view + 1) * views.window); k < stop; ++k, ++token) {
+      const Layer& layer = views.table[l];
+      const bool inside = row < layer.rows;  // else the sequence is over, and only padding follows
+      const int64_t entries = layer.row_length + (layer.bias_offset >= 0) - chunk * size;
+      const int64_t length = inside ? std::clamp<int64_t>(entries, 0, size) : 0;
+      if (permutations && layer.in >= 0 && (chunk == 0 || k == begin) && row + 1 < layer.rows)
+        prefetch_row(weights + views.base[view], layer, permutations, row + 1);
+      if (length > 0)
+        make_token(weights + views.base[view], layer, l, permutations, row, chunk, size, length, k * size, options,
+                   gathered.data(), wide.data(), values + k * size);
+      std::fill(values + k * size + length, values + (k + 1) * size, to_t(0));
+      views.lengths[k] = int32_t(length);
+      const int64_t position[3] = {token, l - first, row};
+      for (int i = 0; i < 3; ++i) views.positions[3 * k + i] = inside ? int32_t(position[i]) : 0;
+      if (++chunk == layer.chunks) chunk = 0, ++row;
+      if (row == layer.rows && l + 1 < last) row = 0, ++l;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const Tensor& table_, const Tensor& base_,
+                                                   const Tensor& layers_, const Tensor& start_,
+                                                   const Tensor& permutations_, const Tensor& scale_,
+                                                   const Tensor& shift_, int64_t token_size, int64_t window,
+                                                   double noise, int64_t erase_threshold, int64_t seed, int64_t offset,
+                                                   torch::headeronly::ScalarType dtype) {
+  const Tensor table = torch::stable::contiguous(table_), base = torch::stable::contiguous(base_);
+  const Tensor layers = torch::stable::contiguous(layers_), start = torch::stable::contiguous(start_);
+  const Tensor permutations = torch::stable::contiguous(permutations_);
+  const Tensor scale = torch::stable::contiguous(scale_), shift = torch::stable::contiguous(shift_);
+  using torch::headeronly::ScalarType;
+  const int64_t batch = start.size(0);
+  const Tensor values = new_empty(weights, {batch, window, token_size}, dtype);
+  const Tensor lengths = torch::stable::new_empty(weights, {batch, window}, ScalarType::Int);
+  const Tensor positions = torch::stable::new_empty(weights, {batch, window, 3}, ScalarType::Int);
+
+  const Views views = {reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>()),
+                       base.const_data_ptr<int64_t>(),
+                       layers.const_data_ptr<int64_t>(),
+                       start.const_data_ptr<int64_t>(),
+                       permutations.const_data_ptr<int32_t>(),
+                       permutations.size(1),
+                       token_size,
+                       window,
+                       lengths.mutable_data_ptr<int32_t>(),
+                       positions.mutable_data_ptr<int32_t>()};
+  const Options options = {scale.numel() > 0 ? scale.const_data_ptr<float>() : nullptr,
+                           shift.numel() > 0 ? shift.const_data_ptr<float>() : nullptr,
+                           float(noise),
+                           erase_threshold,
+                           uint64_t(seed),
+                           uint64_t(offset)};
+  dispatch_floating(weights.scalar_type(), "token_views", [&]<typename scalar_t>() {
+    const scalar_t* from = weights.const_data_ptr<scalar_t>();
+    dispatch_floating(dtype, "token_views", [&]<typename to_t>() {
+      to_t* to = values.mutable_data_ptr<to_t>();
+      torch::stable::parallel_for(0, batch * window, 16, [&, from, to](int64_t begin, int64_t end) {
+        make_tokens(from, views, options, to, begin, end);
+      });
+    });
+  });
+  return {values, lengths, positions};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastws, CPU, m) { m.impl("token_views", TORCH_BOX(&token_views_cpu)); }
+
+}  // namespace fastws

@@ -1,0 +1,33 @@
+"""Checks that several operators share."""
+
+import torch
+from torch import Tensor
+
+from fastws import _native
+
+
+def check_table(op: str, table: Tensor, device: torch.device) -> None:
+    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != device:
+        got = f"{list(table.shape)} {table.dtype} on {table.device}"
+        raise ValueError(f"{op}: table must be [L, 11] int64 on {device}, got {got}")
+
+
+def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor) -> None:
+    """Shape, dtype and device; with FASTWS_CHECK=1 also that each vector ``table`` names is a permutation."""
+    if (
+        permutations.dim() != 2
+        or len(permutations) != batch
+        or permutations.dtype != torch.int32
+        or permutations.device != table.device
+    ):
+        got = f"{list(permutations.shape)} {permutations.dtype} on {permutations.device}"
+        raise ValueError(f"{op}: permutations must be [{batch}, S] int32 on {table.device}, got {got}")
+    if not _native.CHECK or torch.compiler.is_compiling():
+        return
+    rows = table.tolist()
+    vectors = {(first, row[2]) for row in rows for first in (row[8], row[10]) if first >= 0}
+    vectors |= {(row[9], row[5]) for row in rows if row[9] >= 0}
+    for first, size in sorted(vectors):
+        vector = permutations[:, first : first + size].sort(1).values
+        if vector.shape[1] != size or (vector != torch.arange(size, device=vector.device)).any():
+            raise ValueError(f"{op}: permutations[:, {first}:{first + size}] must hold each of 0..{size - 1} once")

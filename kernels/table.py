@@ -1,0 +1,24 @@
+"""Layout tables as Triton kernels read them; docs/design.md says what the columns mean."""
+
+import triton
+import triton.language as tl
+
+COLUMNS: tl.constexpr = tl.constexpr(11)
+
+
+@triton.jit
+def find_layer(table, first, last, token):
+    """The row, from first to last - 1, of the layer that a token is in: the last whose first token is not behind it."""
+    while last - first > 1:
+        middle = (first + last) // 2
+        before = tl.load(table + middle * COLUMNS + 7) <= token
+        first = tl.where(before, middle, first)
+        last = tl.where(before, last, middle)
+    return first
+
+
+@triton.jit
+def permuted(permutations, place, i, mask):
+    """Entry i of the vector at ``place`` in a row of permutations, or i itself where there is none."""
+    index = tl.load(permutations + place + i, mask=mask & (place >= 0), other=0)
+    return tl.where(place >= 0, index.to(tl.int64), i)

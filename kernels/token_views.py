@@ -1,0 +1,129 @@
+"""Triton kernel of fastws::token_views."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastws.kernels.philox import philox
+from fastws.kernels.table import COLUMNS, find_layer, permuted
+
+
+@triton.jit
+def normals(seed, offset, index):
+    """One standard normal per entry, by Box and Muller's method: fastws/philox.py has the formula."""
+    word0, word1, word2, word3 = philox(seed, offset, index // 4)
+    lane = index % 4
+    word_radius = tl.where(lane < 2, word0, word2)
+    word_angle = tl.where(lane < 2, word1, word3)
+    radius = tl.sqrt(-2.0 * tl.log(1.0 - (word_radius >> 8).to(tl.float32) * 5.9604644775390625e-08))
+    angle = (word_angle >> 8).to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
+    return radius * tl.where(lane % 2 == 0, tl.cos(angle), tl.sin(angle))
+
+
+@triton.jit(do_not_specialize=["noise", "erase_threshold", "seed", "offset"])
+def _token_views_kernel(
+    weights,
+    table,
+    base,
+    layers,
+    start,
+    permutations,
+    scale,
+    shift,
+    values,
+    lengths,
+    positions,
+    indices,
+    token_size,
+    window,
+    noise,
+    erase_threshold,
+    seed,
+    offset,
+    BLOCK: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NOISE: tl.constexpr,
+    ERASE: tl.constexpr,
+):
+    """values[b, w, e], the formula of fastws/ops/token_views.py.
+
+    One program per token of a view; BLOCK >= token_size.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    b, w = program // window, program % window
+    token = tl.load(start + b) + w
+    first_layer, last_layer = tl.load(layers + 2 * b), tl.load(layers + 2 * b + 1)
+    l = find_layer(table, first_layer, last_layer, token)  # noqa: E741
+    layer = table + l * COLUMNS
+    weight, bias, rows, length = tl.load(layer), tl.load(layer + 1), tl.load(layer + 2), tl.load(layer + 3)
+    block, period = tl.load(layer + 4), tl.load(layer + 4) * tl.load(layer + 5)
+    chunks, first_token = tl.load(layer + 6), tl.load(layer + 7)
+    row, chunk = (token - first_token) // chunks, (token - first_token) % chunks
+    inside = row < rows  # else the sequence is over
+    row = tl.where(inside, row, 0)
+    e = tl.arange(0, BLOCK)
+    f = (chunk * token_size).to(tl.int32) + e  # rows are short: 32 bits, in which division is several times faster
+    block, period = block.to(tl.int32), period.to(tl.int32)
+    valid = inside & (e < token_size) & (f < length + (bias >= 0))
+    unit, weight_row, bias_row = f % period // block, row, row
+    if PERMUTE:
+        vectors = permutations + b * indices
+        unit = permuted(vectors, tl.load(layer + 9), unit, valid & (f < length)).to(tl.int32)
+        weight_row = permuted(vectors, tl.load(layer + 8), row, inside)
+        bias_row = permuted(vectors, tl.load(layer + 10), row, inside)
+    source = weight + weight_row * length + f // period * period + unit * block + f % block
+    source = tl.load(base + b) + tl.where(f < length, source, bias + bias_row)
+    x = tl.load(weights + source, mask=valid, other=0.0)
+    x = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    if SCALE:
+        x = x * tl.load(scale + l)
+    if SHIFT:
+        x = x + tl.load(shift + l)
+    entry = program * token_size + e
+    if NOISE:
+        x = x * (1.0 + noise * normals(seed.to(tl.int64), 2 * offset.to(tl.int64), entry))
+    if ERASE:
+        word0, word1, word2, word3 = philox(seed.to(tl.int64), 2 * offset.to(tl.int64) + 1, entry // 4)
+        lane = entry % 4
+        word = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+        x = tl.where(word.to(tl.int64) < erase_threshold, 0.0, x)
+    x = tl.where(valid, x, 0.0)
+    tl.store(values + entry, x.to(values.dtype.element_ty), mask=e < token_size)
+    count = tl.minimum(tl.maximum(length + (bias >= 0) - chunk * token_size, 0), token_size)
+    tl.store(lengths + program, tl.where(inside, count, 0).to(tl.int32))
+    tl.store(positions + 3 * program, tl.where(inside, token, 0).to(tl.int32))
+    tl.store(positions + 3 * program + 1, tl.where(inside, l - first_layer, 0).to(tl.int32))
+    tl.store(positions + 3 * program + 2, row.to(tl.int32))
+
+
+def token_views(
+    weights: Tensor,
+    table: Tensor,
+    base: Tensor,
+    layers: Tensor,
+    start: Tensor,
+    permutations: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    token_size: int,
+    window: int,
+    noise: float,
+    erase_threshold: int,
+    seed: int,
+    offset: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = len(start)
+    values = weights.new_empty(batch, window, token_size, dtype=dtype)
+    lengths = start.new_empty(batch, window, dtype=torch.int32)
+    positions = start.new_empty(batch, window, 3, dtype=torch.int32)
+    if lengths.numel() > 0:
+        tensors = [x.contiguous() for x in (weights, table, base, layers, start, permutations, scale, shift)]
+        sizes = permutations.shape[1], token_size, window, float(noise), erase_threshold, seed, offset
+        block = triton.next_power_of_2(token_size)
+        switches = permutations.shape[1] > 0, len(scale) > 0, len(shift) > 0, noise > 0, erase_threshold > 0
+        _token_views_kernel[(batch * window,)](*tensors, values, lengths, positions, *sizes, block, *switches)
+    return values, lengths, positions

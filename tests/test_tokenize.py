@@ -1,0 +1,129 @@
+import pytest
+import torch
+from checkpoints import checkpoints, small_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastws
+from fastws.ops.tokenize import detokenize_reference, tokenize_reference
+from fastws.testing import devices, implementations
+
+CASES = [  # dtype, token size, batch: tokens shorter than rows, whole rows with bias, longer than rows
+    (torch.float32, 17, 3),
+    (torch.float32, 1, 1),
+    (torch.float32, 64, 0),
+    (torch.float64, 28, 2),
+    (torch.float16, 64, 1),
+    (torch.bfloat16, 4, 1),
+]
+
+
+def example(token_size, batch=3, dtype=torch.float32, device="cpu", norm="keep"):
+    layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size, norm)
+    rng = torch.Generator().manual_seed(0)
+    flat = torch.randn(batch, 2 * layout.num_weights, generator=rng).to(device, dtype)[:, ::2]  # not contiguous
+    return flat, layout.table.to(device), layout
+
+
+@pytest.mark.parametrize("name, function, device", implementations("tokenize"))
+@pytest.mark.parametrize("dtype, token_size, batch", CASES)
+def test_tokenize_is_the_reference(name, function, device, dtype, token_size, batch):
+    flat, table, layout = example(token_size, batch, dtype, device)
+    actual = function(flat, table, token_size, layout.num_tokens)
+    expected = tokenize_reference(flat, table, token_size, layout.num_tokens)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, function, device", implementations("detokenize"))
+@pytest.mark.parametrize("dtype, token_size, batch", CASES)
+@pytest.mark.parametrize("norm", ["keep", "skip"])  # skip leaves weights that no token holds
+def test_detokenize_is_the_reference(name, function, device, dtype, token_size, batch, norm):
+    _, table, layout = example(token_size, device=device, norm=norm)
+    tokens = torch.randn(batch, layout.num_tokens, token_size).to(device, dtype)  # padding is not zero
+    expected = detokenize_reference(tokens, table, layout.num_weights)
+    torch.testing.assert_close(function(tokens, table, layout.num_weights), expected, rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(state=checkpoints(), token_size=st.integers(1, 40), norm=st.sampled_from(["keep", "skip"]))
+def test_tokenize_is_the_definition(state, token_size, norm):
+    """Rows with their bias, padded at the end, cut into chunks: specs of SANE, entry by entry."""
+    layout = fastws.Layout.from_checkpoint(state, token_size, norm)
+    flat = layout.flatten(state)
+    tokens, lengths, positions = layout.tokenize(flat)
+    n = 0
+    for layer, (name, bias) in enumerate(layout.layers):
+        weight = state[name].reshape(state[name].shape[0], -1)
+        rows = torch.cat([weight, state[bias][:, None]], 1) if bias else weight
+        for row in range(len(rows)):
+            for begin in range(0, rows.shape[1], token_size):
+                chunk = rows[row, begin : begin + token_size]
+                assert lengths[n] == len(chunk) and positions[n].tolist() == [n, layer, row]
+                assert torch.equal(tokens[n, : len(chunk)], chunk) and not tokens[n, len(chunk) :].any()
+                n += 1
+    assert n == layout.num_tokens == len(tokens)
+    assert torch.equal(layout.mask.sum(1).int(), lengths)
+    assert torch.equal(layout.detokenize(tokens, like=flat), flat)
+
+
+def test_tokenize_by_hand():
+    state = {"a.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), "a.bias": torch.tensor([7.0, 8.0])}
+    layout = fastws.Layout.from_checkpoint(state, token_size=3)
+    tokens = fastws.tokenize(layout.flatten(state)[None], layout.table, 3)
+    assert tokens.tolist() == [[[1, 2, 3], [7, 0, 0], [4, 5, 6], [8, 0, 0]]]
+
+
+def test_tokenize_does_not_depend_on_the_threads():
+    flat, table, layout = example(17, batch=50)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(torch.ops.fastws.tokenize(flat, table, 17, layout.num_tokens))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("device", devices())
+def test_tokenize_gradients(device):
+    flat, table, layout = example(17, 2, torch.float64, device, norm="skip")
+    tokens = fastws.tokenize(flat, table, 17)
+    assert torch.autograd.gradcheck(lambda x: fastws.tokenize(x, table, 17), flat.clone().requires_grad_())
+    inverse = lambda x: fastws.detokenize(x, table, layout.num_weights)  # noqa: E731
+    assert torch.autograd.gradcheck(inverse, tokens.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(inverse, tokens.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("device", devices())
+def test_tokenize_opcheck(device):
+    flat, table, layout = example(17, device=device)
+    tokens = fastws.tokenize(flat, table, 17)
+    torch.library.opcheck(torch.ops.fastws.tokenize.default, (flat.requires_grad_(), table, 17, layout.num_tokens))
+    args = tokens.requires_grad_(), table, layout.num_weights
+    torch.library.opcheck(torch.ops.fastws.detokenize.default, args)
+
+
+def test_tokenize_compiles():
+    flat, table, layout = example(17)
+
+    def there_and_back(flat):
+        tokens = fastws.tokenize(flat, table, 17, layout.num_tokens)
+        return fastws.detokenize(2 * tokens, table, layout.num_weights)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")  # needs no compiler
+    assert torch.equal(compiled(flat), there_and_back(flat))
+
+
+def test_tokenize_names_the_wrong_argument():
+    flat, table, _ = example(17)
+    with pytest.raises(ValueError, match=r"tokenize: flat must be \[B, P\] floating point, got \[4\] torch.float32"):
+        fastws.tokenize(torch.zeros(4), table, 17)
+    with pytest.raises(ValueError, match=r"tokenize: flat must be .* floating point, got .* torch.int64"):
+        fastws.tokenize(flat.long(), table, 17)
+    with pytest.raises(ValueError, match="tokenize: table must be .* int64 on cpu, got .* torch.int32"):
+        fastws.tokenize(flat, table.int(), 17)
+    for token_size in (0, -3):
+        with pytest.raises(ValueError, match=f"tokenize: token_size must be at least 1, got {token_size}"):
+            fastws.tokenize(flat, table, token_size)
+    with pytest.raises(ValueError, match=r"detokenize: tokens must be \[B, N, T\]"):
+        fastws.detokenize(flat, table, 3)
