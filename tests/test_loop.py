@@ -202,6 +202,26 @@ def test_compiled_run_has_the_same_names(tmp_path, monkeypatch, reference):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_scalars_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    class Writer:
+        written = []
+
+        def __init__(self, folder, purge_step):
+            self.written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            self.written.append((name, value, step))
+
+        def close(self):
+            self.written.append("closed")
+
+    monkeypatch.setattr(files, "SummaryWriter", Writer)
+    train(replace(CONFIG, out=str(tmp_path), steps=2))
+    losses_written = [(step, value) for name, value, step in Writer.written[1:-1] if name == "train/loss"]
+    assert Writer.written[0] == (str(tmp_path), 1) and Writer.written[-1] == "closed"
+    assert losses_written == curve(tmp_path)
+
+
 # --- bad input
 
 
@@ -209,6 +229,16 @@ def test_wrong_config_is_refused(reference):
     config = replace(CONFIG, out=reference, lr=2e-2)
     with pytest.raises(ValueError, match=r"train: lr must be 0.01 to resume .*, got 0.02; or give another out"):
         train(config)
+
+
+def test_other_data_is_refused(reference):
+    model = build()
+    arguments = {"batch": partial(draw, CONFIG), "loss": losses, "extra": {"sizes": (5, 16, 2)}}
+    config = replace(CONFIG, out=reference)
+    with pytest.raises(
+        ValueError, match="train: sizes must be what it was to resume .*, got another; give another out"
+    ):
+        loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from small_zoo import make_small_zoo
 
 import fastws
+from fastws.testing import devices
 from fastws.train import processes, sane
 
 GOLDEN = Path(__file__).parent / "golden/sane.txt"
@@ -100,6 +101,24 @@ def test_two_processes_equal_one(ten_steps, tmp_path):
         assert read_losses(tmp_path, split) == pytest.approx(read_losses(ten_steps, split), rel=1e-5)
     # Adam divides by the root of tiny second moments, which magnifies rounding
     torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_bf16_trains_everywhere(zoo, tmp_path, device):
+    config = replace(CONFIG, out=str(tmp_path), device=device, precision="bf16", clip=1.0)
+    sane.train(config, zoo, torch.device(device))
+    exact = [float(line) for line in GOLDEN.read_text().split()]
+    assert read_losses(tmp_path) == pytest.approx(exact, rel=0.1)
+    assert {weight.dtype for weight in load_weights(tmp_path).values()} == {torch.float32}
+
+
+def test_command_can_be_repeated(zoo, tmp_path, capsys):
+    config = replace(CONFIG, zoo=str(zoo.path), out=str(tmp_path), steps=2)
+    sane.run(config)
+    first = capsys.readouterr().out
+    assert "val/r2" in first and f"model and log: {tmp_path}/checkpoint.pt, {tmp_path}/log.jsonl" in first
+    sane.run(config)
+    assert "all 2 steps were done before" in capsys.readouterr().out
 
 
 # --- windows

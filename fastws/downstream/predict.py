@@ -35,6 +35,7 @@ PENALTIES = (
     3e-5,
     1e-5,
 )  # as published
+SORTED_AT_ONCE = 2**24  # weights
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 Splits = Mapping[str, Tensor]
 
@@ -116,7 +117,7 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     if config.statistics:
         parts = [
             layer_statistics(zoo.rows(rows), layout, padded=config.padded is not None)
-            for rows in torch.arange(len(zoo)).split(32)
+            for rows in torch.arange(len(zoo)).split(max(1, SORTED_AT_ONCE // layout.num_weights))
         ]
         features["statistics"] = torch.cat(parts)
     if config.weights:
@@ -234,7 +235,8 @@ def fit_probe(decomposition: Decomposition, projected: Splits, targets: Splits) 
     predictions = {split: x @ weights for split, x in projected.items()}
     scores = {split: r_squared(predictions[split], targets[split]) for split in targets}
     chosen = scores["val"] if len(targets["val"]) else scores["train"]
-    best = int(chosen.nan_to_num(-torch.inf).argmax())  # the largest penalty of equals
+    chosen = chosen.nan_to_num(-torch.inf)
+    best = int((chosen == chosen.max()).nonzero()[0])  # the largest penalty of equals
     tau = kendalltau(targets["test"].numpy(), predictions["test"][:, best].numpy()).statistic
     numbers = [float(scores[split][best]) for split in ("train", "val", "test")]
     return Probe(PENALTIES[best], *numbers, float(tau))

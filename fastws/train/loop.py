@@ -74,16 +74,17 @@ def train(
         batch: Draws the share of this process in the batch of a step, from the seed and the step alone.
         loss: Computes scalars, ``"loss"`` among them, from the model and a batch.
         evaluate: Computes scalars from the model in evaluation mode.
-        extra: Tensors and plain containers that are saved with the model, for those who use it.
+        extra: Tensors and plain containers that are saved with the model, for those who use it. A run is resumed
+            only if the plain ones are what they were.
 
     Raises:
         SystemExit: If SIGINT or SIGTERM asked to stop; the run can be resumed.
-        ValueError: If ``out`` holds a run with another config, or a damaged checkpoint.
+        ValueError: If ``out`` holds a run with another config or other data, or a damaged checkpoint.
         OSError: If ``out`` cannot be written, or the disk is full.
         FloatingPointError: If the loss is not finite.
     """
     folder, device = files.make_folder(config.out), next(model.parameters()).device
-    done = restore(folder, config, model, optimizer)
+    done = restore(folder, config, extra or {}, model, optimizer)
     processes.require_equal("step to resume from", done, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
     if config.compile:
@@ -158,7 +159,9 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def restore(folder: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    folder: Path, config: Config, extra: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Loads the checkpoint of a run, if there is one; returns the number of steps done."""
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -168,6 +171,9 @@ def restore(folder: Path, config: Config, model: nn.Module, optimizer: torch.opt
         before = state["config"].get(name)
         if name not in FREE and value != before:
             raise ValueError(f"train: {name} must be {before!r} to resume {folder}, got {value!r}; or give another out")
+    for name, value in extra.items():
+        if not isinstance(value, Tensor) and value != state["extra"].get(name):
+            raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -191,7 +197,7 @@ class Recorder:
     def write(self, split: str, metrics: Metrics) -> None:
         """Averages metrics over all processes and writes them down; the only place that waits for the device."""
         values = {f"{split}/{name}": value for name, value in processes.average(metrics).items()}
-        loss = values[f"{split}/loss"]
+        loss = values.get(f"{split}/loss", 0.0)
         if not isfinite(loss):
             raise FloatingPointError(
                 f"train: loss must be finite, got {loss} in step {self.done}; lower lr or set clip"
