@@ -27,10 +27,11 @@ def unordered(axis: Axis, sizes: list[int]) -> set[int]:
     for family, member, length in runs(axis):
         found[family].append((member, length))
     bad = set()
+    found.pop(-1, None)
     for family, units in found.items():
         size = sizes[family]
         whole = [(i % size, units[i // size * size][1]) for i in range(len(units))]
-        if family >= 0 and (units != whole or len(units) % size):
+        if units != whole or len(units) % size:
             bad.add(family)
     return bad
 
@@ -67,6 +68,30 @@ def segments_of(axis: Axis, numbers: Mapping[int, int]) -> Segments | None:
             segments.append([None, length, 1] if group is None else [group, 1, length])
         last = member
     return tuple(map(tuple, segments)) if any(group is not None for group, _, _ in segments) else None
+
+
+def arrange(
+    axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], notes: list[str]
+) -> tuple[tuple[int, ...], dict[str, tuple[Segments | None, ...]]]:
+    """Sizes of the groups, and the segments of every axis; what must stay for the sake of tables goes to ``notes``."""
+    dropped = unstorable(axes, sizes, notes)
+    kept = [family for family in range(len(sizes)) if family not in dropped]
+    numbers = {family: group for group, family in enumerate(kept)}
+    segments = {name: tuple(segments_of(axis, numbers) for axis in found) for name, found in axes.items()}
+    return tuple(sizes[family] for family in kept), segments
+
+
+def group_names(axes: Mapping[str, tuple[Segments | None, ...]], count: int) -> tuple[str, ...]:
+    """The first weight whose rows a group moves, else the first tensor that it moves."""
+    rows: dict[int, str] = {}
+    any_axis: dict[int, str] = {}
+    for name, found in axes.items():
+        for axis, segments in enumerate(found):
+            for group, _, _ in segments or ():
+                any_axis.setdefault(group, name)
+                if axis == 0 and len(found) > 1:
+                    rows.setdefault(group, name)
+    return tuple(rows.get(group, any_axis.get(group, "")) for group in range(count))
 
 
 def unit_size(segments: Segments) -> int:

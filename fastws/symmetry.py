@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastws.layout import Layout
 from fastws.roles import storage_key
-from fastws.segments import Composites, Segments, plan, segments_of, unit_size, unstorable
+from fastws.segments import Composites, Segments, arrange, group_names, plan, unit_size
 from fastws.trace import tensors_in, trace
 from fastws.trace_rules import RULES
 
@@ -77,18 +77,9 @@ class Symmetry:
         tied = {name: first.setdefault(storage_key(name, tensor), name) for name, tensor in state.items()}
         aliases = {name: tied_to for name, tied_to in tied.items() if tied_to != name}
         notes = [f"{name} axis {axis} stays: {note}" for (name, axis), note in traced.notes.items()]
-        dropped = unstorable(traced.axes, traced.sizes, notes)
-        numbers = {family: g for g, family in enumerate(f for f in range(len(traced.sizes)) if f not in dropped)}
-        axes = {n: tuple(segments_of(axis, numbers) for axis in found) for n, found in traced.axes.items()}
-        sizes = tuple(traced.sizes[family] for family in numbers)
+        sizes, axes = arrange(traced.axes, traced.sizes, notes)
         symmetry = cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, notes)
-        error = symmetry.verify(module, inputs)
-        if not error < TOLERANCE:
-            bad = next((g for g in range(len(sizes)) if symmetry.verify(module, inputs, 1, only=g) >= TOLERANCE), None)
-            which = "all groups together" if bad is None else f"group {bad}, {symmetry.names[bad]}"
-            raise ValueError(
-                f"symmetry: permutations must leave the outputs, got relative error {error:.1e} from {which}"
-            )
+        symmetry.check(module, inputs)
         return symmetry
 
     # --- rows of permutations
@@ -161,7 +152,7 @@ class Symmetry:
             got = f"{list(flat.shape)} {flat.dtype}"
             raise ValueError(f"symmetry: flat must be [{length}] or [B, {length}] floating point, got {got}")
         rows = self.expand(permutations)
-        counts = {len(x) for x in (flat, rows) if x.dim() == 2} or {1}
+        counts = {len(x) for x in (flat, rows) if x.dim() == 2} - {1} or {1}
         if rows.dim() > 2 or rows.device != flat.device or len(counts) > 1:
             got = f"{list(rows.shape)} on {rows.device} for flat {list(flat.shape)}"
             raise ValueError(f"symmetry: permutations must be [S] or [B, S] on {flat.device}, got {got}")
@@ -240,17 +231,22 @@ class Symmetry:
             randomise(module, seed)
             state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
             expected = outputs(module, inputs)
-            for row in self.random(trials, seed):
-                if only is not None:
-                    (still,) = self.identity()
-                    first, end = self.starts[only : only + 2]
-                    still[first:end] = row[first:end]
-                    row = still
-                module.load_state_dict(self.permute_state(state, self.expand(row[: self.starts[-1]])))
+            for row in self._trials(trials, seed, only):
+                module.load_state_dict(self.permute_state(state, row))
                 for exact, actual in zip(expected, outputs(module, inputs), strict=True):
                     scale = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
                     error = max(error, float((actual - exact).abs().max() / scale))
         return error
+
+    def _trials(self, trials: int, seed: int, only: int | None) -> Tensor:
+        """Random permutations that move something in every group, or in one."""
+        rows, identity = self.random(trials, seed)[:, : self.starts[-1]], self.identity()
+        for group, (first, size) in enumerate(zip(self.starts, self.sizes, strict=False)):
+            here, still = rows[:, first : first + size], identity[:, first : first + size]
+            here[(here == still).all(1)] = still.roll(1, 1)
+            if only not in (None, group):
+                here[:] = still
+        return self.expand(rows)
 
     def check(self, module: nn.Module, inputs: Tensor | tuple) -> None:
         """Raises a ValueError that names the error and a guilty group if permutations change the outputs."""
@@ -330,25 +326,13 @@ class Symmetry:
         return self._devices[device]
 
 
-def group_names(axes: Mapping[str, tuple[Segments | None, ...]], count: int) -> tuple[str, ...]:
-    """The first weight whose rows a group moves, else the first tensor that it moves."""
-    rows: dict[int, str] = {}
-    any_axis: dict[int, str] = {}
-    for name, found in axes.items():
-        for axis, segments in enumerate(found):
-            for group, _, _ in segments or ():
-                any_axis.setdefault(group, name)
-                if axis == 0 and len(found) > 1:
-                    rows.setdefault(group, name)
-    return tuple(rows.get(group, any_axis.get(group, "")) for group in range(count))
-
-
 def randomise(module: nn.Module, seed: int) -> None:
     """Random weights that keep activations of order 1: scales and variances in [0.5, 1.5], matrices by fan-in."""
     generator = torch.Generator().manual_seed(seed)
+    kept = module.state_dict().keys()  # buffers beside it are constants: masks, frequencies
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         last = name.rpartition(".")[2]
-        if not tensor.is_floating_point() or tensor.dim() == 0 or name not in module.state_dict():
+        if not tensor.is_floating_point() or tensor.dim() == 0 or name not in kept:
             continue
         if last == "running_var" or (last == "weight" and tensor.dim() == 1):
             values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5

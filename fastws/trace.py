@@ -7,8 +7,8 @@ units must be the same: a sum unites the units of its operands entry by entry, a
 it sums over. Operations that only move entries (views, slices, transposes) are applied to the fields themselves. What
 mixes the axes that a field varies over keeps the outermost of them, so of the axes (heads, width of a head) the heads.
 
-In the end two units may change places if they occur equally often in every field of every tensor; then the first entry
-of the one goes to the first of the other, the second to the second, and so on. Unit 0 never moves.
+In the end two units may change places if they occur equally often in every field of every tensor: the first entry of
+the one goes to where the first of the other was, the second to the second, and so on. Unit 0 never moves.
 
 Operations are watched as they run rather than in an exported graph: they are the same, and modules that cannot be
 exported can be traced.
@@ -152,6 +152,10 @@ class Tracer(TorchDispatchMode):
         self.seen: dict[int, Tensor] = {}  # by id, every field that some tensor has
         self.used: set[int] = set()  # ids of tensors that some operation reads
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default imports the compiler of torch, which takes seconds
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         rule = self.rules.get(base_name(function))
@@ -190,11 +194,14 @@ class Tracer(TorchDispatchMode):
         return sorted(self.simplify(fields), key=lambda field: moving(field)[0])
 
     def simplify(self, fields: Fields) -> Fields:
+        """Fields without the axes along which they name one unit; they keep the names that they had at first."""
         simple = []
-        for field in map(self.units.find, fields):
+        for field in fields:
+            units = self.units.find(field)
             for axis in moving(field):
-                first = field.narrow(axis, 0, 1)
-                field = first if field.stride(axis) == 0 or (field == first).all() else field
+                first = units.narrow(axis, 0, 1)
+                if units.stride(axis) == 0 or (units == first).all():
+                    units, field = first, field.narrow(axis, 0, 1)
             if moving(field):
                 simple.append(field)
         return simple
@@ -271,15 +278,29 @@ def not_understood(tracer: Tracer, call: Call) -> list[Fields]:
 
 
 def families(tracer: Tracer) -> Tensor:
-    """For every unit the number of its family: the units that occur as often as it does in every field, int64."""
-    family = torch.zeros_like(tracer.units.parent)
-    count = 1
-    for field in tracer.seen.values():
-        units, occurrences = tracer.units.find(field).unique(return_counts=True)
-        pairs, refined = torch.stack([family[units], occurrences]).unique(dim=1, return_inverse=True)
-        family[units] = refined + count
-        count += pairs.shape[1]
-    return family
+    """For every unit, int64, the number of its family: units that lie alike in every field.
+
+    A unit that was united with others has several names. Where it occurs more than once, the order of its names must
+    agree with its family from field to field, or whatever moved them apart would notice a change of places.
+    """
+    units = tracer.units.find(torch.arange(len(tracer.units.parent)))
+    places = torch.zeros_like(units)  # of each name: a hash of where it was seen
+    for number, field in enumerate(tracer.seen.values()):
+        names = field.flatten()
+        order = units[names].argsort(stable=True)
+        sorted_units = units[names[order]]
+        first = torch.searchsorted(sorted_units, sorted_units)
+        occurrence = torch.arange(len(names)) - first
+        places.scatter_add_(0, names[order], mix(mix(torch.tensor(number)) + occurrence))
+    together = torch.zeros_like(units).scatter_add_(0, units, mix(places))
+    return together.unique(return_inverse=True)[1][units]
+
+
+def mix(x: Tensor) -> Tensor:
+    """A hash of int64 numbers (SplitMix64, Steele et al. 2014, with shifts that keep the sign)."""
+    x = (x + 0x1E3779B97F4A7C15) * 0x3F58476D1CE4E5B9
+    x = (x ^ (x >> 30)) * 0x14D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[str, tuple[int, ...]]) -> Traced:

@@ -76,7 +76,7 @@ def index(tracer: Tracer, call: Call) -> list[Fields]:
             width = by.dim() if by is not None and by.dtype == torch.bool else 1
             axes += range(axis, axis + width) if by is not None else []
             axis += width
-    return moved(tracer, call, tracer.without(tracer.fields(call.x), axes))
+    return moved(tracer, call, tracer.without(tracer.fields(call.x), axes, f"{call.function} picks entries of it"))
 
 
 def embedding(tracer: Tracer, call: Call) -> list[Fields]:
