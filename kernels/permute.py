@@ -22,6 +22,7 @@ def _permute_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num_weights
+    i = tl.minimum(i, num_weights - 1)
     # the tensor that each weight is in; a block may hold several
     first, last = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + num_layers
     size = num_layers
@@ -35,8 +36,8 @@ def _permute_kernel(
     block, period = tl.load(layer + 4), tl.load(layer + 4) * tl.load(layer + 5)
     row, f = (i - offset) // length, (i - offset) % length
     vectors = permutations + b * indices
-    row = permuted(vectors, tl.load(layer + 8), row, inside)
-    unit = permuted(vectors, tl.load(layer + 9), f % period // block, inside)
+    row = permuted(vectors, tl.load(layer + 8), row)
+    unit = permuted(vectors, tl.load(layer + 9), f % period // block)
     source = offset + row * length + f // period * period + unit * block + f % block
     if INVERSE:
         # no atomics: a permutation meets each weight once
@@ -65,7 +66,7 @@ def _random_permutations_kernel(starts, permutations, total, groups, seed, offse
         tl.debug_barrier()
         tl.store(entries + i, other)
         tl.debug_barrier()
-        tl.store(entries + j, tl.zeros([], tl.int32) + i.to(tl.int32))
+        tl.store(entries + j, i)
         tl.debug_barrier()
 
 

@@ -18,7 +18,8 @@ def find_layer(table, first, last, token):
 
 
 @triton.jit
-def permuted(permutations, place, i, mask):
+def permuted(permutations, place, i):
     """Entry i of the vector at ``place`` in a row of permutations, or i itself where there is none."""
-    index = tl.load(permutations + place + i, mask=mask & (place >= 0), other=0)
-    return tl.where(place >= 0, index.to(tl.int64), i)
+    index = tl.where(place >= 0, place + i, -1)
+    entry = tl.load(permutations + index, mask=index >= 0, other=0)
+    return tl.where(place >= 0, entry.to(tl.int64), i)

@@ -67,13 +67,14 @@ def _token_views_kernel(
     e = tl.arange(0, BLOCK)
     f = (chunk * token_size).to(tl.int32) + e  # rows are short: 32 bits, in which division is several times faster
     block, period = block.to(tl.int32), period.to(tl.int32)
-    valid = inside & (e < token_size) & (f < length + (bias >= 0))
+    count = tl.where(inside, length + (bias >= 0), 0)  # entries of the whole row
+    valid = (e < token_size) & (f < count)
     unit, weight_row, bias_row = f % period // block, row, row
     if PERMUTE:
         vectors = permutations + b * indices
-        unit = permuted(vectors, tl.load(layer + 9), unit, valid & (f < length)).to(tl.int32)
-        weight_row = permuted(vectors, tl.load(layer + 8), row, inside)
-        bias_row = permuted(vectors, tl.load(layer + 10), row, inside)
+        unit = permuted(vectors, tl.load(layer + 9), unit).to(tl.int32)
+        weight_row = permuted(vectors, tl.load(layer + 8), row)
+        bias_row = permuted(vectors, tl.load(layer + 10), row)
     source = weight + weight_row * length + f // period * period + unit * block + f % block
     source = tl.load(base + b) + tl.where(f < length, source, bias + bias_row)
     x = tl.load(weights + source, mask=valid, other=0.0)
@@ -92,8 +93,7 @@ def _token_views_kernel(
         x = tl.where(word.to(tl.int64) < erase_threshold, 0.0, x)
     x = tl.where(valid, x, 0.0)
     tl.store(values + entry, x.to(values.dtype.element_ty), mask=e < token_size)
-    count = tl.minimum(tl.maximum(length + (bias >= 0) - chunk * token_size, 0), token_size)
-    tl.store(lengths + program, tl.where(inside, count, 0).to(tl.int32))
+    tl.store(lengths + program, tl.minimum(tl.maximum(count - chunk * token_size, 0), token_size).to(tl.int32))
     tl.store(positions + 3 * program, tl.where(inside, token, 0).to(tl.int32))
     tl.store(positions + 3 * program + 1, tl.where(inside, l - first_layer, 0).to(tl.int32))
     tl.store(positions + 3 * program + 2, row.to(tl.int32))

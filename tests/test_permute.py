@@ -73,18 +73,20 @@ def test_permute_opcheck(device):
 
 
 def test_permute_compiles_once_for_all_offsets():
-    flat, table, _ = example()
-    starts = torch.tensor([0, 4, 8, 14, 20])
+    layout = fastws.Layout.from_checkpoint(small_checkpoint())
+    table, _, sizes = permuted_tables(layout, torch.Generator().manual_seed(1))
+    flat, starts = torch.randn(3, layout.num_weights), torch.tensor([0, *torch.tensor(sizes).cumsum(0)])
 
     def augment(flat, offset):
-        return fastws.permute(flat, table, torch.ops.fastws.random_permutations(starts, 40, len(flat), 1, offset) % 3)
+        permutations = torch.ops.fastws.random_permutations(starts, sum(sizes), len(flat), 1, offset)
+        return fastws.permute(2 * flat, table, permutations)
 
     compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")  # needs no compiler
     for offset in range(2, 5):
-        compiled(flat, offset)
+        assert torch.equal(compiled(flat, offset), augment(flat, offset))
     with torch.compiler.set_stance("fail_on_recompile"):
         for offset in range(5, 9):
-            compiled(flat, offset)
+            assert torch.equal(compiled(flat, offset), augment(flat, offset))
 
 
 @pytest.mark.parametrize("name, function, device", implementations("random_permutations"))

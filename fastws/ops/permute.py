@@ -89,14 +89,15 @@ def random_permutations(
 def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:
     permuted = flat.clone(memory_format=torch.contiguous_format)
     for weight, _, rows, length, block, units, _, _, out, into, _ in table.tolist():
-        layer = flat[:, weight : weight + rows * length].reshape(len(flat), rows, -1, units, block)
+        shape = len(flat), rows, length // (units * block), units, block
+        layer = flat[:, weight : weight + rows * length].reshape(shape)
         for first, size, axis in [(out, rows, 1), (into, units, 3)]:
             if first >= 0:
                 vector = permutations[:, first : first + size].long()
                 vector = vector.argsort(1) if inverse else vector
                 index = vector.view([size if a == axis else len(flat) if a == 0 else 1 for a in range(5)])
-                layer = layer.gather(axis, index.expand_as(layer))
-        permuted[:, weight : weight + rows * length] = layer.reshape(len(flat), -1)
+                layer = layer.gather(axis, index.expand(shape))
+        permuted[:, weight : weight + rows * length] = layer.flatten(1)
     return permuted
 
 
