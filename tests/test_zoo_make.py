@@ -20,7 +20,7 @@ from fastws.zoo import Zoo
 from fastws.zoo.architectures import ACTIVATIONS, BIAS, INITS, build, initialize
 from fastws.zoo.make import MAY_CHANGE, Config, draw_recipes, make
 from fastws.zoo.stacked import evaluate, stacked_forward
-from fastws.zoo.training import Plan, Recipe, Stack, TrainingData, Wave
+from fastws.zoo.training import Plan, Recipe, Stack, TrainingData, Wave, fit_stack
 
 SHAPES = {
     "digits-cnn": (1, 8, 8),
@@ -249,6 +249,16 @@ def test_network_that_diverges_harms_nobody(tmp_path):
     assert [epochs.count(epoch) for epoch in range(3)] == [6, 6, 3] and decays.count(1e9) == 6
 
 
+def test_stacks_fit_the_cache():
+    for name, most in [("digits-cnn", 32), ("cnn-s", 8), ("mlp", 32)]:
+        stack = fit_stack(build(name, SHAPES[name]), SHAPES[name], 32, "cpu")
+        assert 1 <= stack <= most and (stack == 32 or name == "cnn-s")
+    plan = digits_plan(stack=3)
+    stacks = Wave(plan, [recipe(number, optimizer=("adam", "sgd")[number % 2]) for number in range(8)]).stacks
+    assert sorted(len(stack.members) for stack in stacks) == [2, 2, 2, 2]
+    assert sorted(int(member) for stack in stacks for member in stack.members) == [*range(8)]
+
+
 def test_good_recipes_learn_the_digits():
     recipes = [recipe(1), recipe(2, activation="gelu")]
     wave, data = Wave(digits_plan(), recipes), TrainingData.of(load("digits"), "cpu")
@@ -257,7 +267,8 @@ def test_good_recipes_learn_the_digits():
         for _ in range(11):
             properties = wave.advance(data, pool)
     assert properties["test_accuracy"].min() > 0.93
-    torch.testing.assert_close(properties["ggap"], properties["train_accuracy"] - properties["test_accuracy"])
+    gap = properties["train_accuracy"] - properties["test_accuracy"]
+    torch.testing.assert_close(properties["generalisation_gap"], gap)
 
 
 # --- recipes

@@ -20,9 +20,9 @@ from fastws.data.images import load
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 from fastws.version import __version__
-from fastws.zoo.architectures import Activation, Architecture, Init
+from fastws.zoo.architectures import Activation, Architecture, Init, build
 from fastws.zoo.format import MANIFEST, Zoo, read_manifest, remove, write_atomically
-from fastws.zoo.training import Optimizer, Plan, Recipe, TrainingData, Wave
+from fastws.zoo.training import Optimizer, Plan, Recipe, TrainingData, Wave, fit_stack
 from fastws.zoo.writer import ZooWriter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,14 +55,14 @@ class Config:
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored weights
     device: str = "cpu"  # or cuda
     threads: int = 0  # processor cores to use; 0: all
-    stack: int = 32  # networks per batched operation; a GPU wants hundreds
+    stack: int = 0  # networks per batched operation; 0: what suits the device
     wave: int = 1024  # networks that advance epoch by epoch together
 
     def __post_init__(self):
-        for name in ("networks", "batch_size", "stack", "wave"):
+        for name in ("networks", "batch_size", "wave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "threads", "seed"):
+        for name in ("epochs", "threads", "stack", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for field in fields(self):
@@ -99,12 +99,15 @@ def make(config: Config) -> Zoo:
     """
     path = Path(config.zoo)
     check_config(path, config)
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"zoo make: device must be cpu where no GPU is, got {config.device!r}")
     images = load(config.data, config.limit)
     if len(images.train_y) < config.batch_size:
         raise ValueError(f"batch_size must be at most {len(images.train_y)}, the images, got {config.batch_size}")
     shape = tuple(images.train_x.shape[1:])
-    plan = Plan(config.architecture, shape, images.num_classes, config.batch_size, config.stack)
-    network = plan.build()
+    network = build(config.architecture, shape, num_classes=images.num_classes)
+    stack = config.stack or fit_stack(network, shape, config.batch_size, config.device)
+    plan = Plan(config.architecture, shape, images.num_classes, config.batch_size, stack)
     symmetry = Symmetry.trace(network, torch.zeros(1, *shape))
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}
     layout = Layout.from_checkpoint(network)

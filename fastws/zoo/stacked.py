@@ -1,8 +1,8 @@
 """Many small networks of one architecture at once: their weights stacked to ``[G, P]``, one operation for all of them.
 
 Activations are ``[G, channels, height, width, B]`` with the batch last. So every copy of a convolution or a pooling
-moves runs of B numbers, a flatten is a view, and all arithmetic is a batched matrix product over the G networks. On a
-CPU this is several times faster than vmap, which turns a convolution into a grouped one.
+moves runs of B numbers, a flatten is a view, and all arithmetic is a batched matrix product over the G networks. For
+small images on a CPU this is several times faster than vmap, which turns a convolution into a grouped one.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ def stacked_forward(network: nn.Module, flat: Tensor, images: Tensor, drop: Drop
     Differentiable in ``flat``. Equal to ``network(images)`` with each network's weights, up to rounding.
 
     Args:
-        network: A ``Network`` of ``architectures``: ``module_list`` holds convolutions without padding, max-pooling,
-            elementwise activations, dropout, one flatten and dense layers. Its own weights are not used.
+        network: A ``Network`` of ``architectures``: ``module_list`` holds convolutions without padding, max-pooling
+            by 2, elementwise activations, dropout, one flatten and dense layers. Its own weights are not used.
         flat: Weights ``[G, P]`` in the order of ``network.parameters()``.
         images: ``[G, C, H, W, B]``, or ``[1, C, H, W, B]`` where all networks see the same images.
         drop: What stands for each dropout layer; none by default, which is evaluation.
@@ -42,8 +42,8 @@ def stacked_forward(network: nn.Module, flat: Tensor, images: Tensor, drop: Drop
         elif isinstance(layer, nn.Linear):
             weight, bias = next(pieces).unflatten(1, layer.weight.shape), next(pieces)
             x = multiply(weight, x, bias)
-        elif isinstance(layer, nn.MaxPool2d):
-            x = MaxPool.apply(x, layer.kernel_size)
+        elif isinstance(layer, nn.MaxPool2d) and layer.kernel_size == 2:
+            x = PairMax.apply(PairMax.apply(x, 3), 2)
         elif isinstance(layer, nn.Flatten):
             x = x.flatten(1, 3)
         elif isinstance(layer, nn.Dropout):
@@ -117,31 +117,26 @@ class Patches(torch.autograd.Function):
         return grad_x, None, None
 
 
-class MaxPool(torch.autograd.Function):
-    """Largest of each ``size x size`` block of ``[G, C, H, W, B]``; the first of equals gets the gradient."""
+class PairMax(torch.autograd.Function):
+    """The larger of each two neighbours along an axis, without an odd last; the first of equals gets the gradient."""
 
     @staticmethod
-    def forward(ctx, x, size):
-        largest = corner(x, 0, size).contiguous()
-        for place in range(1, size * size):
-            largest = torch.maximum(largest, corner(x, place, size))
-        ctx.size = size
-        ctx.save_for_backward(x, largest)
-        return largest
+    def forward(ctx, x, axis):
+        first, second = pairs(x, axis)
+        ctx.axis, ctx.shape = axis, x.shape
+        ctx.save_for_backward(first >= second)
+        return torch.maximum(first, second)
 
     @staticmethod
     def backward(ctx, grad):
-        x, largest = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
-        for place in range(ctx.size * ctx.size):
-            taken = torch.where(corner(x, place, ctx.size) == largest, grad, 0.0)
-            corner(grad_x, place, ctx.size).copy_(taken)
-            grad = grad - taken
+        (first_is_larger,) = ctx.saved_tensors
+        grad_x = grad.new_zeros(ctx.shape) if ctx.shape[ctx.axis] % 2 else grad.new_empty(ctx.shape)
+        first, second = pairs(grad_x, ctx.axis)
+        torch.where(first_is_larger, grad, grad.new_zeros(()), out=first)
+        torch.sub(grad, first, out=second)
         return grad_x, None
 
 
-def corner(x: Tensor, place: int, size: int) -> Tensor:
-    """One entry of every block: a view of ``x``."""
-    row, column = divmod(place, size)
-    height, width = x.shape[2] // size * size, x.shape[3] // size * size
-    return x[:, :, row:height:size, column:width:size]
+def pairs(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Every first and every second entry along an axis: views of ``x``."""
+    return x.narrow(axis, 0, x.shape[axis] // 2 * 2).unflatten(axis, (-1, 2)).unbind(axis + 1)

@@ -11,13 +11,13 @@ from typing import Literal, NamedTuple
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastws.data.images import Images
 from fastws.layout import Layout
 from fastws.zoo.architectures import Activation, Architecture, Init, Network, build, initialize
-from fastws.zoo.stacked import evaluate, stacked_forward
+from fastws.zoo.stacked import evaluate, layers_of, stacked_forward
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 ADAPTIVE = ("adam", "adamw")
@@ -142,6 +142,19 @@ class Stack:
         return torch.stack([*training, *evaluate(self.network, weights, data.test_x, data.test_y)])
 
 
+@torch.no_grad()
+def fit_stack(network: nn.Module, image_shape: Sequence[int], batch_size: int, device: str) -> int:
+    """How many networks to stack: a few fill a processor's cache, a thousand a GPU."""
+    budget, most = (2**23, 32) if device == "cpu" else (2**30, 1024)  # bytes of the largest operand, networks
+    x = torch.zeros(1, *image_shape)
+    largest = x.numel()
+    for layer in layers_of(network):
+        x = layer(x)
+        patches = layer.weight[0].numel() * x[0, 0].numel() if isinstance(layer, nn.Conv2d) else 0
+        largest = max(largest, x.numel(), patches)
+    return min(most, max(1, budget // (4 * batch_size * largest)))
+
+
 def make_stacks(plan: Plan, recipes: Sequence[Recipe]) -> list[Stack]:
     """Sorts networks by the operations that they run, and cuts each kind into stacks of equal size."""
     kinds = {}
@@ -172,9 +185,9 @@ class Wave:
 
     def load(self, data: TrainingData) -> None:
         """Hands the state over to the stacks, on the device of the data."""
+        state = self.state.to(data.train_x.device)
         for stack in self.stacks:
-            steps = max(self.epoch, 0) * (len(data.train_y) // stack.batch_size)
-            stack.load(self.state.to(data.train_x.device), steps)
+            stack.load(state, max(self.epoch, 0) * (len(data.train_y) // stack.batch_size))
 
     def advance(self, data: TrainingData, pool: Executor) -> dict[str, object]:
         """Trains one more epoch; returns the properties of all networks at its end, one column each."""
@@ -196,5 +209,5 @@ class Wave:
         names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
         measures = dict(zip(names, measured, strict=True))
         epochs = numpy.full(len(self.recipes), self.epoch, dtype=numpy.int32)
-        gap = {"ggap": measures["train_accuracy"] - measures["test_accuracy"]}
-        return {"model": columns.pop("model"), "epoch": epochs} | columns | measures | gap
+        measures["generalisation_gap"] = measures["train_accuracy"] - measures["test_accuracy"]
+        return {"model": columns.pop("model"), "epoch": epochs} | columns | measures
