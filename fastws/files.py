@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,9 @@ DTYPES = {  # safetensors name: dtype
 }
 MAX_HEADER = 100_000_000  # bytes, the limit of the format
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
+# what torch.load raises for a file that is not one of its own: it reads pickle codes until one makes no sense
+DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+DAMAGED += (AssertionError, struct.error)
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -142,8 +146,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except DAMAGED as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: file must load with weights_only=True, nothing else is run; got {first}") from error
     return unwrap(loaded, str(path))
 

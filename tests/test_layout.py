@@ -1,0 +1,297 @@
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import checkpoints, small_checkpoint
+from hypothesis import given, settings
+from safetensors.torch import save_file
+from torch import nn
+
+import fastws
+from fastws.layout import Layout
+from fastws.zoo.architectures import build
+
+
+def test_layout_of_a_module_has_exact_roles():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(), nn.Linear(32, 5))
+    roles = [(entry.name, entry.role) for entry in Layout.from_checkpoint(module).entries]
+    assert roles == [
+        ("0.weight", "weight"),
+        ("0.bias", "bias"),
+        ("1.weight", "norm weight"),
+        ("1.bias", "norm bias"),
+        ("1.running_mean", "norm statistic"),
+        ("1.running_var", "norm statistic"),
+        ("1.num_batches_tracked", "other"),
+        ("2.weight", "other"),
+        ("4.weight", "weight"),
+        ("4.bias", "bias"),
+    ]
+
+
+def test_layout_of_a_state_dict_infers_the_same_roles():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5), nn.LayerNorm(5))
+    assert Layout.from_checkpoint(module) == Layout.from_checkpoint(module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name, image, weights, tokens, size",
+    [("cnn-s", (1, 28, 28), 2464, 48, 201), ("cnn-l", (3, 32, 32), 10853, 93, 289)],
+)
+def test_layout_has_the_published_sizes(name, image, weights, tokens, size):  # specs of SANE, table of token sizes
+    layout = Layout.from_checkpoint(build(name, image))
+    assert (layout.num_weights, layout.num_tokens, layout.token_size) == (weights, tokens, size)
+    assert len(layout.layers) == 5 and layout.positions[-1].tolist()[:2] == [tokens - 1, 4]
+
+
+def test_layout_finds_the_longest_row_also_without_biases():
+    assert Layout.from_checkpoint({"conv.weight": torch.zeros(4, 64, 3, 3)}).token_size == 576
+
+
+@settings(max_examples=60, deadline=None)
+@given(state=checkpoints())
+def test_flatten_and_unflatten_restore_every_byte(state):
+    layout = Layout.from_checkpoint(state)
+    restored = layout.unflatten(layout.flatten(state), like=state)
+    assert list(restored) == list(state)
+    for name, tensor in state.items():
+        assert restored[name].dtype == tensor.dtype and torch.equal(restored[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "dtypes, flat_dtype",
+    [
+        ([torch.float16], torch.float16),
+        ([torch.bfloat16], torch.bfloat16),
+        ([torch.float16, torch.bfloat16], torch.float32),
+        ([torch.float32, torch.bfloat16], torch.float32),
+        ([torch.float64, torch.float16], torch.float64),
+        ([torch.float8_e4m3fn], torch.float32),
+    ],
+)
+def test_mixed_dtypes_come_back(dtypes, flat_dtype):
+    state = {f"{i}.weight": torch.randn(3, 4).to(dtype) for i, dtype in enumerate(dtypes)}
+    layout = Layout.from_checkpoint(state)
+    flat = layout.flatten(state)
+    assert flat.dtype == layout.dtype == flat_dtype
+    for name, tensor in layout.unflatten(flat).items():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor.float(), state[name].float())
+
+
+def test_a_flat_vector_of_another_dtype_keeps_it():
+    layout = Layout.from_checkpoint(small_checkpoint())
+    flat = layout.flatten(small_checkpoint()).bfloat16()
+    assert {tensor.dtype for tensor in layout.unflatten(flat).values()} == {torch.bfloat16, torch.int64}
+
+
+def test_strides_ties_and_batches():
+    linear = nn.Linear(4, 4)
+    tied = nn.ModuleDict({"a": linear, "b": linear, "c": nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)})
+    layout = Layout.from_checkpoint(tied)
+    assert layout.aliases == {"b.weight": "a.weight", "b.bias": "a.bias"}
+    flat = layout.flatten(tied)
+    assert len(flat) == layout.num_weights == 20 + 57
+    restored = layout.unflatten(flat)
+    tied.load_state_dict(restored)  # strict
+    assert torch.equal(restored["b.weight"], linear.weight)
+    batch = layout.unflatten(torch.stack([flat, 2 * flat]))
+    assert torch.equal(batch["c.weight"][1], 2 * tied["c"].weight)
+    assert torch.equal(layout.flatten({name: value[1] for name, value in batch.items()}), 2 * flat)
+
+
+def test_unflatten_gives_views_and_gradients_flow():
+    layout = Layout.from_checkpoint(small_checkpoint())
+    flat = layout.flatten(small_checkpoint()).requires_grad_()
+    state = layout.unflatten(flat)
+    assert state["fc.weight"].data_ptr() == flat[layout.entries[8].offset :].data_ptr()
+    state["fc.bias"].sum().backward()
+    assert flat.grad.sum() == 6
+
+
+def test_unflatten_without_like_is_loud_about_what_is_missing():
+    state = small_checkpoint() | {"index": torch.arange(3)}
+    layout = Layout.from_checkpoint(state)
+    restored = layout.unflatten(layout.flatten(state))
+    assert restored["bn.num_batches_tracked"] == 0 and "index" not in restored
+    assert torch.equal(layout.unflatten(layout.flatten(state), like=state)["index"], torch.arange(3))
+
+
+def test_detokenize_takes_the_rest_from_like():
+    state = small_checkpoint()
+    layout = Layout.from_checkpoint(state, token_size=16, norm="skip")
+    flat = layout.flatten(state)
+    tokens = layout.tokenize(flat).values
+    assert torch.equal(layout.detokenize(tokens, like=flat), flat)
+    assert not torch.equal(layout.detokenize(tokens), flat)
+
+
+def test_layout_compiles():
+    layout = Layout.from_checkpoint(small_checkpoint(), 16)
+    flat = layout.flatten(small_checkpoint())
+    layout.tokenize(flat)  # makes what is made on demand
+    compiled = torch.compile(lambda x: layout.tokenize(2 * x).values, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(flat), layout.tokenize(2 * flat).values)
+
+
+def test_layout_is_saved_and_loaded(tmp_path):
+    layout = Layout.from_checkpoint(small_checkpoint(), 16, "skip")
+    layout.save(tmp_path / "layout.json")
+    loaded = Layout.load(tmp_path / "layout.json")
+    assert loaded == layout and loaded.fingerprint == layout.fingerprint and torch.equal(loaded.table, layout.table)
+    (tmp_path / "layout.json").write_text("{}")
+    with pytest.raises(ValueError, match="layout: format must be 1, got None"):
+        Layout.load(tmp_path / "layout.json")
+    (tmp_path / "layout.json").write_text("{")
+    with pytest.raises(ValueError, match=r"layout.json: file must be a layout that Layout.save wrote"):
+        Layout.load(tmp_path / "layout.json")
+
+
+def test_describe_tells_every_decision():
+    text = Layout.from_checkpoint(small_checkpoint()).describe()
+    assert "conv.bias  [4] float32  bias  flat 108  last entry of each row of conv.weight" in text
+    assert "bn.num_batches_tracked  [] int64  other  not in flat  kept aside" in text
+    assert "scale  [3] float32  other" in text
+
+
+def test_another_architecture_is_refused_by_name():
+    ours = Layout.from_checkpoint(small_checkpoint())
+    other = small_checkpoint() | {"fc.weight": torch.zeros(6, 17)}
+    with pytest.raises(ValueError, match=r"zoo: architecture must be the same, but 'fc.weight' \[6, 16\]"):
+        ours.require_same(Layout.from_checkpoint(other), "zoo")
+    with pytest.raises(ValueError, match=r"flatten: 'fc.weight' must be a tensor \[6, 16\], got \[6, 17\]"):
+        ours.flatten(other)
+    missing = small_checkpoint()
+    del missing["bn.bias"]
+    with pytest.raises(ValueError, match="flatten: 'bn.bias' must be a tensor .4., got nothing"):
+        ours.flatten(missing)
+    with pytest.raises(ValueError, match="only one of them has 'extra.weight'"):
+        ours.require_same(Layout.from_checkpoint(small_checkpoint() | {"extra.weight": torch.zeros(2, 2)}))
+    with pytest.raises(ValueError, match="flatten: 'extra.weight' must be in the layout"):
+        ours.flatten(small_checkpoint() | {"extra.weight": torch.zeros(2, 2)})
+
+
+def test_bad_arguments_get_one_sentence():
+    for token_size in (0, -5, 2.5, True):
+        with pytest.raises(ValueError, match="layout: token_size must be a whole number from 1, got"):
+            Layout.from_checkpoint(small_checkpoint(), token_size)
+    with pytest.raises(ValueError, match="layout: norm must be 'keep' or 'skip', got 'drop'"):
+        Layout.from_checkpoint(small_checkpoint(), norm="drop")
+    with pytest.raises(ValueError, match="layout: checkpoint must hold a floating tensor"):
+        Layout.from_checkpoint({"a": torch.arange(3)})
+    with pytest.raises(ValueError, match="layout: 'a' must be a tensor, got int"):
+        Layout.from_checkpoint({"a": 3})
+    layout = Layout.from_checkpoint(small_checkpoint())
+    integers = small_checkpoint() | {"fc.weight": torch.zeros(6, 16, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="flatten: 'fc.weight' must be floating point, got torch.int32"):
+        layout.flatten(integers)
+    with pytest.raises(ValueError, match=r"unflatten: flat must be \[.., 333\] floating point, got \[7\]"):
+        layout.unflatten(torch.zeros(7))
+
+
+def test_nonfinite_weights_are_counted_and_named():
+    state = small_checkpoint()
+    layout = Layout.from_checkpoint(state)
+    assert layout.count_nonfinite(layout.flatten(state)) == {}
+    state["conv.weight"][0, 0, 0] = torch.nan
+    state["fc.bias"][2] = -torch.inf
+    assert layout.count_nonfinite(layout.flatten(state)) == {"conv.weight": 3, "fc.bias": 1}
+
+
+# --- files
+
+
+def write_header(path, header, data=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_layout_of_safetensors_reads_the_header_only(tmp_path):
+    state = small_checkpoint(torch.bfloat16)
+    save_file(state, tmp_path / "a.safetensors")
+    layout = Layout.from_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(layout.flatten(tmp_path / "a.safetensors"), layout.flatten(state))
+    restored = layout.unflatten(layout.flatten(state), like=state)
+    assert all(torch.equal(restored[name], tensor) for name, tensor in state.items())
+
+
+def test_layout_of_a_sharded_checkpoint(tmp_path):
+    state = {name: tensor for name, tensor in small_checkpoint().items()}
+    names = list(state)
+    save_file({name: state[name] for name in names[:4]}, tmp_path / "model-1.safetensors")
+    save_file({name: state[name] for name in names[4:]}, tmp_path / "model-2.safetensors")
+    places = {name: f"model-{1 if name in names[:4] else 2}.safetensors" for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    layout = Layout.from_checkpoint(index)
+    assert layout == Layout.from_checkpoint(state)
+    assert torch.equal(layout.flatten(index), layout.flatten(state))
+    for broken in ("{}", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": "model-1.safetensors"}}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="index.json: .* must"):
+            Layout.from_checkpoint(index)
+
+
+def test_layout_of_a_pickled_checkpoint_unwraps_it_and_runs_nothing(tmp_path):
+    state = small_checkpoint()
+    torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "a.pt")
+    layout = Layout.from_checkpoint(tmp_path / "a.pt")
+    assert layout == Layout.from_checkpoint(state)
+    assert torch.equal(layout.flatten(tmp_path / "a.pt"), layout.flatten(state))
+    torch.save({"weight": nn.Linear(2, 2)}, tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"module.pt: file must load with weights_only=True, nothing else is run"):
+        Layout.from_checkpoint(tmp_path / "module.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.pt: file must load with weights_only=True"):
+        Layout.from_checkpoint(tmp_path / "text.pt")
+    with pytest.raises(FileNotFoundError, match="nothing.pt: checkpoint must be a file, got nothing"):
+        Layout.from_checkpoint(tmp_path / "nothing.pt")
+
+
+TWO = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+@pytest.mark.parametrize(
+    "header, size, sentence",
+    [
+        (TWO | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12, "'b' overlaps 'a'"),
+        (TWO | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [12, 20]}}, 20, "'b' leaves a gap after 'a'"),
+        (TWO, 4, "it is truncated or damaged"),
+        (TWO, 12, "it is truncated or damaged"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, 8, "'a' must take 12 bytes, got 8"),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "must be integers from 0"),
+        ({"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, 8, "header must be that of a safetensors file"),
+        ({"a": {"dtype": "F32"}}, 8, "header must be that of a safetensors file"),
+        (["a"], 8, "header must be that of a safetensors file"),
+    ],
+)
+def test_damaged_safetensors_get_one_sentence(tmp_path, header, size, sentence):
+    write_header(tmp_path / "a.safetensors", header, b"\0" * size)
+    with pytest.raises(ValueError, match=f"a.safetensors: .*{sentence}") as error:
+        Layout.from_checkpoint(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_headers_get_one_sentence(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for content in (b"", b"\x01\x02", struct.pack("<Q", 1000) + b"{}", struct.pack("<Q", 2**63) + b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a.safetensors: header must fit into the file"):
+            Layout.from_checkpoint(path)
+    path.write_bytes(struct.pack("<Q", 4) + b"{x}}")
+    with pytest.raises(ValueError, match="a.safetensors: header must be that of a safetensors file"):
+        Layout.from_checkpoint(path)
+
+
+def test_import_is_light():
+    """Neither Triton nor anything that only commands need is imported with the package."""
+    code = "import torch, sys; before = set(sys.modules); import fastws; print(*(set(sys.modules) - before))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {name.split(".")[0] for name in output} & {"triton", "tyro", "matplotlib", "sklearn", "scipy", "pyarrow"}
+    assert not heavy and "fastws" in output
+
+
+def test_public_names_are_there():
+    assert all(hasattr(fastws, name) for name in fastws.__all__)
