@@ -188,10 +188,13 @@ class Tracer(TorchDispatchMode):
             if shape[axis] > 1
         ]
 
+    def raw(self, tensor: Tensor) -> Fields:
+        _, fields = self.labels.get(id(tensor), (tensor, []))
+        return fields
+
     def fields(self, tensor: Tensor) -> Fields:
         """The fields of a tensor in their present state, those that vary over the outermost axis first."""
-        _, fields = self.labels.get(id(tensor), (tensor, []))
-        return sorted(self.simplify(fields), key=lambda field: moving(field)[0])
+        return sorted(self.simplify(self.raw(tensor)), key=lambda field: moving(field)[0])
 
     def simplify(self, fields: Fields) -> Fields:
         """Fields without the axes along which they name one unit; they keep the names that they had at first."""
@@ -329,6 +332,12 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
     return Traced(axes, sizes, {place: note for place, note in notes.items() if note})
 
 
+def in_double(module: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
+    """A copy of a module in eval mode and float64, where no library fuses operations, and inputs for it."""
+    inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    return copy.deepcopy(module).to(torch.float64).eval(), inputs
+
+
 def trace(module: nn.Module, inputs: tuple, rules: Mapping[str, Callable[[Tracer, Call], list[Fields]]]) -> Traced:
     """Traces one forward pass of a copy of a module in eval mode.
 
@@ -340,17 +349,15 @@ def trace(module: nn.Module, inputs: tuple, rules: Mapping[str, Callable[[Tracer
     Raises:
         ValueError: If the module returns no tensor.
     """
-    module = copy.deepcopy(module).eval()
+    ties = {name: storage_key(name, tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    module, inputs = in_double(module, inputs)
     state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point() and v.numel() > 0}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole encoder layer in one operation
     try:
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-            tracer, parameters, tied = Tracer(rules), {}, {}
-            for name, tensor in state.items():
-                fields = tied.setdefault(storage_key(name, tensor), tracer.fresh(tensor.shape))
-                tracer.label(tensor, fields)
-                parameters[name] = fields
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            tracer = Tracer(rules)
+            parameters = label_parameters(tracer, state, ties)
             with tracer:
                 output = module(*inputs)
             results = list(tensors_in(output))
@@ -358,10 +365,21 @@ def trace(module: nn.Module, inputs: tuple, rules: Mapping[str, Callable[[Tracer
                 raise ValueError(f"trace: module must return tensors, got {type(output).__name__}")
             for field in (field for tensor in results for field in tracer.fields(tensor)):
                 tracer.units.hold(field)
-            for name, tensor in state.items():
-                if id(tensor) not in tracer.used and parameters[name] is tied[storage_key(name, tensor)]:
-                    for field in parameters[name]:
-                        tracer.units.hold(field, "the example inputs do not reach it")
+            used = {id(field) for tensor in state.values() if id(tensor) in tracer.used for field in tracer.raw(tensor)}
+            for field in (field for fields in parameters.values() for field in fields if id(field) not in used):
+                tracer.units.hold(field, "the example inputs do not reach it")
             return collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def label_parameters(tracer: Tracer, state: Mapping[str, Tensor], ties: Mapping[str, tuple]) -> dict[str, Fields]:
+    """Units of their own for every axis of every tensor; tensors of equal ``ties`` share them."""
+    tied: dict[tuple, Fields] = {}
+    parameters = {}
+    for name, tensor in state.items():
+        if ties[name] not in tied:
+            tied[ties[name]] = tracer.fresh(tensor.shape)
+        parameters[name] = tied[ties[name]]
+        tracer.label(tensor, parameters[name])
+    return parameters

@@ -155,6 +155,18 @@ def spatial(tracer: Tracer, call: Call) -> list[Fields]:
     return same(call, tracer.without(tracer.fields(call.x), axes))
 
 
+def glu(tracer: Tracer, call: Call) -> list[Fields]:
+    """An entry-wise function of both halves of an axis."""
+    axis = call.get("dim", -1) % call.x.dim()
+    fields, size = tracer.fields(call.x), call.output.shape[axis]
+    halves = []
+    for start in (0, size):
+        half = [field if field.shape[axis] == 1 else field.narrow(axis, start, size) for field in fields]
+        tracer.seen |= {id(field): field for field in half}
+        halves.append((tracer.simplify(half), call.output.shape))
+    return [tracer.join(halves)]
+
+
 def contract(tracer: Tracer, left: Labelled, right: Labelled, bias: Tensor | None) -> Fields:
     """``[.., i, k] @ [.., k, j] + bias``: an entry-wise product, summed over k."""
     (a, a_shape), (b, b_shape) = left, right
@@ -175,6 +187,19 @@ def matmul(tracer: Tracer, call: Call) -> list[Fields]:
     bias = call.args[0] if "add" in call.function._schema.name else None
     left, right = call.args[:2] if bias is None else call.args[1:3]
     return [contract(tracer, (tracer.fields(left), left.shape), (tracer.fields(right), right.shape), bias)]
+
+
+def vector(tracer: Tracer, call: Call) -> list[Fields]:
+    """mv, dot, vdot: an entry-wise product, summed over the last axis."""
+    left, right = call.args[:2]
+    product = tracer.join([(tracer.fields(left), left.shape), (tracer.fields(right), right.shape)])
+    return [tracer.reduce(product, [left.dim() - 1])]
+
+
+def weight_norm(tracer: Tracer, call: Call) -> list[Fields]:
+    direction, scale = call.args[:2]
+    fields = tracer.outermost(tracer.fields(direction), range(direction.dim()))
+    return [tracer.join([(fields, direction.shape), (tracer.fields(scale), scale.shape)])]
 
 
 def linear(tracer: Tracer, call: Call) -> list[Fields]:
@@ -254,7 +279,8 @@ def named(rule, names: str) -> dict:
 
 
 RULES = {
-    **named(pointwise, "pointwise copy _to_copy fill zero clone _prelu_kernel where masked_fill"),
+    **named(pointwise, "pointwise copy _to_copy fill zero clone where masked_fill floor_divide"),
+    **named(pointwise, "_prelu_kernel hardswish log_sigmoid_forward"),
     **named(create, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full"),
     **named(create, "new_empty scalar_tensor"),
     **named(move, "view _unsafe_view _reshape_alias permute transpose t numpy_T unsqueeze squeeze select slice alias"),
@@ -275,6 +301,9 @@ RULES = {
     **named(spatial, "adaptive_max_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d"),
     **named(spatial, "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d reflection_pad1d"),
     **named(spatial, "reflection_pad2d replication_pad1d replication_pad2d _upsample_bilinear2d_aa"),
+    **named(glu, "glu"),
+    **named(vector, "mv dot vdot"),
+    **named(weight_norm, "_weight_norm_interface"),
     **named(matmul, "mm bmm addmm baddbmm"),
     **named(linear, "linear"),
     **named(convolution, "convolution"),

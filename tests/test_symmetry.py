@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastws
 from fastws import symmetry as symmetry_module
@@ -112,6 +113,18 @@ def build(case):
     return function(**options)
 
 
+class Wrapped(nn.Module):
+    """An operation on the output of a hidden layer."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.operation = operation
+
+    def forward(self, x):
+        return self.leave(torch.relu(self.middle(self.operation(self.enter(x)))))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_trace_finds_the_full_group(case):
     module, inputs = build(case)
@@ -151,6 +164,50 @@ def test_composites_share_storage():
     dense = Symmetry.trace(*architectures.densenet(blocks=(3, 4), growth=4, first=8))
     # one vector per block: 8 + 3 * 4 channels, and half of that + 4 * 4
     assert dense.num_indices == sum(dense.sizes) + 20 + 26
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        nn.Hardswish(),
+        nn.LogSigmoid(),
+        nn.PReLU(6),
+        nn.Softmax(-1),
+        F.normalize,
+        lambda x: x - x.mean(-1, keepdim=True),
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.einsum("bi,bj->bi", x, x),
+        lambda x: x * torch.full((6,), 2.0),
+        lambda x: x.view(1, -1, 6, 1).expand(2, -1, -1, 3).mean((0, 3)),
+        lambda x: torch.stack([x, x * x], 2).unbind(2)[1],
+        lambda x: x[:, None].repeat(1, 3, 1).amax(1),
+        lambda x: F.dropout(x.clone().add_(1), 0.5, training=False),
+    ],
+)
+def test_operations_that_forbid_nothing(operation):
+    symmetry = Symmetry.trace(Wrapped(operation), torch.randn(2, 3))
+    assert symmetry.sizes == (6, 5) and symmetry.unpermuted == []
+
+
+@pytest.mark.parametrize("kind, gates", [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_recurrent_layers(kind, gates):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.layer, self.leave = nn.Linear(3, 4), kind(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.leave(self.layer(self.enter(x))[0])
+
+    symmetry = Symmetry.trace(Recurrent(), torch.randn(4, 2, 3))
+    assert symmetry.axes["layer.weight_hh_l0"] == (((1, 5, 1),) * gates, ((1, 5, 1),))
+    assert symmetry.sizes == (4, 5) and symmetry.unpermuted == []
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_parametrized_weights(norm):
+    module = nn.Sequential(norm(nn.Linear(3, 6)), nn.Tanh(), norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 2))
+    assert Symmetry.trace(module, torch.randn(2, 3)).sizes == (6, 4)
 
 
 # --- what permutations do
@@ -262,18 +319,6 @@ def test_json_round_trip():
 # --- what may go wrong
 
 
-class Cumulative(nn.Module):
-    """An operation that depends on the order of its entries."""
-
-    def __init__(self, operation):
-        super().__init__()
-        self.enter, self.middle, self.leave = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
-        self.operation = operation
-
-    def forward(self, x):
-        return self.leave(torch.relu(self.middle(self.operation(self.enter(x)))))
-
-
 @pytest.mark.parametrize(
     "operation, reason",
     [
@@ -284,7 +329,7 @@ class Cumulative(nn.Module):
     ],
 )
 def test_what_stays_is_listed(operation, reason):
-    symmetry = Symmetry.trace(Cumulative(operation), torch.randn(2, 3))
+    symmetry = Symmetry.trace(Wrapped(operation), torch.randn(2, 3))
     assert symmetry.sizes == (5,)
     places = ["enter.weight axis 0", "enter.bias axis 0"]
     assert symmetry.unpermuted == [f"{place} stays: {reason}" for place in places]
@@ -293,15 +338,27 @@ def test_what_stays_is_listed(operation, reason):
 
 def test_constants_hold_their_axis_still():
     scale = torch.linspace(1, 2, 6)
-    assert Symmetry.trace(Cumulative(lambda x: x * scale), torch.randn(2, 3)).sizes == (5,)
-    assert Symmetry.trace(Cumulative(lambda x: x * torch.full((6,), 2.0)), torch.randn(2, 3)).sizes == (6, 5)
+    assert Symmetry.trace(Wrapped(lambda x: x * scale), torch.randn(2, 3)).sizes == (5,)
 
 
 def test_slices_split_a_group():
-    gate = Cumulative(lambda x: F.pad(x[:, :3].sigmoid() * x[:, 3:], (0, 3)))
+    gate = Wrapped(lambda x: F.pad(x[:, :3].sigmoid() * x[:, 3:], (0, 3)))
     symmetry = Symmetry.trace(gate, torch.randn(2, 3))
     assert symmetry.axes["enter.weight"][0] == ((0, 3, 1), (0, 3, 1))  # a value moves with its gate
     assert symmetry.axes["middle.weight"][1] == ((0, 3, 1), (2, 3, 1))  # what meets the padding is free
+
+
+def test_tensors_that_share_storage_move_alike():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    module[3].weight.data = module[1].weight.data
+    symmetry = Symmetry.trace(module, torch.randn(2, 3))
+    assert symmetry.aliases == {"3.weight": "1.weight"} and symmetry.axes["3.weight"] == symmetry.axes["1.weight"]
+    # the rows of the first use are the columns of the second
+    assert symmetry.sizes == (4,)
+    layout = Layout.from_checkpoint(module)
+    permuted = layout.unflatten(symmetry.permute(layout.flatten(module), symmetry.random(1)[0]))
+    inputs = torch.randn(5, 3)
+    torch.testing.assert_close(torch.func.functional_call(module, permuted, inputs), module(inputs))
 
 
 class Folded(nn.Module):
@@ -323,7 +380,7 @@ def test_a_table_holds_one_axis_beside_the_rows():
 
 
 def test_unused_weights_stay():
-    module = Cumulative(torch.relu)
+    module = Wrapped(torch.relu)
     module.spare = nn.Linear(4, 4)
     symmetry = Symmetry.trace(module, torch.randn(2, 3))
     assert symmetry.sizes == (6, 5)
@@ -350,7 +407,7 @@ def test_trace_refuses_what_changes_the_function(monkeypatch):
     monkeypatch.setitem(RULES, "cumsum", RULES["pointwise"])  # a rule that is wrong
     message = "outputs must survive permutations, got relative error .* from group 0, enter.weight"
     with pytest.raises(ValueError, match=message):
-        Symmetry.trace(Cumulative(lambda x: x.cumsum(-1)), torch.randn(2, 3))
+        Symmetry.trace(Wrapped(lambda x: x.cumsum(-1)), torch.randn(2, 3))
 
 
 def test_cycles_of_channels():
