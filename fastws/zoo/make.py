@@ -36,11 +36,11 @@ class Config:
 
     zoo: str  # folder to write
 
-    data: str = "digits"  # or a folder with train*.parquet and test*.parquet
+    data: str = "digits"  # images to learn; or a folder with train*.parquet and test*.parquet
     limit: int | None = None  # images of each part, evenly spaced; all by default
     architecture: Architecture = "digits-cnn"
     networks: int = 240
-    epochs: int = 25
+    epochs: int = 25  # the zoo holds one state more per network, that of the start
     batch_size: int = 32  # images per step; what is left of an epoch waits for the next, which has another order
 
     sampling: Literal["random", "grid"] = "random"  # a draw per network; or all combinations, seed after seed
@@ -50,10 +50,10 @@ class Config:
     optimizers: tuple[Optimizer, ...] = ("adam", "momentum")
     lrs: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     weight_decays: tuple[float, ...] = (0.0, 1e-3)
-    seed: int = 0  # of the draw of recipes; each network has its own
+    seed: int = 0  # of the draw of recipes, or of the first networks in a grid; each network has its own
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored weights
-    device: str = "cpu"  # or cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # processor cores to use; 0: all
     stack: int = 0  # networks per batched operation; 0: what suits the device
     wave: int = 1024  # networks that advance epoch by epoch together

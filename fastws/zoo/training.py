@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from fastws.data.images import Images
 from fastws.layout import Layout
 from fastws.zoo.architectures import Activation, Architecture, Init, Network, build, initialize
-from fastws.zoo.stacked import evaluate, layers_of, stacked_forward
+from fastws.zoo.stacked import BUDGET, evaluate, largest_operand, stacked_forward
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 ADAPTIVE = ("adam", "adamw")
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
     def build(self, activation: Activation = "tanh", dropout: float = 0.0) -> Network:
         options = {"num_classes": self.num_classes, "activation": activation, "dropout": dropout}
-        return build(self.architecture, self.image_shape, **options)
+        return build(self.architecture, self.image_shape, **options).eval()
 
 
 class TrainingData(NamedTuple):
@@ -142,17 +142,10 @@ class Stack:
         return torch.stack([*training, *evaluate(self.network, weights, data.test_x, data.test_y)])
 
 
-@torch.no_grad()
 def fit_stack(network: nn.Module, image_shape: Sequence[int], batch_size: int, device: str) -> int:
     """How many networks to stack: a few fill a processor's cache, a thousand a GPU."""
-    budget, most = (2**23, 32) if device == "cpu" else (2**30, 1024)  # bytes of the largest operand, networks
-    x = torch.zeros(1, *image_shape)
-    largest = x.numel()
-    for layer in layers_of(network):
-        x = layer(x)
-        patches = layer.weight[0].numel() * x[0, 0].numel() if isinstance(layer, nn.Conv2d) else 0
-        largest = max(largest, x.numel(), patches)
-    return min(most, max(1, budget // (4 * batch_size * largest)))
+    most = 32 if device == "cpu" else 1024
+    return min(most, max(1, BUDGET[device] // (4 * batch_size * largest_operand(network, image_shape))))
 
 
 def make_stacks(plan: Plan, recipes: Sequence[Recipe]) -> list[Stack]:
