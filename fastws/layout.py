@@ -147,18 +147,18 @@ class Layout:
     def positions(self) -> Tensor:
         """Number of the token, of its layer and of its output unit, int32 ``[N, 3]`` (arXiv 2406.09997, section 2)."""
         layer, row, _ = self._places
-        return torch.stack([torch.arange(self.num_tokens), layer, row], -1).int()
+        return torch.stack([torch.arange(self.num_tokens, device="cpu"), layer, row], -1).int()
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        layer = torch.arange(len(self.table)).repeat_interleave(self.table[:, 2] * self.table[:, 6])
-        local = torch.arange(self.num_tokens) - self.table[layer, 7]
+        layer = torch.arange(len(self.table), device="cpu").repeat_interleave(self.table[:, 2] * self.table[:, 6])
+        local = torch.arange(self.num_tokens, device="cpu") - self.table[layer, 7]
         return layer, local // self.table[layer, 6], local % self.table[layer, 6]
 
     @property
     def mask(self) -> Tensor:
         """True where a token holds a weight, bool ``[N, T]``; made on demand."""
-        return torch.arange(self.token_size) < self.lengths[:, None]
+        return torch.arange(self.token_size, device="cpu") < self.lengths[:, None]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``table``, ``lengths`` and ``positions`` on a device."""
@@ -397,7 +397,7 @@ def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Ten
         row = [entry.offset, bias_offset, rows, length, length // units, units, chunks, first_token, -1, -1, -1]
         table.append(row)
         first_token += rows * chunks
-    return torch.tensor(table, dtype=torch.int64).view(-1, 11)
+    return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 11)
 
 
 def row_length(entry: Entry, bias: Entry | None) -> int:

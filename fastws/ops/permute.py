@@ -72,8 +72,8 @@ def random_permutations(
 
     Example:
         >>> fastws.random_permutations([3, 2], batch=2, seed=0)
-        tensor([[2, 0, 1, 0, 1],
-                [0, 1, 2, 0, 1]], dtype=torch.int32)
+        tensor([[0, 1, 2, 0, 1],
+                [2, 1, 0, 1, 0]], dtype=torch.int32)
     """
     if isinstance(group_sizes, Tensor):
         device = device or group_sizes.device

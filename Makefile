@@ -1,0 +1,44 @@
+# Every target works in a fresh clone: it makes its own .venv first.
+#   make demo    trains a zoo of small networks and SANE on it, and writes runs/quickstart/report.html
+#   make test    all tests: native kernels, references alone, Triton interpreted, CUDA compiled
+#   make bench   all benchmarks of this machine, rows to benchmarks/results
+#   make lint    ruff and clang-format
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+SOURCES = $(wildcard csrc/*.h csrc/*/*)
+# the architecture to compile CUDA kernels for, where nvcc is found; a GPU is not needed
+export FASTWS_CUDA_ARCHS ?= 90a
+
+.PHONY: demo test bench lint install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/fastws quickstart
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+	FASTWS_NATIVE=0 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_house.py $(OP_TESTS)
+
+# what a machine without compilers runs: the references
+OP_TESTS = $(patsubst fastws/ops/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard fastws/ops/*.py)))
+
+bench: install
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+
+clean:
+	rm -rf .venv build fastws/*.so
