@@ -9,7 +9,7 @@ Run: python benchmarks/bench_token_views.py
 """
 
 import torch
-from harness import race
+from harness import DEVICE, race
 from zoo import MODELS, TOKEN_SIZE, VIEWS, WINDOW, published_views, resnet18
 
 import fastws
@@ -55,7 +55,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 torch.testing.assert_close(x, y, rtol=accuracy, atol=accuracy)
 
         rivals = {"copy slices": copy_slices}
-        if zoo.device.type == "cpu" and dtype == torch.float32 and noise == 0:
+        if DEVICE == "cpu" and dtype == torch.float32 and noise == 0:
             rivals["published"] = published
         case = f"resnet18 {str(dtype)[6:]} noise={noise}"
         race("token_views", case, token_views_reference, check, make_args, num_bytes * dtype.itemsize // 4, rivals)
