@@ -1,0 +1,399 @@
+import copy
+import doctest
+import sys
+from functools import cache
+from itertools import permutations
+
+import architectures
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+import fastws
+from fastws.cli import main
+from fastws.layout import Layout
+from fastws.symmetry import Symmetry, randomise
+from fastws.zoo import Zoo, ZooWriter
+from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows, match, objective
+
+CASES = {
+    "mlp": (architectures.mlp, {}),
+    "CNN with flatten": (architectures.zoo_cnn, {}),
+    "ResNet": (architectures.resnet, dict(blocks=(1, 1), width=8)),
+    "ResNet, zeros padded": (architectures.cifar_resnet, dict(depth=8, width=4)),
+    "ResNeXt": (architectures.resnet, dict(blocks=(1, 1), width=8, bottleneck=True, groups=4)),
+    "DenseNet": (architectures.densenet, {}),
+    "SqueezeNet": (architectures.squeezenet, dict(divide=8)),
+    "GPT": (architectures.gpt, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def traced(case):
+    build, options = CASES[case] if isinstance(case, str) else (case, {})
+    module, inputs = build(**options)
+    return Symmetry.trace(module, inputs), module, inputs
+
+
+def networks(case, count, mix=0.0):
+    """A symmetry, a module with its input, and random networks; ``mix`` is the share that all have in common."""
+    symmetry, module, inputs = traced(case)
+    module, layout, rows = copy.deepcopy(module), Layout.from_checkpoint(module), []
+    for seed in range(count):
+        with torch.no_grad():
+            randomise(module, seed)
+        rows.append(layout.flatten(module).detach())
+    flat = torch.stack(rows)
+    flat = mix * flat[:1] + (1 - mix) * flat
+    return symmetry, module, inputs, symmetry.permute(flat, symmetry.random(count, seed=1))
+
+
+@cache
+def entries_of(segments, group, size):
+    """The entries of an axis that each unit of a group has, ``[size, entries]``."""
+    members, entry, number = [[] for _ in range(size)], 0, 0
+    for segment_group, count, block in segments:
+        for _ in range(count):
+            if segment_group == group:
+                members[number % size] += range(entry, entry + block)
+                number += 1
+            entry += block
+    return torch.tensor(members)
+
+
+def published(symmetry, reference, state, order):
+    """Algorithm 1 of arXiv 2209.04836 as its authors wrote it: one network, tensor by tensor; its permutations."""
+    chosen = [numpy.arange(size) for size in symmetry.sizes]
+    names = [name for name in symmetry.axes if "running" not in name and name not in symmetry.aliases]
+
+    def groups(segments):
+        return sorted({group for group, _, _ in segments or () if group is not None})
+
+    def permuted(name, except_axis):
+        tensor = state[name]
+        for axis, segments in enumerate(symmetry.axes[name]):
+            index = torch.arange(tensor.shape[axis])
+            for group in groups(segments) if axis != except_axis else []:
+                entries = entries_of(segments, group, symmetry.sizes[group])
+                index[entries] = entries[torch.from_numpy(chosen[group])]
+            tensor = tensor.index_select(axis, index)
+        return tensor
+
+    for sweep in range(100):
+        progress = False
+        for group in order(sweep):
+            size = symmetry.sizes[group]
+            similarity = numpy.zeros((size, size))
+            for name in names:
+                for axis, segments in enumerate(symmetry.axes[name]):
+                    if group in groups(segments):
+                        entries = entries_of(segments, group, size).flatten()
+                        both = reference[name], permuted(name, axis)
+                        a, b = (x.index_select(axis, entries).movedim(axis, 0).reshape(size, -1) for x in both)
+                        similarity += (a @ b.T).numpy()
+            rows, best = linear_sum_assignment(similarity, maximize=True)
+            progress |= similarity[rows, best].sum() > similarity[rows, chosen[group]].sum() + 1e-12
+            chosen[group] = best
+        if not progress:
+            break
+    return torch.from_numpy(numpy.concatenate(chosen)).int()
+
+
+# --- matching
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_permutation_of_a_permuted_copy_is_recovered(case):
+    symmetry, _, _, flat = networks(case, 2)
+    moves = symmetry.random(5, seed=2)
+    copies = symmetry.permute(flat[0].expand(5, -1), moves)
+    found = match(copies, flat[0], symmetry)
+    assert torch.equal(found, symmetry.inverse(moves))
+    assert torch.equal(symmetry.permute(copies, found), flat[:1].expand(5, -1))
+
+
+@pytest.mark.parametrize("case, dtype", [*((case, torch.float64) for case in CASES), ("mlp", torch.float32)])
+def test_match_is_the_published_algorithm(case, dtype):
+    """Visiting groups in the same order, it reaches the same objective."""
+    symmetry, module, _, flat = networks(case, 3, mix=0.4)
+    flat = flat.to(dtype)
+    layout, groups = Layout.from_checkpoint(module), list(range(len(symmetry.sizes)))
+    states = [layout.unflatten(row.double()) for row in flat]
+    theirs = [published(symmetry, states[0], s, lambda i: groups[:: (-1) ** i]) for s in states[1:]]
+    values = [
+        objective(symmetry.permute(flat[1:].double(), rows), flat[0].double(), symmetry)
+        for rows in (match(flat[1:], flat[0], symmetry), torch.stack(theirs))
+    ]
+    torch.testing.assert_close(*values, rtol=1e-9 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_fixed_order_loses_nothing_to_a_random_one():
+    symmetry, module, _, flat = networks("CNN with flatten", 7, mix=0.4)
+    layout, numbers = Layout.from_checkpoint(module), numpy.random.default_rng(0)
+    states = [layout.unflatten(row) for row in flat]
+    theirs = [published(symmetry, states[0], s, lambda _: numbers.permutation(len(symmetry.sizes))) for s in states[1:]]
+    value, random_order, before = (
+        objective(permuted, flat[0], symmetry).sum()
+        for permuted in (
+            symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry)),
+            symmetry.permute(flat[1:], torch.stack(theirs)),
+            flat[1:],
+        )
+    )
+    assert value - before > 0.98 * (random_order - before)
+
+
+def test_no_group_alone_can_gain():
+    """Every permutation of every single group is tried."""
+    symmetry, _, _, flat = networks(lambda: architectures.densenet(blocks=(1, 2), growth=4, first=4), 3)
+    found = match(flat[1:].double(), flat[0].double(), symmetry)
+    aligned = symmetry.permute(flat[1:].double(), found)
+    best, tried = objective(aligned, flat[0].double(), symmetry), 0
+    for start, size in zip(symmetry.starts, symmetry.sizes, strict=False):
+        if size > 5:
+            continue
+        tried += 1
+        for order in permutations(range(size)):
+            row = symmetry.identity()[0, : symmetry.starts[-1]]
+            row[start : start + size] = torch.tensor(order)
+            other = objective(symmetry.permute(aligned, row[None]), flat[0].double(), symmetry)
+            assert (other <= best * (1 + 1e-12)).all()
+    assert tried == 5  # stem, 3 growths, transition
+
+
+@pytest.mark.parametrize("case", ["mlp", "ResNet", "DenseNet"])
+def test_batch_equals_one_by_one_and_repeats(case, monkeypatch):
+    symmetry, _, _, flat = networks(case, 5)
+    together = match(flat[1:], flat[0], symmetry)
+    assert torch.equal(together, match(flat[1:], flat[0], symmetry))
+    monkeypatch.setattr("fastws.zoo.align.BATCH_NETWORKS", 1)
+    assert torch.equal(together, match(flat[1:], flat[0], symmetry))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_function_is_preserved(case):
+    symmetry, module, inputs, flat = networks(case, 2)
+    layout, module = Layout.from_checkpoint(module), module.double().eval()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    flat = flat.double()
+    outputs = []
+    for row in (flat[1], symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry))[0]):
+        module.load_state_dict(layout.unflatten(row, like=module))
+        with torch.no_grad():
+            outputs.append(module(inputs))
+    assert not torch.equal(flat[1], row)
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+
+
+def test_objective_never_falls_where_a_group_lies_on_both_axes():
+    """y + W y: moving the units moves rows and columns of W, so the assignment problem is not the whole truth."""
+
+    def build():
+        body = architectures.Residual(nn.Linear(7, 7, bias=False))
+        return nn.Sequential(nn.Linear(3, 7), body, nn.Tanh(), nn.Linear(7, 2)), torch.randn(2, 3)
+
+    symmetry, module, _, flat = networks(build, 25)
+    assert symmetry.axes["1.body.weight"][0] == symmetry.axes["1.body.weight"][1] == ((0, 7, 1),)
+    flat = flat.double()
+    flat[:, 28:77] *= 10  # W, so that it decides
+    values = [objective(flat[1:], flat[0], symmetry)]
+    for sweeps in range(1, 5):
+        found = match(flat[1:], flat[0], symmetry, sweeps=sweeps)
+        values.append(objective(symmetry.permute(flat[1:], found), flat[0], symmetry))
+    assert all((after >= before - 1e-9).all() for before, after in zip(values, values[1:], strict=False))
+    assert (values[-1] > values[0]).float().mean() > 0.5
+    layout = Layout.from_checkpoint(module)
+    states = [layout.unflatten(row) for row in flat]
+    taken = torch.stack([published(symmetry, states[0], state, lambda _: [0]) for state in states[1:]])
+    unguarded = objective(symmetry.permute(flat[1:], taken), flat[0], symmetry)
+    assert (unguarded < values[0] - 1).any()  # the published algorithm can fall
+    assert values[-1].mean() > unguarded.mean()
+
+
+def test_norm_statistics_decide_nothing_unless_included():
+    symmetry, module, _, flat = networks("ResNet", 1)
+    moves = symmetry.random(3, seed=2)
+    copies = symmetry.permute(flat.expand(3, -1), moves)
+    for entry in Layout.from_checkpoint(module).entries:
+        if entry.role == "norm statistic":
+            copies[:, entry.offset : entry.offset + entry.numel] = 1e3 * torch.rand(3, entry.numel)
+    assert torch.equal(match(copies, flat[0], symmetry), symmetry.inverse(moves))
+    assert not torch.equal(match(copies, flat[0], symmetry, norms="include"), symmetry.inverse(moves))
+
+
+def test_extreme_networks():
+    symmetry, _, _, flat = networks("CNN with flatten", 3)
+    assert match(flat[:0], flat[0], symmetry).shape == (0, symmetry.num_indices)
+    assert torch.equal(match(torch.zeros(2, flat.shape[1]), flat[0], symmetry), symmetry.identity(2))
+    assert torch.equal(match(flat, flat[0], symmetry, sweeps=0), symmetry.identity(3))
+    moves = symmetry.random(2)
+    copies = symmetry.permute(flat[:1].bfloat16().expand(2, -1), moves)
+    assert torch.equal(match(copies, flat[0].bfloat16(), symmetry), symmetry.inverse(moves))
+    alone = Symmetry.trace(nn.Linear(4, 3), torch.randn(1, 4))  # has no groups
+    assert match(torch.randn(2, 15), torch.randn(15), alone).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(flat=torch.zeros(3, 5)), r"flat must be \[M, 722\] floating point, as the symmetry says, got \[3, 5\]"),
+        (dict(flat=torch.zeros(722)), r"flat must be \[M, 722\]"),
+        (dict(reference=torch.zeros(5)), r"reference must be \[722\] floating point on cpu, got \[5\]"),
+        (dict(reference=torch.full((722,), torch.nan)), "reference must be finite"),
+        (dict(flat=torch.full((2, 722), torch.inf)), "flat must be finite, got NaN or infinity in 2 rows"),
+        (dict(norms="scaled"), "norms must be 'exclude' or 'include', got 'scaled'"),
+        (dict(sweeps=-1), "sweeps and tolerance must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments(change, sentence):
+    symmetry, _, _, flat = networks("mlp", 2)
+    with pytest.raises(ValueError, match=f"match: {sentence}"):
+        match(**{"flat": flat, "reference": flat[0], "symmetry": symmetry} | change)
+
+
+def test_docstring_examples_run():
+    result = doctest.testmod(
+        sys.modules["fastws.zoo.align"], extraglobs={"fastws": fastws, "torch": torch, "match": match}
+    )
+    assert result.attempted == 5 and result.failed == 0
+
+
+# --- zoos
+
+MODELS, EPOCHS = 6, 3
+
+
+def properties(first, count):
+    """Rows of one epoch after the other; the later models are the better ones."""
+    row = torch.arange(first, first + count)
+    names = [f"m{number}" for number in (row % MODELS).tolist()]
+    return {"model": names, "epoch": row // MODELS, "test_accuracy": (row % MODELS + row // MODELS) / 10}
+
+
+SPLITS = {"train": ["m4", "m0", "m1", "m2"], "val": ["m3"], "test": ["m5"]}
+
+
+def make_zoo(path, symmetry=True, splits=SPLITS):
+    """Six models, three epochs each: noisy copies of one network in six orders."""
+    module, inputs = architectures.zoo_cnn()
+    traced, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    with torch.no_grad():
+        randomise(module, 0)
+    template = layout.flatten(module).detach()
+    generator = torch.Generator().manual_seed(0)
+    rows = template + 1e-3 * torch.randn(MODELS * EPOCHS, layout.num_weights, generator=generator)
+    rows = traced.permute(rows, traced.random(MODELS, seed=1).repeat(EPOCHS, 1))
+    with ZooWriter(path, layout, traced if symmetry else None, splits=splits) as writer:
+        for first in range(0, len(rows), 4):
+            part = rows[first : first + 4]
+            writer.append(part, properties(first, len(part)))
+    return Zoo.open(path)
+
+
+def test_zoo_is_aligned_as_a_whole(tmp_path, capsys):
+    zoo = make_zoo(tmp_path / "zoo")
+    main(["zoo", "align", "--zoo", str(tmp_path / "zoo")])
+    assert "permutations of 6 models\nreference: model m4, highest last test_accuracy" in capsys.readouterr().out
+    alignment = Alignment.open(zoo)
+    assert alignment.models == tuple(f"m{i}" for i in range(6)) and (alignment.after >= alignment.before).all()
+    assert alignment.permutations.shape == (6, 38) and alignment.norms == "exclude"
+    reference = zoo.rows([16])[0]  # m4, last epoch
+    rows = torch.tensor([17, 3, 3, 0, 10, 16])
+    expected = symmetry_rows(zoo, rows, match(zoo.rows(range(12, 18)), reference, zoo.symmetry)[rows % MODELS])
+    assert torch.equal(aligned_rows(zoo, rows), expected)
+    assert (aligned_rows(zoo, range(18)) - reference).abs().max() < 0.02
+    assert (zoo.rows(range(18)) - reference).abs().max() > 0.2
+    after = objective(aligned_rows(zoo, range(12, 18)), reference, zoo.symmetry)
+    torch.testing.assert_close(alignment.after, after, rtol=1e-12, atol=0)
+    assert (tmp_path / "zoo" / ALIGNMENT).stat().st_size < 10_000
+
+
+def symmetry_rows(zoo, rows, found):
+    return zoo.symmetry.permute(zoo.rows(rows), found)
+
+
+def test_reference_and_file_can_be_named(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo")
+    file = tmp_path / "to m1.safetensors"
+    made = align(Config(zoo=str(zoo.path), out=str(file), reference="m1"))
+    read = Alignment.open(zoo, file)
+    assert (made.reference, made.chosen) == (read.reference, read.chosen) == ("m1", "named")
+    assert torch.equal(aligned_rows(zoo, [13], read), zoo.rows([13])) and not (zoo.path / ALIGNMENT).exists()
+
+
+def test_models_that_came_later_are_named(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo", splits=None)
+    align(Config(zoo=str(zoo.path)))
+    before = aligned_rows(zoo, range(18))
+    with ZooWriter(zoo.path, zoo.layout, zoo.symmetry) as writer:
+        writer.append(zoo.rows([0, 1]), properties(0, 2) | {"model": ["m0", "new"], "epoch": torch.tensor([9, 9])})
+    zoo = Zoo.open(zoo.path)
+    assert torch.equal(aligned_rows(zoo, range(18)), before)
+    assert torch.equal(aligned_rows(zoo, [18]), before[:1])  # a later epoch of a known model
+    with pytest.raises(ValueError, match="aligned_rows: models must be in the alignment, got 'new'"):
+        aligned_rows(zoo, [18, 19])
+
+
+def test_last_epoch_is_that_of_the_largest_number(tmp_path):
+    module, inputs = architectures.mlp()
+    layout, symmetry = Layout.from_checkpoint(module), Symmetry.trace(module, inputs)
+    rows = torch.randn(4, layout.num_weights)
+    with ZooWriter(tmp_path, layout, symmetry, splits={"train": ["a", "b"], "val": [], "test": []}) as writer:
+        writer.append(rows, {"model": ["a", "b", "a", "b"], "epoch": [2, 2, 1, 1]})
+    made = align(Config(zoo=str(tmp_path), reference="a"))
+    assert torch.equal(made.permutations, match(rows[:2], rows[0], symmetry))
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(reference="m9"), "reference must be a model of .*: m0, m1, m2 ..; got 'm9'"),
+        (dict(device="mps"), "device must be cpu where no GPU is, got 'mps'"),
+        (dict(best="loss"), "best must be one of model, epoch, test_accuracy, got 'loss'; or name a reference"),
+    ],
+)
+def test_bad_configurations(tmp_path, options, sentence):
+    zoo = make_zoo(tmp_path / "zoo")
+    with pytest.raises(ValueError, match=f"zoo align: {sentence}"):
+        align(Config(zoo=str(zoo.path), **options))
+
+
+def test_zoo_without_symmetry_or_networks(tmp_path):
+    make_zoo(tmp_path / "zoo", symmetry=False)
+    with pytest.raises(ValueError, match="zoo: zoo must have a symmetry, got none; write it with that of Symmetry.tr"):
+        align(Config(zoo=str(tmp_path / "zoo")))
+    module, inputs = architectures.mlp()
+    with ZooWriter(tmp_path / "empty", Layout.from_checkpoint(module), Symmetry.trace(module, inputs)):
+        pass
+    with pytest.raises(ValueError, match="empty: zoo must hold networks, got none"):
+        align(Config(zoo=str(tmp_path / "empty")))
+
+
+def test_alignment_that_does_not_fit(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo")
+    with pytest.raises(FileNotFoundError, match="alignment must be there, got none; run fastws zoo align"):
+        aligned_rows(zoo, [0])
+    align(Config(zoo=str(zoo.path)))
+    module, inputs = architectures.mlp()
+    with ZooWriter(tmp_path / "other", Layout.from_checkpoint(module), Symmetry.trace(module, inputs)):
+        pass
+    other = Zoo.open(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"alignment must be of the architecture {other.layout.fingerprint}"):
+        Alignment.open(other, zoo.path / ALIGNMENT)
+    content = (zoo.path / ALIGNMENT).read_bytes()
+    strange = safetensors.torch.save({"weights": torch.zeros(1)})
+    for damaged in (content[:-9], content[:40], b"", strange):
+        (zoo.path / ALIGNMENT).write_bytes(damaged)
+        with pytest.raises(ValueError, match="file must be an alignment"):
+            Alignment.open(zoo)
