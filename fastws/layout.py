@@ -8,23 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastws.roles import Role, bias_name, describe_source, load_state
+from fastws.tokens import Tokens
 
 FORMAT = 1
 NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
-
-
-class Tokens(NamedTuple):
-    """A checkpoint as a sequence of tokens: values ``[.., N, T]``, lengths ``[N]`` and positions ``[N, 3]`` int32."""
-
-    values: Tensor
-    lengths: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True)

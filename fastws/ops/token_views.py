@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.checks import check_permutations
-from fastws.layout import Tokens
 from fastws.philox import check_stream, normal_reference, philox_reference
+from fastws.tokens import Tokens
 
 
 def token_views(
