@@ -1,6 +1,5 @@
 import copy
 import doctest
-import sys
 from functools import cache
 from itertools import permutations
 
@@ -16,8 +15,9 @@ import fastws
 from fastws.cli import main
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry, randomise
-from fastws.zoo import Zoo, ZooWriter
-from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows, match, objective
+from fastws.zoo import Zoo, ZooWriter, matching
+from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
+from fastws.zoo.matching import match, objective
 
 CASES = {
     "mlp": (architectures.mlp, {}),
@@ -177,7 +177,7 @@ def test_batch_equals_one_by_one_and_repeats(case, monkeypatch):
     symmetry, _, _, flat = networks(case, 5)
     together = match(flat[1:], flat[0], symmetry)
     assert torch.equal(together, match(flat[1:], flat[0], symmetry))
-    monkeypatch.setattr("fastws.zoo.align.BATCH_NETWORKS", 1)
+    monkeypatch.setattr("fastws.zoo.matching.BATCH_NETWORKS", 1)
     assert torch.equal(together, match(flat[1:], flat[0], symmetry))
 
 
@@ -263,9 +263,7 @@ def test_bad_arguments(change, sentence):
 
 
 def test_docstring_examples_run():
-    result = doctest.testmod(
-        sys.modules["fastws.zoo.align"], extraglobs={"fastws": fastws, "torch": torch, "match": match}
-    )
+    result = doctest.testmod(matching, extraglobs={"fastws": fastws, "torch": torch})
     assert result.attempted == 5 and result.failed == 0
 
 
