@@ -10,15 +10,23 @@ from fastws.kernels.table import COLUMNS, find_layer, permuted
 
 
 @triton.jit
-def normals(seed, offset, index):
-    """One standard normal per entry, by Box and Muller's method: fastws/philox.py has the formula."""
+def word_of(seed, offset, index):
+    """Word ``index`` of a draw."""
     word0, word1, word2, word3 = philox(seed, offset, index // 4)
     lane = index % 4
-    word_radius = tl.where(lane < 2, word0, word2)
-    word_angle = tl.where(lane < 2, word1, word3)
-    radius = tl.sqrt(-2.0 * tl.log(1.0 - (word_radius >> 8).to(tl.float32) * 5.9604644775390625e-08))
-    angle = (word_angle >> 8).to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
-    return radius * tl.where(lane % 2 == 0, tl.cos(angle), tl.sin(angle))
+    return tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+
+
+@triton.jit
+def normals(seed, offset, index):
+    """One standard normal per entry, by Box and Muller's method: fastws/philox.py has the formula."""
+    word = word_of(seed, offset, index // 2).to(tl.int64)
+    radius = tl.sqrt(-tl.log(((word & 0xFFFF).to(tl.float32) + 0.5) * 1.52587890625e-05))
+    t = ((word >> 16 & 0x3FFF).to(tl.float32) - 8191.5) * 9.587379924285257e-05
+    second = index % 2 == 1
+    sign = tl.where(second, word >> 30 & 1, word >> 31 & 1)
+    x = radius * tl.where(second, tl.cos(t) + tl.sin(t), tl.cos(t) - tl.sin(t))
+    return tl.where(sign == 1, -x, x)
 
 
 @triton.jit(do_not_specialize=["noise", "erase_threshold", "seed", "offset"])
@@ -87,9 +95,7 @@ def _token_views_kernel(
     if NOISE:
         x = x * (1.0 + noise * normals(seed.to(tl.int64), 2 * offset.to(tl.int64), entry))
     if ERASE:
-        word0, word1, word2, word3 = philox(seed.to(tl.int64), 2 * offset.to(tl.int64) + 1, entry // 4)
-        lane = entry % 4
-        word = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+        word = word_of(seed.to(tl.int64), 2 * offset.to(tl.int64) + 1, entry)
         x = tl.where(word.to(tl.int64) < erase_threshold, 0.0, x)
     x = tl.where(valid, x, 0.0)
     tl.store(values + entry, x.to(values.dtype.element_ty), mask=e < token_size)

@@ -16,7 +16,7 @@
 namespace fastws {
 namespace {
 
-constexpr int64_t kPhiloxCounters = 16;                // counters drawn side by side
+constexpr int64_t kPhiloxCounters = 8;                 // counters drawn side by side
 constexpr int64_t kPhiloxWords = 4 * kPhiloxCounters;  // words of one draw
 
 #ifdef FASTWS_PHILOX_VERSIONS

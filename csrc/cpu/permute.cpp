@@ -76,7 +76,7 @@ Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& perm
 // One draw of all groups, of which the words begin at word first of the stream.
 void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64_t offset, int64_t first,
                     int32_t* permutation) {
-  constexpr int64_t kWords = 8 * kPhiloxWords;
+  constexpr int64_t kWords = 16 * kPhiloxWords;
   uint32_t words[kWords];
   int64_t drawn = 0, end = 0;  // the words of the stream that are at hand
   for (int64_t group = 0; group < groups; ++group) {
