@@ -1,4 +1,5 @@
 import json
+from importlib import import_module
 
 import numpy
 import pytest
@@ -7,9 +8,10 @@ from safetensors.torch import save_file
 from scipy.stats import kendalltau
 from small_zoo import make_small_zoo
 
-from fastws.downstream import embed, predict
+from fastws.downstream import predict
 from fastws.nn.sane import SANE, SANEConfig
 
+embed = import_module("fastws.downstream.embed")  # the package has a function of that name
 CPU = torch.device("cpu")
 SPLITS = ("train", "val", "test")
 
@@ -81,7 +83,11 @@ def test_probes_are_those_of_numpy(width):
 
 def test_probe_finds_what_is_there():
     features, targets = make_problem(5)
-    clear, _, hidden = predict.fit_probes(features, targets)
+    clear, _, hidden = probes = predict.fit_probes(features, targets)
+    for probe, y in zip(probes, targets["test"].T, strict=True):  # the predictions are those that were scored
+        y = y[~y.isnan()]
+        error = (probe.test_prediction - y).square().mean() / y.var(correction=0)
+        assert 1 - error.item() == pytest.approx(probe.test_r2)
     assert clear.test_r2 > 0.9 and clear.test_tau > 0.7 and hidden.test_r2 < 0.5
 
 
@@ -90,8 +96,8 @@ def test_standardised_probes_ignore_units():
     other = {split: x * torch.tensor([1e-6, 1, 1e4, 3, 1e2]) - 7 for split, x in features.items()}
     ours, theirs = (predict.fit_probes(x, targets, standardize=True) for x in (features, other))
     for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
-    assert predict.fit_probes(other, targets)[0] != pytest.approx(theirs[0], rel=1e-6)
+        assert a.scores() == pytest.approx(b.scores(), rel=1e-6)
+    assert predict.fit_probes(other, targets)[0].scores() != pytest.approx(theirs[0].scores(), rel=1e-6)
 
 
 def test_constant_targets_have_no_score():
@@ -165,6 +171,13 @@ def test_embedding_is_the_mean_of_tokens(zoo, encoder):
     torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
     one_pass = embed.embed(encoder, zoo, halo=None)
     assert embeddings.std(0).min() > 1e-3 and (embeddings - one_pass).abs().max() > 1e-3
+
+
+def test_embedding_of_layers_is_the_mean_of_each(zoo, encoder):
+    z = embed.encode(encoder, zoo.rows(range(5)), halo=None)
+    layer = encoder.layout.positions[:, 1]
+    expected = torch.cat([z[:, layer == number].mean(1) for number in range(len(encoder.layout.table))], 1)
+    torch.testing.assert_close(embed.embed(encoder, zoo, halo=None, pool="layers")[:5], expected)
 
 
 def test_embeddings_survive_a_file(tmp_path, encoder):

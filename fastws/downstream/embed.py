@@ -16,15 +16,18 @@ import fastws
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format import Zoo
 
+Pool = Literal["mean", "layers"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Embeds every network of a zoo: the mean over its tokens of their embeddings."""
+    """Embeds every network of a zoo: the mean over its tokens, or over those of each layer, of their embeddings."""
 
     model: str  # checkpoint.pt of fastws train sane
     zoo: str  # folder of the zoo
     out: str  # file to write, a safetensors file with "embeddings" [M, E] in the order of the zoo's rows
 
+    pool: Pool = "mean"  # over all tokens, E numbers; layers: over those of each layer, L * E numbers
     halo: int | None = None  # tokens seen on both sides of a chunk; by default a quarter of the training window
     one_pass: bool = False  # encode the whole sequence at once, as the published code does for properties
     batch_size: int = 64  # windows per forward pass
@@ -47,7 +50,7 @@ def run(config: Config) -> None:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        embeddings = embed(encoder, zoo, halo=halo, batch_size=config.batch_size)
+        embeddings = embed(encoder, zoo, halo=halo, batch_size=config.batch_size, pool=config.pool)
     save_embeddings(config.out, embeddings, encoder.layout)
     print(f"embeddings {list(embeddings.shape)}: {config.out}")
 
@@ -79,7 +82,7 @@ def default_halo(encoder: Encoder) -> int:
 
 
 @torch.no_grad()
-def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64) -> Tensor:
+def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64, pool: Pool = "mean") -> Tensor:
     """Embeds all rows of a zoo; shows progress.
 
     Args:
@@ -87,9 +90,11 @@ def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64)
         zoo: Of the architecture that the encoder was trained on.
         halo: Tokens seen on both sides of a chunk; None encodes each network in one pass.
         batch_size: Windows per forward pass.
+        pool: ``"mean"`` averages the embeddings of all tokens, as published; ``"layers"`` those of each layer.
 
     Returns:
-        Mean of the token embeddings of each row, ``[M, E]`` float32, on the CPU.
+        Means of the token embeddings of each row, ``[M, E]`` or, layer after layer, ``[M, L * E]``, float32, on the
+        CPU.
 
     Raises:
         ValueError: If the zoo is of another architecture, or the halo leaves nothing of the window.
@@ -98,11 +103,12 @@ def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64)
     window, device = encoder.model.config.window, encoder.scale.device
     windows = len(chunk(encoder.layout.num_tokens, window, halo)[0])
     together = max(1, batch_size // windows)
-    embeddings = torch.empty(len(zoo), encoder.model.config.latent)
+    means = 1 if pool == "mean" else len(encoder.layout.table)
+    embeddings = torch.empty(len(zoo), means * encoder.model.config.latent)
     with tqdm(total=len(zoo), desc="embed", unit="network") as bar:
         for rows in torch.arange(len(zoo)).split(together):
             z = encode(encoder, zoo.rows(rows).to(device), halo=halo, batch_size=batch_size)
-            embeddings[rows] = z.mean(1).cpu()
+            embeddings[rows] = average(encoder, z, pool).cpu()
             bar.update(len(rows))
     return embeddings
 
@@ -124,6 +130,14 @@ def encode(encoder: Encoder, weights: Tensor, *, halo: int | None, batch_size: i
         parts.append(encoder.model.encode(values, positions).float())
     z = torch.cat(parts).view(len(weights), len(starts) * window, -1)
     return z[:, place.to(device)]
+
+
+def average(encoder: Encoder, z: Tensor, pool: Pool) -> Tensor:
+    """Means of token embeddings ``[B, N, E]``: ``[B, E]``, or of each layer ``[B, L * E]``; see ``embed``."""
+    if pool == "mean":
+        return z.mean(1)
+    counts = (encoder.layout.table[:, 2] * encoder.layout.table[:, 6]).tolist()  # rows times tokens per row
+    return torch.cat([layer.mean(1) for layer in z.split(counts, 1)], 1)
 
 
 def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, Tensor]:

@@ -66,6 +66,12 @@ class Probe(NamedTuple):
     val_r2: float
     test_r2: float
     test_tau: float  # Kendall's rank correlation of targets and predictions
+    test_prediction: Tensor  # [n] float64, for the networks of the test split whose target is known
+
+    def scores(self) -> dict[str, float | None]:
+        """All but the predictions, with None for nan, which JSON does not know."""
+        numbers = dict(zip(self._fields[:-1], self[:-1], strict=True))
+        return {name: value if isfinite(value) else None for name, value in numbers.items()}
 
 
 def run(config: Config) -> None:
@@ -81,8 +87,7 @@ def run(config: Config) -> None:
         wanted = {split: torch.stack([t[numbers] for t in targets.values()], 1) for split, numbers in rows.items()}
         probes = fit_probes(by_split, wanted, standardize=config.standardize)
         for target, probe in zip(targets, probes, strict=True):
-            numbers = {name: value if isfinite(value) else None for name, value in probe._asdict().items()}
-            results.append({"features": kind, "target": target} | numbers)
+            results.append({"features": kind, "target": target} | probe.scores())
             numbers = f"{probe.train_r2:9.4f} {probe.val_r2:9.4f} {probe.test_r2:9.4f} {probe.test_tau:9.4f}"
             print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e}")
     path = Path(config.out) / "results.json"
@@ -239,7 +244,7 @@ def fit_probe(decomposition: Decomposition, projected: Splits, targets: Splits) 
     best = int((chosen == chosen.max()).nonzero()[0])  # the largest penalty of equals
     tau = kendalltau(targets["test"].numpy(), predictions["test"][:, best].numpy()).statistic
     numbers = [float(scores[split][best]) for split in ("train", "val", "test")]
-    return Probe(PENALTIES[best], *numbers, float(tau))
+    return Probe(PENALTIES[best], *numbers, float(tau), predictions["test"][:, best])
 
 
 def r_squared(predictions: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""The report of a quickstart: one HTML file with its figures and tables inside."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from fastws.zoo.format import write_atomically
+
+if find_spec("matplotlib"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+TARGETS = {"test_accuracy": "accuracy", "epoch": "epoch", "generalisation_gap": "generalisation gap"}
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"  # distinct also for the colour-blind
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; background: white; border-radius: 6px; border: 1px solid #8886; }
+figure { margin: 1.5rem 0; } figcaption, small { opacity: .8; } code, pre { font-size: .9em; }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid #8886; border-radius: 6px; }
+"""
+
+
+class Curves(NamedTuple):
+    """What is drawn beside the numbers of results.json."""
+
+    accuracy: numpy.ndarray  # test accuracy of each network after each epoch, [networks, epochs + 1], nan if unknown
+    embeddings: numpy.ndarray  # [states, E]
+    embedded_accuracy: numpy.ndarray  # [states]
+    unseen: numpy.ndarray  # bool [states]: of the test split
+    log: Sequence[Mapping]  # lines of SANE's log
+
+
+def require_matplotlib() -> None:
+    """Says what to install, before minutes are spent."""
+    if not find_spec("matplotlib"):
+        raise ValueError(
+            "quickstart: matplotlib must be installed for the report, got none; pip install 'fast-weight-space[eval]'"
+        )
+
+
+def write(path: Path, results: Mapping, curves: Curves) -> None:
+    """Writes the report; all numbers in it are those of ``results``, the content of results.json."""
+    content = page(results, curves).encode()
+    with write_atomically(path, len(content)) as file:
+        file.write(content)
+
+
+def page(results: Mapping, curves: Curves) -> str:
+    figures = [
+        (draw_zoo(curves), "Each line is a network; the thick line is the median, the band holds 80 % of them."),
+        (draw_predictions(results), "Each point is one state of a network that nothing was trained on."),
+        (draw_map(curves), "Each point is one state of a network; the axes are the two main directions."),
+        (draw_losses(curves), "Averages over batches; validation is done without noise, on networks not trained on."),
+    ]
+    body = [
+        "<h1>What the weights of networks tell about them</h1>",
+        f"<p>{html.escape(headline(results))}</p>",
+        "<h2>R² on networks that no part of the training saw</h2>",
+        r2_table(results["probe"]["r2"]),
+        "<p><small>Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 5 % and "
+        "95 % quantiles over resampled test networks. s(W): mean, variance and quantiles of each layer. W: all weights."
+        "</small></p>",
+        *(
+            f"<figure>{image(figure, caption)}<figcaption>{caption}</figcaption></figure>"
+            for figure, caption in figures
+        ),
+        "<h2>Permutations of neurons</h2>",
+        permutation_section(results["permutations"]),
+        "<h2>What was run</h2>",
+        stage_table(results["stages"]),
+        table(("machine", ""), [(name, f"{value}") for name, value in results["machine"].items()]),
+        "<h2>How to repeat it</h2>",
+        f"<pre>{html.escape(results['command'])}</pre>",
+        "<p>Other options, all at their defaults unless named above:</p>",
+        f"<pre>{html.escape(json.dumps(results['config'], indent=1))}</pre>",
+    ]
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}<title>fastws quickstart</title></head>" + (
+        f"<body>{''.join(body)}</body></html>"
+    )
+
+
+def headline(results: Mapping) -> str:
+    zoo, rows = results["zoo"], results["probe"]["rows"]
+    test = {
+        score["features"]: score["test_r2"] for score in results["probe"]["r2"] if score["target"] == "test_accuracy"
+    }
+    scores = ", ".join(f"{number(value, 2)} from {name}" for name, value in test.items())
+    networks = sum(zoo["networks"].values())
+    return (
+        f"{networks} networks of {zoo['weights']:,} weights learned to read digits; {zoo['states']:,} states of them "
+        f"were kept. SANE learned from those of {zoo['networks']['train']}. On {rows['test']} states of "
+        f"{zoo['networks']['test']} others, a linear probe predicts the test accuracy with R² {scores}."
+    )
+
+
+# --- tables
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def r2_rows(scores: Sequence[Mapping]) -> list[list[str]]:
+    """One row per feature set: its name and, for each target, R^2 with its interval."""
+    rows: dict[str, list[str]] = {}
+    for score in scores:
+        interval = score["interval"]
+        spread = f" [{number(interval[0], 2)}, {number(interval[1], 2)}]" if interval else ""
+        rows.setdefault(score["features"], [score["features"]]).append(number(score["test_r2"]) + spread)
+    return list(rows.values())
+
+
+def r2_table(scores: Sequence[Mapping]) -> str:
+    return table(("features", *TARGETS.values()), r2_rows(scores))
+
+
+def permutation_section(check: Mapping) -> str:
+    rows = []
+    for kind in ("SANE", "W"):
+        found = check[kind]
+        shares = (f"{100 * found[name]:.1f} %" for name in ("nearer", "nearer_than_nearest"))
+        rows.append((kind, number(found["permuted"]), number(found["other"]), number(found["ratio"]), *shares))
+    text = (
+        f"The neurons of {check['networks']} test networks were permuted at random, {check['permutations']} times "
+        "each. The function stays the same; the embedding should move less than to another network."
+    )
+    header = ("", "to its permuted copy", "to another network", "ratio", "copy nearer than another", "than all others")
+    return f"<p>{text}</p>{table(header, rows)}"
+
+
+def stage_table(stages: Mapping) -> str:
+    rows = [
+        (name, f"{stage['seconds']:.1f}", f"{stage['cpu_seconds']:.1f}", str(stage["attempts"]))
+        for name, stage in stages.items()
+    ]
+    totals = (f"{sum(stage[key] for stage in stages.values()):.1f}" for key in ("seconds", "cpu_seconds"))
+    note = "<p><small>A stage of several attempts was interrupted; its times are those of the last.</small></p>"
+    return table(("stage", "seconds", "CPU seconds", "attempts"), [*rows, ("all", *totals, "")]) + note
+
+
+# --- figures
+
+
+def image(figure: "Figure", caption: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return (
+        f"<img alt='{html.escape(caption)}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+    )
+
+
+def make_figure(panels: int = 1, height: float = 4.0, width: float = 8.0):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def draw_zoo(curves: Curves) -> "Figure":
+    figure, (axis,) = make_figure()
+    epochs = numpy.arange(curves.accuracy.shape[1])
+    low, middle, high = numpy.nanquantile(curves.accuracy, [0.1, 0.5, 0.9], axis=0)
+    axis.plot(epochs, curves.accuracy.T, color=GREY, alpha=0.15, linewidth=0.7)
+    axis.fill_between(epochs, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    axis.plot(epochs, middle, color=BLUE, linewidth=2.5)
+    title = f"The zoo: after {epochs[-1]} epochs 80 % of the networks reach {low[-1]:.2f} to {high[-1]:.2f}"
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(title=title, xlabel="epoch", ylabel="test accuracy", ylim=(0, 1), xlim=(0, epochs[-1]))
+    return figure
+
+
+def draw_predictions(results: Mapping) -> "Figure":
+    known = results["probe"]["accuracy"]
+    kinds = [kind for kind in known if kind != "true"]
+    scores = {s["features"]: s["test_r2"] for s in results["probe"]["r2"] if s["target"] == "test_accuracy"}
+    figure, axes = make_figure(len(kinds), 3.2, 2.8 * len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        axis.scatter(known["true"], known[kind], s=9, color=BLUE, alpha=0.5, linewidths=0)
+        axis.plot([0, 1], [0, 1], color=ORANGE, linewidth=1)
+        axis.set(title=f"{kind}: R² {number(scores[kind], 2)}", xlabel="true test accuracy", aspect="equal")
+        axis.set(xlim=(-0.1, 1.15), ylim=(-0.1, 1.15))
+    axes[0].set_ylabel("predicted")
+    return figure
+
+
+def draw_map(curves: Curves) -> "Figure":
+    figure, (axis,) = make_figure(height=5.0)
+    centred = curves.embeddings - curves.embeddings[~curves.unseen].mean(0)
+    _, singular, directions = numpy.linalg.svd(centred[~curves.unseen], full_matrices=False)
+    shares = singular**2 / (singular**2).sum()
+    places = centred @ directions[:2].T
+    for marker, size, chosen, label in ((".", 14, ~curves.unseen, "train, val"), ("^", 16, curves.unseen, "test")):
+        color = {"c": curves.embedded_accuracy[chosen], "cmap": "viridis", "vmin": 0, "vmax": 1}
+        points = axis.scatter(*places[chosen].T, s=size, marker=marker, linewidths=0, alpha=0.7, label=label, **color)
+    figure.colorbar(points, ax=axis, label="test accuracy")
+    axis.legend(frameon=False, loc="best")
+    related = [abs(numpy.corrcoef(place, curves.embedded_accuracy)[0, 1]) for place in places.T]
+    axis.set(
+        title=f"Embeddings: accuracy correlates with the two main directions by {related[0]:.2f} and {related[1]:.2f}"
+    )
+    axis.set(xlabel=f"direction 1 ({shares[0]:.0%} of variance)", ylabel=f"direction 2 ({shares[1]:.0%})")
+    return figure
+
+
+def draw_losses(curves: Curves) -> "Figure":
+    figure, axes = make_figure(2, 3.4)
+    for axis, name, title in zip(axes, ("reconstruction", "contrast"), ("Reconstruction", "Contrast"), strict=True):
+        for split, color in (("train", BLUE), ("val", ORANGE)):  # val last: its end is in the title
+            points = [(line["step"], line[f"{split}/{name}"]) for line in curves.log if f"{split}/{name}" in line]
+            style = {"marker": "o", "markersize": 3} if split == "val" else {"linewidth": 1}
+            axis.plot(*zip(*points, strict=True), color=color, label=split, **style)
+        axis.set(title=f"{title} loss: {points[0][1]:.2f} to {points[-1][1]:.2f}", xlabel="step", ylim=(0, None))
+        axis.legend(frameon=False)
+    return figure

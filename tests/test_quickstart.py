@@ -1,0 +1,159 @@
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from fastws import quickstart, report
+from fastws.zoo.format import Zoo
+
+SMOKE = quickstart.Config(smoke=True, threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = replace(SMOKE, out=str(tmp_path_factory.mktemp("finished")))
+    quickstart.run(config)
+    return config
+
+
+def read(config):
+    return json.loads((Path(config.out) / "results.json").read_text())
+
+
+def findings(results):
+    return {name: found for name, found in results.items() if name not in ("stages", "config", "command", "machine")}
+
+
+def test_results_are_complete(finished):
+    results = read(finished)
+    assert results["zoo"]["networks"] == {"train": 17, "val": 4, "test": 3} and results["zoo"]["states"] == 24 * 5
+    assert results["probe"]["rows"] == {"train": 17 * 4, "val": 4 * 4, "test": 3 * 4}
+    scored = {(score["features"], score["target"]) for score in results["probe"]["r2"]}
+    kinds = ("SANE", "s(W)", "W", "W aligned")
+    assert scored == {(kind, target) for kind in kinds for target in quickstart.TARGETS}
+    assert set(results["stages"]) == set(quickstart.STAGES)
+    assert all(stage["attempts"] == 1 and stage["seconds"] > 0 for stage in results["stages"].values())
+    assert {"fastws", "torch", "python", "commit", "processor", "cores"} <= set(results["machine"])
+
+
+def test_report_stands_alone(finished):
+    page = (Path(finished.out) / "report.html").read_text()
+    assert page.count("src='data:image/png;base64,") == page.count("<img") == 4
+    assert not re.search(r"<script|<link|https?:", page)
+
+
+def test_report_holds_the_numbers_of_the_results(finished):
+    results = read(finished)
+    page = html.unescape((Path(finished.out) / "report.html").read_text())
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    for score in results["probe"]["r2"]:
+        assert any(cell.split(" [")[0] == f"{score['test_r2']:.3f}" for cell in cells), score
+    for kind in ("SANE", "W"):
+        assert f"{results['permutations'][kind]['ratio']:.3f}" in cells
+    for stage in results["stages"].values():
+        assert f"{stage['seconds']:.1f}" in cells
+    assert json.dumps(results["config"], indent=1) in page
+
+
+def test_summary_is_printed(finished, capsys):
+    quickstart.run(finished)  # everything is done: reads it
+    out = capsys.readouterr().out
+    assert out.count("done before") == len(quickstart.STAGES)
+    for score in read(finished)["probe"]["r2"]:
+        assert f"{score['test_r2']:.3f}" in out
+    assert f"{finished.out}/report.html" in out and f"{finished.out}/results.json" in out
+
+
+def test_killed_run_is_resumed_to_the_same_results(finished, tmp_path, monkeypatch):
+    config = replace(finished, out=str(tmp_path))
+
+    def die(config, folder):
+        """dies"""
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(quickstart.STAGES, "embed", die)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.run(config)
+    assert not (tmp_path / "results.json").exists()
+    quickstart.run(config)
+    assert findings(read(config)) == findings(read(finished))
+    attempts = {name: stage["attempts"] for name, stage in read(config)["stages"].items()}
+    assert attempts == {name: 1 + (name == "embed") for name in quickstart.STAGES}
+
+
+def test_test_networks_are_unseen(finished):
+    folder = Path(finished.out)
+    zoo, aligned = Zoo.open(folder / "zoo"), Zoo.open(folder / "aligned")
+    assert aligned.splits == zoo.splits and aligned.properties.equals(zoo.properties)
+    assert read(finished)["align"]["reference"] in zoo.splits["train"]
+    state = torch.load(folder / "sane/checkpoint.pt", weights_only=True)
+    assert state["extra"]["networks"] == {"train": 17 * 5, "val": 4 * 5}
+    rows = quickstart.probed_rows(replace(finished, **quickstart.SMOKE), zoo)
+    models = {split: {zoo.properties["model"][row].as_py() for row in r.tolist()} for split, r in rows.items()}
+    assert models == {split: set(members) for split, members in zoo.splits.items()}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [({"seed": 1}, "seed must be 0, with which .* was begun, got 1; give another --out")],
+)
+def test_run_is_resumed_only_as_it_was_begun(finished, changed, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.run(replace(finished, **changed))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"networks": 19}, "networks must be at least 20"),
+        ({"permutations": 0}, "permutations must be at least 1, got 0"),
+        ({"epochs": 5}, r"probe_epochs must be in \[0, 5\]"),
+        ({"probe_epochs": ()}, "probe_epochs must be"),
+    ],
+)
+def test_config_is_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.Config(**fields)
+
+
+def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="matplotlib must be installed for the report, got none; pip install"):
+        quickstart.run(replace(SMOKE, out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+# --- numbers
+
+
+def test_interval_is_that_of_resampled_networks():
+    random = numpy.random.default_rng(0)
+    models = [f"m{number % 12}" for number in range(60)]
+    target = torch.from_numpy(random.normal(size=60))
+    prediction = target + 0.4 * torch.from_numpy(random.normal(size=60))
+    low, high = quickstart.r2_interval(prediction, target, models, seed=3)
+    scores = []
+    for _ in range(4000):
+        drawn = random.integers(12, size=12)
+        rows = torch.tensor([row for m in drawn for row in range(60) if models[row] == f"m{m}"])
+        y = target[rows]
+        scores.append(float(1 - (y - prediction[rows]).square().mean() / y.var(correction=0)))
+    assert [low, high] == pytest.approx(numpy.quantile(scores, [0.05, 0.95]).tolist(), abs=0.02)
+    assert quickstart.r2_interval(target, target, models, 0) == pytest.approx([1, 1])
+    assert quickstart.r2_interval(target, torch.ones(60), models, 0) is None
+
+
+def test_distances_by_hand():
+    features = torch.tensor([[0.0, 0], [3, 4], [0, 1]])  # 5, 1 and sqrt(18) apart
+    moved = torch.tensor([[0.0, 0], [0, 2], [3, 4], [3, 4], [0, 1], [0, 1]])  # one copy moves, by 2
+    found = quickstart.compare_distances(features, moved)
+    others = (5 + 1 + 18**0.5) / 3
+    assert found["permuted"] == pytest.approx(2 / 6) and found["other"] == pytest.approx(others)
+    assert found["ratio"] == pytest.approx(2 / 6 / others)
+    assert found["nearer"] == pytest.approx(11 / 12) and found["nearer_than_nearest"] == pytest.approx(5 / 6)
