@@ -20,7 +20,16 @@ from torch import Tensor
 
 from fastws import report
 from fastws.downstream import predict
-from fastws.downstream.embed import Pool, average, embed, encode, load_embeddings, load_encoder, save_embeddings
+from fastws.downstream.embed import (
+    Pool,
+    average,
+    compare_distances,
+    embed,
+    encode,
+    load_embeddings,
+    load_encoder,
+    save_embeddings,
+)
 from fastws.train import files, sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
@@ -31,7 +40,6 @@ from fastws.zoo.writer import ZooWriter
 
 SPLITS = ("train", "val", "test")
 TARGETS = ("test_accuracy", "epoch", "generalisation_gap")
-RESAMPLES = 1000  # of the test networks, for the intervals of R^2
 TIMES = ("seconds", "cpu_seconds", "attempts")
 SMOKE = {"networks": 24, "epochs": 4, "probe_epochs": (1, 2, 3, 4), "steps": 12, "batch_size": 8, "width": 16}
 
@@ -57,6 +65,7 @@ class Config:
     latent: int = 64  # entries per token embedding
     gamma: float = 0.05  # weight of the contrastive loss; reconstruction gets 1 - gamma
     noise: float = 0.1  # std of the factors that all weights of a view are multiplied by
+    erase: float = 0.3  # share of the weights of a view that are set to 0; SANE reconstructs what was there
 
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
     permutations: int = 8  # of each test network, to see how far they move its embedding
@@ -68,11 +77,7 @@ class Config:
         for name in ("epochs", "permutations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
-        if (
-            not self.probe_epochs
-            or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs)
-            and not self.smoke
-        ):
+        if not self.probe_epochs or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs):
             raise ValueError(f"quickstart: probe_epochs must be in [0, {self.epochs}], got {self.probe_epochs}")
 
 
@@ -205,6 +210,8 @@ def sane_config(config: Config, folder: Path, zoo: Zoo) -> sane.Config:
         window=zoo.layout.with_tokens(None, "skip").num_tokens,
         gamma=config.gamma,
         noise=config.noise,
+        erase=config.erase,
+        target="clean",
         device="cpu",
         seed=config.seed,
         eval_every=max(1, config.steps // 16),
@@ -233,7 +240,7 @@ def probe(config: Config, folder: Path) -> dict:
         for target, name in enumerate(TARGETS):
             fits = [probes[target] for probes in tried]
             best = max(range(2), key=lambda which: numpy.nan_to_num(fits[which].val_r2, nan=-numpy.inf))  # noqa: B023
-            interval = r2_interval(fits[best].test_prediction, targets["test"][:, target], models, config.seed)
+            interval = predict.r2_interval(fits[best].test_prediction, targets["test"][:, target], models, config.seed)
             found = {"features": kind, "target": name, "standardized": bool(best), "interval": interval}
             scores.append(found | fits[best].scores())
             if target == 0:
@@ -260,27 +267,6 @@ def make_features(config: Config, folder: Path, zoo: Zoo, rows: dict[str, Tensor
     return features
 
 
-def r2_interval(prediction: Tensor, target: Tensor, models: list[str], seed: int) -> list[float] | None:
-    """5 % and 95 % quantile of R^2 over resampled networks, all states of a network together; None without variance.
-
-    Args:
-        prediction: float64 ``[n]``.
-        target: float64 ``[n]``.
-        models: The network of each.
-        seed: Of the samples.
-    """
-    _, member = numpy.unique(models, return_inverse=True)
-    y, error = target.numpy(), (target - prediction).square().numpy()
-    sums = numpy.stack([numpy.bincount(member, weights) for weights in (numpy.ones(len(y)), y, y**2, error)])
-    count = sums.shape[1]
-    drawn = numpy.random.default_rng(seed).multinomial(count, numpy.full(count, 1 / count), RESAMPLES)
-    total, first, second, squares = sums @ drawn.T  # [RESAMPLES] each
-    variance = second / total - (first / total) ** 2
-    if not (variance > 1e-12).all():
-        return None
-    return numpy.quantile(1 - squares / total / variance, [0.05, 0.95]).tolist()
-
-
 def check_permutations(config: Config, folder: Path) -> dict:
     """how far a permutation of its neurons moves the embedding of a network, which computes the same as before"""
     encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), used_zoo(config, folder)
@@ -300,25 +286,6 @@ def check_permutations(config: Config, folder: Path) -> dict:
     }
 
 
-def compare_distances(features: Tensor, moved: Tensor) -> dict[str, float]:
-    """Distances between networks and their permuted copies, beside those between different networks.
-
-    Args:
-        features: ``[n, d]``, at least two networks.
-        moved: ``[n * k, d]``, k copies of each.
-    """
-    own = (features[:, None] - moved.unflatten(0, (len(features), -1))).norm(dim=-1)  # [n, k]
-    apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    others = apart[~torch.eye(len(features), dtype=torch.bool)].view(len(features), -1)  # [n, n - 1]
-    return {
-        "permuted": own.mean().item(),
-        "other": others.mean().item(),
-        "ratio": (own.mean() / others.mean()).item(),
-        "nearer": (own[:, :, None] < others[:, None]).double().mean().item(),
-        "nearer_than_nearest": (own < others.min(1, keepdim=True).values).double().mean().item(),
-    }
-
-
 STAGES = {  # in this order
     "zoo": make_zoo,
     "align": align_zoo,
@@ -334,16 +301,29 @@ STAGES = {  # in this order
 
 def summarise(config: Config, results: dict[str, dict]) -> dict:
     """The content of results.json."""
-    default, given = asdict(Config()), asdict(config)
-    options = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if v != default[n] and n not in SMOKE]
     times = {name: {key: found[key] for key in TIMES} for name, found in results.items()}
     machine = files.describe(torch.device("cpu")) | {"processor": processor_name(), "cores": os.cpu_count()}
     return {
-        "command": " ".join(["fastws quickstart", *options]),
-        "config": given,
+        "command": command_of(config),
+        "config": asdict(config),
         "machine": machine,
         "stages": times,
     } | {name: found["result"] for name, found in results.items()}
+
+
+def command_of(config: Config) -> str:
+    """The command line that repeats a run."""
+    default, words = asdict(Config()), ["fastws quickstart"]
+    for name, value in asdict(config).items():
+        option = name.replace("_", "-")
+        if value == default[name] or (config.smoke and name in SMOKE):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{option} {' '.join(map(str, values))}")
+    return " ".join(words)
 
 
 def processor_name() -> str:

@@ -19,6 +19,7 @@ if find_spec("matplotlib"):
 
 TARGETS = {"test_accuracy": "accuracy", "epoch": "epoch", "generalisation_gap": "generalisation gap"}
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"  # distinct also for the colour-blind
+SMOKE = "<p><strong>A smoke run: it shows that everything works; its numbers mean nothing.</strong></p>"
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -66,6 +67,7 @@ def page(results: Mapping, curves: Curves) -> str:
     body = [
         "<h1>What the weights of networks tell about them</h1>",
         f"<p>{html.escape(headline(results))}</p>",
+        SMOKE if results["config"]["smoke"] else "",
         "<h2>R² on networks that no part of the training saw</h2>",
         r2_table(results["probe"]["r2"]),
         "<p><small>Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 5 % and "

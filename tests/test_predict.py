@@ -107,6 +107,23 @@ def test_constant_targets_have_no_score():
     assert numpy.isnan([probe.train_r2, probe.val_r2, probe.test_r2, probe.test_tau]).all()
 
 
+def test_interval_is_that_of_resampled_networks():
+    random = numpy.random.default_rng(0)
+    models = [f"m{number % 12}" for number in range(60)]
+    target = torch.from_numpy(random.normal(size=60))
+    prediction = target + 0.4 * torch.from_numpy(random.normal(size=60))
+    low, high = predict.r2_interval(prediction, target, models, seed=3)
+    scores = []
+    for _ in range(1500):
+        drawn = random.integers(12, size=12)
+        rows = torch.tensor([row for m in drawn for row in range(60) if models[row] == f"m{m}"])
+        y = target[rows]
+        scores.append(float(1 - (y - prediction[rows]).square().mean() / y.var(correction=0)))
+    assert [low, high] == pytest.approx(numpy.quantile(scores, [0.05, 0.95]).tolist(), abs=0.03)
+    assert predict.r2_interval(target, target, models, 0) == pytest.approx([1, 1])
+    assert predict.r2_interval(target, torch.ones(60), models, 0) is None
+
+
 # --- features
 
 
@@ -178,6 +195,16 @@ def test_embedding_of_layers_is_the_mean_of_each(zoo, encoder):
     layer = encoder.layout.positions[:, 1]
     expected = torch.cat([z[:, layer == number].mean(1) for number in range(len(encoder.layout.table))], 1)
     torch.testing.assert_close(embed.embed(encoder, zoo, halo=None, pool="layers")[:5], expected)
+
+
+def test_distances_by_hand():
+    features = torch.tensor([[0.0, 0], [3, 4], [0, 1]])  # 5, 1 and sqrt(18) apart
+    moved = torch.tensor([[0.0, 0], [0, 2], [3, 4], [3, 4], [0, 1], [0, 1]])  # one copy moves, by 2
+    found = embed.compare_distances(features, moved)
+    others = (5 + 1 + 18**0.5) / 3
+    assert found["permuted"] == pytest.approx(2 / 6) and found["other"] == pytest.approx(others)
+    assert found["ratio"] == pytest.approx(2 / 6 / others)
+    assert found["nearer"] == pytest.approx(11 / 12) and found["nearer_than_nearest"] == pytest.approx(5 / 6)
 
 
 def test_embeddings_survive_a_file(tmp_path, encoder):

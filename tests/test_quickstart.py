@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -129,31 +128,8 @@ def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# --- numbers
-
-
-def test_interval_is_that_of_resampled_networks():
-    random = numpy.random.default_rng(0)
-    models = [f"m{number % 12}" for number in range(60)]
-    target = torch.from_numpy(random.normal(size=60))
-    prediction = target + 0.4 * torch.from_numpy(random.normal(size=60))
-    low, high = quickstart.r2_interval(prediction, target, models, seed=3)
-    scores = []
-    for _ in range(4000):
-        drawn = random.integers(12, size=12)
-        rows = torch.tensor([row for m in drawn for row in range(60) if models[row] == f"m{m}"])
-        y = target[rows]
-        scores.append(float(1 - (y - prediction[rows]).square().mean() / y.var(correction=0)))
-    assert [low, high] == pytest.approx(numpy.quantile(scores, [0.05, 0.95]).tolist(), abs=0.02)
-    assert quickstart.r2_interval(target, target, models, 0) == pytest.approx([1, 1])
-    assert quickstart.r2_interval(target, torch.ones(60), models, 0) is None
-
-
-def test_distances_by_hand():
-    features = torch.tensor([[0.0, 0], [3, 4], [0, 1]])  # 5, 1 and sqrt(18) apart
-    moved = torch.tensor([[0.0, 0], [0, 2], [3, 4], [3, 4], [0, 1], [0, 1]])  # one copy moves, by 2
-    found = quickstart.compare_distances(features, moved)
-    others = (5 + 1 + 18**0.5) / 3
-    assert found["permuted"] == pytest.approx(2 / 6) and found["other"] == pytest.approx(others)
-    assert found["ratio"] == pytest.approx(2 / 6 / others)
-    assert found["nearer"] == pytest.approx(11 / 12) and found["nearer_than_nearest"] == pytest.approx(5 / 6)
+def test_command_repeats_the_run(finished):
+    words = read(finished)["command"].split()
+    assert words == ["fastws", "quickstart", "--out", finished.out, "--smoke", "--threads", "1"]
+    config = replace(finished, smoke=False, align=False, probe_epochs=(1, 2))
+    assert quickstart.command_of(config).endswith("--probe-epochs 1 2 --no-align --threads 1")

@@ -159,6 +159,25 @@ def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, 
     return starts, window, owner * window + token - starts[owner]
 
 
+def compare_distances(features: Tensor, moved: Tensor) -> dict[str, float]:
+    """Distances between networks and their permuted copies, beside those between different networks.
+
+    Args:
+        features: ``[n, d]``, at least two networks.
+        moved: ``[n * k, d]``, k copies of each.
+    """
+    own = (features[:, None] - moved.unflatten(0, (len(features), -1))).norm(dim=-1)  # [n, k]
+    apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    others = apart[~torch.eye(len(features), dtype=torch.bool)].view(len(features), -1)  # [n, n - 1]
+    return {
+        "permuted": own.mean().item(),
+        "other": others.mean().item(),
+        "ratio": (own.mean() / others.mean()).item(),
+        "nearer": (own[:, :, None] < others[:, None]).double().mean().item(),
+        "nearer_than_nearest": (own < others.min(1, keepdim=True).values).double().mean().item(),
+    }
+
+
 def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout) -> None:
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)

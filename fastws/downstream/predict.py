@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
@@ -35,6 +36,7 @@ PENALTIES = (
     3e-5,
     1e-5,
 )  # as published
+RESAMPLES = 1000  # for the intervals of R^2
 SORTED_AT_ONCE = 2**24  # weights
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 Splits = Mapping[str, Tensor]
@@ -252,3 +254,24 @@ def r_squared(predictions: Tensor, target: Tensor) -> Tensor:
     if len(target) == 0 or (target == target[0]).all():
         return predictions.new_full(predictions.shape[1:], torch.nan)
     return 1 - (predictions - target[:, None]).square().mean(0) / target.var(correction=0)
+
+
+def r2_interval(prediction: Tensor, target: Tensor, models: list[str], seed: int) -> list[float] | None:
+    """5 % and 95 % quantile of R^2 over resampled networks, all states of a network together; None without variance.
+
+    Args:
+        prediction: float64 ``[n]``.
+        target: float64 ``[n]``.
+        models: The network of each.
+        seed: Of the samples.
+    """
+    _, member = numpy.unique(models, return_inverse=True)
+    y, error = target.numpy(), (target - prediction).square().numpy()
+    sums = numpy.stack([numpy.bincount(member, weights) for weights in (numpy.ones(len(y)), y, y**2, error)])
+    count = sums.shape[1]
+    drawn = numpy.random.default_rng(seed).multinomial(count, numpy.full(count, 1 / count), RESAMPLES)
+    total, first, second, squares = sums @ drawn.T  # [RESAMPLES] each
+    variance = second / total - (first / total) ** 2
+    if not (variance > 1e-12).all():
+        return None
+    return numpy.quantile(1 - squares / total / variance, [0.05, 0.95]).tolist()
