@@ -52,20 +52,20 @@ class Config:
     seed: int = 0  # of everything random
     smoke: bool = False  # a tiny run, to see that everything works; its numbers mean nothing
 
-    networks: int = 300  # in the zoo; 70 % to train on, 15 % to choose by, 15 % to test on
+    networks: int = 600  # in the zoo; 70 % to train on, 15 % to choose by, 15 % to test on
     epochs: int = 25  # each network is kept after every one
     probe_epochs: tuple[int, ...] = (1, 3, 5, 10, 15, 20, 25)  # whose states are probed, as published
     align: bool = True  # the neurons of all networks to those of one
 
-    steps: int = 800  # of SANE's training
+    steps: int = 900  # of SANE's training
     batch_size: int = 32  # networks per step
-    lr: float = 2e-3  # peak of the one-cycle schedule
+    lr: float = 3e-3  # peak of the one-cycle schedule
     width: int = 64  # of the transformers
     depth: int = 2  # blocks, in the encoder and again in the decoder
     latent: int = 64  # entries per token embedding
-    gamma: float = 0.05  # weight of the contrastive loss; reconstruction gets 1 - gamma
+    gamma: float = 0.1  # weight of the contrastive loss; reconstruction gets 1 - gamma
     noise: float = 0.1  # std of the factors that all weights of a view are multiplied by
-    erase: float = 0.3  # share of the weights of a view that are set to 0; SANE reconstructs what was there
+    erase: float = 0.5  # share of the weights of a view that are set to 0; SANE reconstructs what was there
 
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
     permutations: int = 8  # of each test network, to see how far they move its embedding
