@@ -2,7 +2,8 @@
 
 Networks of the test split are seen by nothing before the last stage: not by SANE, not by the statistics that
 standardise weights, not by the reference of the alignment, not by the probes. Penalties and the scaling of features are
-chosen on the validation split.
+chosen on the validation split. The sizes of SANE, the share that is erased and the way to pool were chosen once, on the
+validation split of seed 0, never on a test split.
 """
 
 import json

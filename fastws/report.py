@@ -62,7 +62,10 @@ def page(results: Mapping, curves: Curves) -> str:
         (draw_zoo(curves), "Each line is a network; the thick line is the median, the band holds 80 % of them."),
         (draw_predictions(results), "Each point is one state of a network that nothing was trained on."),
         (draw_map(curves), "Each point is one state of a network; the axes are the two main directions."),
-        (draw_losses(curves), "Averages over batches; validation is done without noise, on networks not trained on."),
+        (
+            draw_losses(curves),
+            "Averages over batches; validation has neither noise nor erasing, and networks that were not trained on.",
+        ),
     ]
     body = [
         "<h1>What the weights of networks tell about them</h1>",
@@ -70,9 +73,7 @@ def page(results: Mapping, curves: Curves) -> str:
         SMOKE if results["config"]["smoke"] else "",
         "<h2>R² on networks that no part of the training saw</h2>",
         r2_table(results["probe"]["r2"]),
-        "<p><small>Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 5 % and "
-        "95 % quantiles over resampled test networks. s(W): mean, variance and quantiles of each layer. W: all weights."
-        "</small></p>",
+        f"<p><small>{features_note(results)}</small></p>",
         *(
             f"<figure>{image(figure, caption)}<figcaption>{caption}</figcaption></figure>"
             for figure, caption in figures
@@ -90,6 +91,17 @@ def page(results: Mapping, curves: Curves) -> str:
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}<title>fastws quickstart</title></head>" + (
         f"<body>{''.join(body)}</body></html>"
+    )
+
+
+def features_note(results: Mapping) -> str:
+    aligned = "of the aligned networks" if results["config"]["align"] else "of the networks"
+    means = "over the tokens of each layer" if results["config"]["pool"] == "layers" else "over all tokens"
+    return (
+        "Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 5 % and 95 % "
+        f"quantiles over resampled test networks. SANE: means {means} of the embeddings {aligned}, "
+        f"{results['embed']['shape'][1]} numbers. s(W): mean, variance and five quantiles of each layer. W: all "
+        "weights; aligned: with the neurons in the order of those of one network."
     )
 
 
@@ -183,7 +195,8 @@ def draw_zoo(curves: Curves) -> "Figure":
     figure, (axis,) = make_figure()
     epochs = numpy.arange(curves.accuracy.shape[1])
     low, middle, high = numpy.nanquantile(curves.accuracy, [0.1, 0.5, 0.9], axis=0)
-    axis.plot(epochs, curves.accuracy.T, color=GREY, alpha=0.15, linewidth=0.7)
+    faint = min(0.3, 30 / len(curves.accuracy))
+    axis.plot(epochs, curves.accuracy.T, color=GREY, alpha=faint, linewidth=0.7)
     axis.fill_between(epochs, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axis.plot(epochs, middle, color=BLUE, linewidth=2.5)
     title = f"The zoo: after {epochs[-1]} epochs 80 % of the networks reach {low[-1]:.2f} to {high[-1]:.2f}"
@@ -197,11 +210,13 @@ def draw_predictions(results: Mapping) -> "Figure":
     kinds = [kind for kind in known if kind != "true"]
     scores = {s["features"]: s["test_r2"] for s in results["probe"]["r2"] if s["target"] == "test_accuracy"}
     figure, axes = make_figure(len(kinds), 3.2, 2.8 * len(kinds))
+    everything = numpy.concatenate([known[kind] for kind in known])
+    limits = min(0, everything.min()) - 0.05, max(1, everything.max()) + 0.05
     for axis, kind in zip(axes, kinds, strict=True):
         axis.scatter(known["true"], known[kind], s=9, color=BLUE, alpha=0.5, linewidths=0)
         axis.plot([0, 1], [0, 1], color=ORANGE, linewidth=1)
-        axis.set(title=f"{kind}: R² {number(scores[kind], 2)}", xlabel="true test accuracy", aspect="equal")
-        axis.set(xlim=(-0.1, 1.15), ylim=(-0.1, 1.15))
+        axis.set(title=f"{kind}: R² {number(scores[kind], 2)}", xlabel="true test accuracy")
+        axis.set(xlim=(-0.05, 1.05), ylim=limits)
     axes[0].set_ylabel("predicted")
     return figure
 
@@ -216,7 +231,7 @@ def draw_map(curves: Curves) -> "Figure":
         color = {"c": curves.embedded_accuracy[chosen], "cmap": "viridis", "vmin": 0, "vmax": 1}
         points = axis.scatter(*places[chosen].T, s=size, marker=marker, linewidths=0, alpha=0.7, label=label, **color)
     figure.colorbar(points, ax=axis, label="test accuracy")
-    axis.legend(frameon=False, loc="best")
+    axis.legend(frameon=False, loc="best", markerscale=2)
     related = [abs(numpy.corrcoef(place, curves.embedded_accuracy)[0, 1]) for place in places.T]
     axis.set(
         title=f"Embeddings: accuracy correlates with the two main directions by {related[0]:.2f} and {related[1]:.2f}"
