@@ -57,8 +57,8 @@ FASTWS_TARGET("arch=x86-64-v3") void draw_words(uint64_t seed, uint64_t offset, 
     for (int round = 0; round < 10; ++round)
       for (int h = 0; h < kHalves; ++h) {
         const __m256i p0 = _mm256_mul_epu32(m0, c0[h]), p1 = _mm256_mul_epu32(m1, c2[h]);
-        c0[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[h]), keys[round][0]);
-        c2[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[h]), keys[round][1]);
+        c0[h] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1[h], keys[round][0]));
+        c2[h] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3[h], keys[round][1]));
         c1[h] = p1, c3[h] = p0;
       }
     for (int h = 0; h < kHalves; ++h) {  // four lanes of four words, in the order of the counters

@@ -93,10 +93,11 @@ void gather_token(const scalar_t* weights, const Layer& layer, const int32_t* pe
 // Asks for the memory of a row that is needed soon: its units are read in random order, which no hardware foresees.
 template <typename scalar_t>
 void prefetch_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(scalar_t), kMost = 32768 / sizeof(scalar_t);  // half of a small L1 cache
+  constexpr int64_t kLine = 64 / sizeof(scalar_t),
+                    kMost = 32768 / sizeof(scalar_t);  // a row longer than that would push itself out
   const int64_t other = permutations && layer.out >= 0 ? permutations[layer.out + row] : row;
   const scalar_t* from = weights + layer.weight_offset + other * layer.row_length;
-  for (int64_t i = 0; i < std::min(layer.row_length, kMost); i += kLine) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < std::min(layer.row_length, kMost); i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
 // One token: gathered where it can stay, widened for arithmetic if there is any, and stored.
