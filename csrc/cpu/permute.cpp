@@ -76,7 +76,7 @@ Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& perm
 // One draw of all groups, of which the words begin at word first of the stream.
 void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64_t offset, int64_t first,
                     int32_t* permutation) {
-  constexpr int64_t kWords = 16 * kPhiloxWords;
+  constexpr int64_t kWords = 32 * kPhiloxWords;
   uint32_t words[kWords];
   int64_t drawn = 0, end = 0;  // the words of the stream that are at hand
   for (int64_t group = 0; group < groups; ++group) {
@@ -84,8 +84,10 @@ void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64
     const int64_t size = starts[group + 1] - starts[group], begin = first + starts[group];
     for (int64_t i = 0; i < size;) {
       if (begin + i >= end) {
-        drawn = (begin + i) / 4 * 4, end = drawn + kWords;
-        draw_words(seed, offset, drawn / 4, kWords / 4, words);
+        drawn = (begin + i) / 4 * 4;
+        const int64_t left = (first + starts[groups] - drawn + kPhiloxWords - 1) / kPhiloxWords * kPhiloxWords;
+        end = drawn + std::min(left, kWords);
+        draw_words(seed, offset, drawn / 4, (end - drawn) / 4, words);
       }
       const uint32_t* word = words + (begin - drawn);
 #pragma GCC unroll 8

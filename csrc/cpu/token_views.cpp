@@ -71,8 +71,16 @@ struct Options {
   int64_t erase_threshold;
   uint64_t seed, offset;
 
-  bool arithmetic() const { return scale || shift || noise > 0 || erase_threshold > 0; }
+  bool random() const { return noise > 0 || erase_threshold > 0; }
+  bool arithmetic() const { return scale || shift || random(); }
 };
+
+// Noise and erasing of entries that follow each other; entry is the number of the first in the draw.
+template <typename wide_t>
+void augment(wide_t* x, int64_t size, const Options& options, int64_t entry) {
+  if (options.noise > 0) multiply_noise(x, size, options.noise, options.seed, 2 * options.offset, entry);
+  if (options.erase_threshold > 0) erase(x, size, options.erase_threshold, options.seed, 2 * options.offset + 1, entry);
+}
 
 // Entries 0 to length of one token, permuted: chunk q of row c.
 template <typename scalar_t>
@@ -100,29 +108,29 @@ void prefetch_row(const scalar_t* weights, const Layer& layer, const int32_t* pe
   for (int64_t i = 0; i < std::min(layer.row_length, kMost); i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
-// One token: gathered where it can stay, widened for arithmetic if there is any, and stored.
+// One token: gathered where it can stay, widened for arithmetic if there is any, and stored. Where values are as wide
+// as the arithmetic, what is random is left to augment(), which is faster for several tokens at once.
 template <typename scalar_t, typename to_t>
 void make_token(const scalar_t* weights, const Layer& layer, int64_t l, const int32_t* permutations, int64_t row,
                 int64_t chunk, int64_t token_size, int64_t length, int64_t entry, const Options& options,
                 scalar_t* gathered, wide_type<scalar_t>* wide, to_t* token) {
   using wide_t = wide_type<scalar_t>;
-  if constexpr (std::is_same_v<scalar_t, to_t>)
-    if (!options.arithmetic() || std::is_same_v<scalar_t, wide_t>) gathered = token;
+  constexpr bool kStays = std::is_same_v<scalar_t, to_t>, kWide = std::is_same_v<scalar_t, wide_t>;
   if constexpr (std::is_same_v<wide_t, to_t>) wide = token;
-  if constexpr (std::is_same_v<scalar_t, wide_t>) {
-    if (static_cast<void*>(gathered) != static_cast<void*>(token)) gathered = wide;
-    wide = gathered;
-  }
+  if constexpr (kWide) gathered = wide;
+  if constexpr (kStays && !kWide)
+    if (!options.arithmetic()) gathered = token;
   gather_token(weights, layer, permutations, row, chunk, token_size, length, gathered);
-  if (static_cast<void*>(gathered) == static_cast<void*>(token) && !options.arithmetic()) return;
+  if constexpr (kStays && !kWide)
+    if (!options.arithmetic()) return;
 
-  if constexpr (!std::is_same_v<scalar_t, wide_t>) convert(gathered, wide, length);
+  if constexpr (!kWide) convert(gathered, wide, length);
   if (options.scale || options.shift)
     standardise(wide, length, options.scale ? options.scale[l] : 1, options.shift ? options.shift[l] : 0);
-  if (options.noise > 0) multiply_noise(wide, length, options.noise, options.seed, 2 * options.offset, entry);
-  if (options.erase_threshold > 0)
-    erase(wide, length, options.erase_threshold, options.seed, 2 * options.offset + 1, entry);
-  if (static_cast<void*>(wide) != static_cast<void*>(token)) convert(wide, token, length);
+  if constexpr (!std::is_same_v<wide_t, to_t>) {
+    augment(wide, length, options, entry);
+    convert(wide, token, length);
+  }
 }
 
 struct Views {
@@ -133,6 +141,36 @@ struct Views {
   int32_t *lengths, *positions;  // [B, W], [B, W, 3]
 };
 
+// Augments tokens in runs, as long as most of their entries hold weights; padding is 0 and stays 0.
+template <typename to_t>
+class Runs {
+ public:
+  Runs(to_t* values, int64_t token_size, const Options& options, int64_t begin)
+      : values_(values), size_(token_size), options_(options), first_(begin) {}
+
+  void add(int64_t token, int64_t length) {
+    if (2 * length < size_) {
+      flush(token);
+      augment(values_ + token * size_, length, options_, token * size_);
+      first_ = token + 1;
+    } else if (token + 1 - first_ == kTokens) {
+      flush(token + 1);
+    }
+  }
+
+  void flush(int64_t end) {
+    if (end > first_) augment(values_ + first_ * size_, (end - first_) * size_, options_, first_ * size_);
+    first_ = end;
+  }
+
+ private:
+  static constexpr int64_t kTokens = 8;  // of a few kilobytes, which are still in the nearest cache
+  to_t* values_;
+  const int64_t size_;
+  const Options& options_;
+  int64_t first_;
+};
+
 // Tokens begin to end of the batch; they follow each other, so that the layer is looked for once a view.
 template <typename scalar_t, typename to_t>
 void make_tokens(const scalar_t* weights, const Views& views, const Options& options, to_t* values, int64_t begin,
@@ -140,6 +178,8 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
   std::vector<scalar_t> gathered(views.token_size);
   std::vector<wide_type<scalar_t>> wide(views.token_size);
   const int64_t size = views.token_size;
+  constexpr bool kRuns = std::is_same_v<to_t, wide_type<scalar_t>>;  // else make_token has augmented them
+  Runs<wide_type<scalar_t>> runs(reinterpret_cast<wide_type<scalar_t>*>(values), size, options, begin);
   for (int64_t k = begin; k < end;) {
     const int64_t view = k / views.window, first = views.layers[2 * view], last = views.layers[2 * view + 1];
     const int32_t* permutations = views.indices > 0 ? views.permutations + view * views.indices : nullptr;
@@ -158,6 +198,8 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
         make_token(weights + views.base[view], layer, l, permutations, row, chunk, size, length, k * size, options,
                    gathered.data(), wide.data(), values + k * size);
       std::fill(values + k * size + length, values + (k + 1) * size, to_t(0));
+      if constexpr (kRuns)
+        if (options.random()) runs.add(k, length);
       views.lengths[k] = int32_t(length);
       const int64_t position[3] = {token, l - first, row};
       for (int i = 0; i < 3; ++i) views.positions[3 * k + i] = inside ? int32_t(position[i]) : 0;
@@ -165,6 +207,8 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
       if (row == layer.rows && l + 1 < last) row = 0, ++l;
     }
   }
+  if constexpr (kRuns)
+    if (options.random()) runs.flush(end);
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const Tensor& table_, const Tensor& base_,

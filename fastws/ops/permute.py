@@ -78,12 +78,13 @@ def random_permutations(
     if isinstance(group_sizes, Tensor):
         device = device or group_sizes.device
         group_sizes = group_sizes.tolist()
-    if batch < 0 or any(size < 1 for size in group_sizes):
-        got = f"{batch} and {min(group_sizes, default=1)}"
+    smallest = min(group_sizes, default=1)
+    if batch < 0 or smallest < 1:
+        got = f"{batch} and {smallest}"
         raise ValueError(f"random_permutations: batch must be at least 0 and sizes at least 1, got {got}")
     check_stream("random_permutations", seed, offset)
-    starts = [0, *accumulate(group_sizes)]
-    return torch.ops.fastws.random_permutations(torch.tensor(starts, device=device), starts[-1], batch, seed, offset)
+    starts = torch.tensor([0, *accumulate(group_sizes)], device=device)
+    return torch.ops.fastws.random_permutations(starts, sum(group_sizes), batch, seed, offset)
 
 
 def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:
