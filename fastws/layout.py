@@ -217,9 +217,7 @@ class Layout:
                 state[entry.name] = aside[entry.name]
             elif entry.name.endswith("num_batches_tracked"):
                 state[entry.name] = torch.zeros(entry.shape, dtype=entry.dtype, device=flat.device)
-        names = [name for name in state]
-        state |= {alias: state[name] for alias, name in self.aliases.items() if name in state}
-        return state if names else {}
+        return state | {alias: state[name] for alias, name in self.aliases.items() if name in state}
 
     def tokenize(self, flat: Tensor) -> Tokens:
         """The tokens of flat checkpoints: values ``[.., N, T]``, lengths ``[N]``, positions ``[N, 3]``.

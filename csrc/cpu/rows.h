@@ -3,20 +3,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/clones.h"
 #include "cpu/memory.h"
 #include "table.h"
 
 namespace fastws {
-
-// Blocks of a size known to the compiler, side by side: a few vector moves each, as wide as the processor has.
-template <int64_t kBlock, typename scalar_t>
-FASTWS_CLONES void gather_blocks(const scalar_t* __restrict__ row, scalar_t* __restrict__ out,
-                                 const int32_t* __restrict__ in, int64_t count) {
-  constexpr int64_t kBytes = kBlock * sizeof(scalar_t);
-  for (int64_t u = 0; u < count; ++u)
-    __builtin_memcpy(static_cast<void*>(out + u * kBlock), static_cast<const void*>(row + in[u] * kBlock), kBytes);
-}
 
 // Entries begin to end of a row whose input units are permuted: out[f - begin] = row[...], the formula of
 // docs/design.md; with Inverse the same addresses are written instead of read: row[...] = out[f - begin]. A block of a
@@ -45,12 +35,7 @@ inline void move_units(std::conditional_t<kInverse, scalar_t, const scalar_t>* r
       auto* const to = out + (f - begin) - unit * block;
       const int64_t last = unit + std::min(units - unit, (end - f) / block);
       f += (last - unit) * block;
-      if constexpr (kBlock > 0 && !kInverse) {
-        gather_blocks<kBlock>(row, to + unit * block, in + unit, last - unit);
-        unit = last;
-      } else {
-        for (; unit < last; ++unit) move(row + in[unit] * block, to + unit * block, block);
-      }
+      for (; unit < last; ++unit) move(row + in[unit] * block, to + unit * block, block);
     }
     if (unit == units) unit = 0, row += period;
   }
