@@ -6,47 +6,35 @@ S indices in a row of permutations, D width, E embedding.
 
 from importlib import import_module
 
-from fastws.ops.masked_mse import masked_mse
-from fastws.ops.nt_xent import nt_xent
-from fastws.ops.permute import permute, random_permutations
-from fastws.ops.token_views import token_views
-from fastws.ops.tokenize import detokenize, tokenize
-from fastws.tokens import Tokens
 from fastws.version import __version__
 
-__all__ = [
-    "Layout",
-    "Symmetry",
-    "Tokens",
-    "Zoo",
-    "__version__",
-    "detokenize",
-    "downstream",
-    "masked_mse",
-    "nn",
-    "nt_xent",
-    "permute",
-    "random_permutations",
-    "token_views",
-    "tokenize",
-    "zoo",
-]
-
-
-LATER = {  # name: module
+# what is imported at first use, and from where: registering all ops with torch would take longer than all the rest
+LATER = {
     "Layout": "fastws.layout",
     "Symmetry": "fastws.symmetry",
+    "Tokens": "fastws.tokens",
     "Zoo": "fastws.zoo",
-    "downstream": "fastws.downstream",
-    "nn": "fastws.nn",
-    "zoo": "fastws.zoo",
+    "detokenize": "fastws.ops.tokenize",
+    "layer_statistics": "fastws.ops.layer_statistics",
+    "masked_mse": "fastws.ops.masked_mse",
+    "nt_xent": "fastws.ops.nt_xent",
+    "permute": "fastws.ops.permute",
+    "random_permutations": "fastws.ops.permute",
+    "token_views": "fastws.ops.token_views",
+    "tokenize": "fastws.ops.tokenize",
 }
+PACKAGES = ("downstream", "nn", "ops", "zoo")
+__all__ = ["__version__", *LATER, *PACKAGES]
 
 
 def __getattr__(name: str):
-    """Imports at first use what a program that only calls operators does not need: half of the import time and more."""
+    if name in PACKAGES:
+        return import_module(f"fastws.{name}")
     if name not in LATER:
         raise AttributeError(f"module 'fastws' has no attribute {name!r}")
-    module = import_module(LATER[name])
-    globals()[name] = getattr(module, name) if name[0].isupper() else module
+    globals()[name] = getattr(import_module(LATER[name]), name)
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastws.ops.tokenize import detokenize, tokenize
 from fastws.roles import Role, bias_name, describe_source, load_state
 from fastws.tokens import Tokens
 
@@ -228,7 +229,7 @@ class Layout:
         self._check_flat("tokenize", flat)
         table, lengths, positions = self.on(flat.device)
         batch = flat.reshape(-1, self.num_weights)
-        values = torch.ops.fastws.tokenize(batch, table, self.token_size, self.num_tokens)
+        values = tokenize(batch, table, self.token_size, self.num_tokens)
         return Tokens(values.view(*flat.shape[:-1], self.num_tokens, self.token_size), lengths, positions)
 
     def detokenize(self, values: Tensor, like: Tensor | None = None) -> Tensor:
@@ -247,7 +248,7 @@ class Layout:
             raise ValueError(f"detokenize: values must be {expected}, got {list(values.shape)}")
         table, _, _ = self.on(values.device)
         batch = values.reshape(-1, self.num_tokens, self.token_size)
-        flat = torch.ops.fastws.detokenize(batch, table, self.num_weights)
+        flat = detokenize(batch, table, self.num_weights)
         flat = flat.view(*values.shape[:-2], self.num_weights)
         if like is not None:
             self._check_flat("detokenize", like)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastws.layout import Layout
+from fastws.ops.permute import permute, random_permutations
 from fastws.roles import storage_key
 from fastws.segments import Composites, Segments, arrange, group_names, plan, unit_size
 from fastws.trace import in_double, tensors_in, trace
@@ -96,8 +97,7 @@ class Symmetry:
 
     def random(self, batch: int, seed: int = 0, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
         """Uniform random permutations, int32 ``[B, S]``; ``offset`` names the draw within the stream ``seed``."""
-        starts = torch.tensor(self.starts, device=device)
-        return self.expand(torch.ops.fastws.random_permutations(starts, self.starts[-1], batch, seed, offset))
+        return self.expand(random_permutations(self.sizes, batch, seed, offset, device=device))
 
     def identity(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """The permutations that move nothing, int32 ``[B, S]``."""
@@ -159,7 +159,7 @@ class Symmetry:
         (count,) = counts
         *_, table = self._on(flat.device)
         rows = rows.expand(count, -1).contiguous()
-        permuted = torch.ops.fastws.permute(flat.expand(count, -1).contiguous(), table, rows)
+        permuted = permute(flat.expand(count, -1).contiguous(), table, rows)
         return permuted if flat.dim() == 2 or permutations.dim() == 2 else permuted[0]
 
     def permute_state(self, state: Mapping[str, Tensor], permutations: Tensor) -> dict[str, Tensor]:

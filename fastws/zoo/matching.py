@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fastws.layout import Layout
+from fastws.ops.permute import permute
 from fastws.segments import Segments
 from fastws.symmetry import Symmetry
 
@@ -198,7 +199,7 @@ class Matcher:
         """One tensor of the networks ``active``, permuted: ``[k, numel]``."""
         entry = self.entries[tensor]
         weights = flat[:, entry.offset : entry.offset + entry.numel].index_select(0, active)
-        return torch.ops.fastws.permute(weights, self.tables[tensor], permutations)
+        return permute(weights, self.tables[tensor], permutations)
 
 
 def solve(similarity: Tensor, pool: Executor) -> Tensor:
