@@ -23,6 +23,7 @@ begin = time.perf_counter()
 import fastws
 print((time.perf_counter() - begin) * 1e6)
 """
+REGISTER = IMPORT.replace("import fastws", "import fastws.ops; fastws.ops.register_all()")
 LAYOUT = """
 import resource, sys, time, torch, fastws
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,8 +56,9 @@ def measure(code: str, *args: str) -> list[list[float]]:
     return [list(map(float, column)) for column in zip(*(output.split() for output in outputs), strict=True)]
 
 
-(us,) = measure(IMPORT)
-record(op="import fastws", implementation="beyond torch", case="-", us=statistics.median(us))
+for case, code in (("names", IMPORT), ("and all operators, which are registered at first use", REGISTER)):
+    (us,) = measure(code)
+    record(op="import fastws", implementation="beyond torch", case=case, us=statistics.median(us))
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "large.safetensors")
     write_large(path)
