@@ -1,30 +1,22 @@
 """Image data sets in memory, as float tensors."""
 
-import gzip
-import io
 import os
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
-import pyarrow.parquet
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-TEST_SHARE = 0.2  # of the digits
-SPLIT_SEED = 42
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
+from fastws.data import digits, encoded, raw
+
+SPLIT_SEED = 42  # of the published split into training and validation
+KINDS = [*raw.KINDS, *encoded.KINDS]  # the first whose files are there reads a folder
 
 
 class Images(NamedTuple):
-    """An image data set. Images are ``[n, C, H, W]`` float32, labels ``[n]`` int64 in ``[0, num_classes)``.
-
-    Images are normalised per channel with the mean and the standard deviation of the training images, which so have
-    mean 0 and standard deviation 1.
-    """
+    """An image data set. Images are ``[n, C, H, W]`` float32, labels ``[n]`` int64 in ``[0, num_classes)``."""
 
     train_x: Tensor
     train_y: Tensor
@@ -32,20 +24,51 @@ class Images(NamedTuple):
     test_y: Tensor
     num_classes: int
     name: str
+    val_x: Tensor | None = None  # images that were held out of the training images, if any
+    val_y: Tensor | None = None
+    black: Tensor | None = None  # [C], what a black pixel is; unknown for a data set that was saved normalised
 
 
-def load(name: str | os.PathLike, limit: int | None = None) -> Images:
-    """Loads an image data set.
+class Transform(NamedTuple):
+    """What is done to pixels, in this order; ``mean`` and ``std`` are those of pixels in [0, 1].
+
+    With one entry ``mean`` and ``std`` are for all channels, with none they are those of the training images.
+    """
+
+    gray: bool = False
+    crop: int = 0  # height and width of the middle that is kept; 0: all
+    resize: int = 0  # height and width, by antialiased bilinear interpolation; 0: as they are
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+PLAIN = Transform()
+
+
+def load(
+    name: str | os.PathLike, limit: int | None = None, *, transform: Transform = PLAIN, validation: int = 0
+) -> Images:
+    """Loads an image data set; its kind is told from the files that are there.
 
     Args:
         name: ``"digits"``, the 1,797 images of 8 x 8 pixels that come with scikit-learn, of which a fixed fifth of each
-            class is for testing; or a folder in the layout of the Hugging Face hub: parquet files ``train*.parquet``
-            and ``test*.parquet``, there or in ``data/``, with columns ``image`` or ``img`` (PNG or JPEG) and ``label``.
+            class is for testing; or a folder with one of
+
+            - parquet files ``train*.parquet`` and ``test*.parquet``, there or in ``data/``, with columns ``image`` or
+              ``img`` (PNG or JPEG) and ``label``, as the Hugging Face hub has them;
+            - IDX files (MNIST, Fashion-MNIST), also gzipped, there or in ``raw/``;
+            - what torchvision leaves of CIFAR-10, CIFAR-100, SVHN, STL-10 and USPS;
+            - a folder ``train`` and one ``test`` or ``val`` with a folder of images for each class;
+
+            or a ``dataset.pt`` that a published zoo brings, whose split and pixels stay as they are.
         limit: At most so many images of each part, evenly spaced, because files are often sorted by class.
+        transform: What is done to the pixels.
+        validation: Training images to hold out. Which ones, and the order of the others, is that of
+            ``torch.utils.data.random_split`` with seed 42, as in the published zoos.
 
     Raises:
         FileNotFoundError: If a file is missing, or scikit-learn for the digits.
-        ValueError: If a column is missing, an image cannot be decoded or has another size, or ``limit`` is below 1.
+        ValueError: If a file is damaged or of another kind, an image has another size, or an argument is out of range.
 
     Example:
         >>> images = load("digits")
@@ -54,106 +77,101 @@ def load(name: str | os.PathLike, limit: int | None = None) -> Images:
     """
     if limit is not None and limit < 1:
         raise ValueError(f"load: limit must be at least 1, got {limit}")
+    if Path(name).suffix == ".pt":
+        return read_dump(Path(name), limit)
+    white = digits.WHITE if name == "digits" else 255
+    train, test = read(name, None if validation else limit, limit)
+    if not 0 <= validation < len(train[1]):
+        raise ValueError(f"{name}: validation must be less than {len(train[1])}, the images, got {validation}")
+    val = None
+    if validation:
+        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        kept, held_out = order.split([len(order) - validation, validation])
+        train, val = ([tensor[spaced(rows, limit)] for tensor in train] for rows in (kept, held_out))
+    parts = [change(part[0], transform, str(name)).float() / white for part in (train, test, val) if part]
+    parts, black = normalise(parts, transform, str(name))
+    num_classes = int(max(train[1].max(), test[1].max())) + 1
+    held = (parts[2], val[1]) if val else (None, None)
+    return Images(parts[0], train[1], parts[1], test[1], num_classes, str(name), *held, black)
+
+
+def read(name: str | os.PathLike, train: int | None, test: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Pixels ``[n, C, H, W]`` uint8 and labels ``[n]`` of both parts, at most so many of each."""
     if name == "digits":
-        train, test = read_digits(limit)
-    else:
-        train, test = (read_parquet(find_parquet(Path(name), part), limit) for part in ("train", "test"))
-    if train[0].shape[1:] != test[0].shape[1:]:
-        shapes = f"{list(train[0].shape[1:])} and {list(test[0].shape[1:])}"
+        return [(x[:limit], y[:limit]) for (x, y), limit in zip(digits.read(), (train, test), strict=True)]
+    folder = Path(name)
+    kind = next((kind for kind in KINDS if kind.is_in(folder)), None)
+    if kind is None:
+        what = "none of these" if folder.is_dir() else "no such folder"
+        known = ", ".join(dict.fromkeys(kind.files for kind in KINDS))
+        raise FileNotFoundError(f"{folder}: data must be 'digits', or a folder with {known}, got {what}")
+    parts = [kind.read(folder, part, limit) for part, limit in (("train", train), ("test", test))]
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        shapes = f"{list(parts[0][0].shape[1:])} and {list(parts[1][0].shape[1:])}"
         raise ValueError(f"{name}: images for training and testing must have one shape, got {shapes}")
-    (train_x, train_y), (test_x, test_y) = train, test
-    num_classes = int(max(train_y.max(), test_y.max())) + 1
-    std, mean = torch.std_mean(train_x.float(), (0, 2, 3), correction=0, keepdim=True)
-    train_x, test_x = ((x.float() - mean) / std.clamp(min=1e-6) for x in (train_x, test_x))
-    return Images(train_x, train_y, test_x, test_y, num_classes, str(name))
+    return parts
 
 
-def read_digits(limit: int | None) -> list[tuple[Tensor, Tensor]]:
-    """The digits of scikit-learn, read without importing it, split by class."""
-    spec = find_spec("sklearn")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("digits: scikit-learn must be installed, it brings them; pip install scikit-learn")
-    path = Path(spec.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+def spaced(rows: Tensor, limit: int | None) -> Tensor:
+    """At most ``limit`` of the rows, evenly spaced."""
+    count = min(len(rows), limit or len(rows))
+    return rows[torch.arange(count) * len(rows) // count]
+
+
+# --- pixels
+
+
+def change(x: Tensor, transform: Transform, where: str) -> Tensor:
+    """Gray, crop and resize, on uint8 ``[n, C, H, W]``, with the arithmetic of PIL, which torchvision uses."""
+    if transform.gray and x.shape[1] == 3:
+        red, green, blue = x.int().unbind(1)
+        x = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+    if transform.crop:
+        margins = [size - transform.crop for size in x.shape[2:]]
+        if min(margins) < 0:
+            raise ValueError(f"{where}: crop must be at most {min(x.shape[2:])}, got {transform.crop}")
+        top, left = (round(margin / 2) for margin in margins)
+        x = x[:, :, top : top + transform.crop, left : left + transform.crop]
+    if transform.resize and tuple(x.shape[2:]) != (transform.resize, transform.resize):
+        x = torch.stack([resize(image, transform.resize) for image in x])
+    return x
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """``[C, H, W]`` uint8, one channel at a time, which is the same as all at once."""
+    channels = (Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BILINEAR) for channel in image)
+    return torch.from_numpy(numpy.stack([numpy.asarray(channel) for channel in channels]))
+
+
+def normalise(parts: list[Tensor], transform: Transform, where: str) -> tuple[list[Tensor], Tensor]:
+    """Subtracts the mean and divides by the standard deviation of each channel; also gives the value of black."""
+    std, mean = torch.std_mean(parts[0], (0, 2, 3), correction=0)
+    given = []
+    for name, of_images in (("mean", mean), ("std", std.clamp(min=1e-6))):
+        values = torch.tensor(getattr(transform, name))
+        if values.numel() not in (0, 1, len(mean)):
+            raise ValueError(f"{where}: {name} must have 0, 1 or {len(mean)} entries, got {values.numel()}")
+        given.append(values.expand(len(mean)) if values.numel() else of_images)
+    if not (given[1] > 0).all():
+        raise ValueError(f"{where}: std must be positive, got {transform.std}")
+    mean, std = (value[:, None, None] for value in given)
+    return [(x - mean) / std for x in parts], (-mean / std).flatten()
+
+
+def read_dump(path: Path, limit: int | None) -> Images:
+    """The ``dataset.pt`` of a published zoo: tensor data sets that are split and normalised already."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: file must come with scikit-learn, got none; pip install -U scikit-learn")
-    with gzip.open(path) as file:
-        table = torch.from_numpy(numpy.loadtxt(file, delimiter=",", dtype=numpy.float32))
-    images, labels = table[:, :-1].view(-1, 1, 8, 8), table[:, -1].long()
-    random = numpy.random.default_rng(SPLIT_SEED)
-    testing = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        testing[members[random.permutation(len(members))[: round(TEST_SHARE * len(members))]]] = True
-    rows = [part.nonzero().flatten()[:limit] for part in (~testing, testing)]  # in random order of the classes
-    return [(images[part], labels[part]) for part in rows]
-
-
-def find_parquet(folder: Path, part: str) -> list[Path]:
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob(f"{part}*.parquet"))
-        if files:
-            return files
-    what = "none there" if folder.is_dir() else "no such folder"
-    raise FileNotFoundError(f"{folder}: data must be 'digits' or a folder with {part}*.parquet, got {what}")
-
-
-def read_parquet(files: list[Path], limit: int | None) -> tuple[Tensor, Tensor]:
-    """Images ``[n, C, H, W]`` uint8 and labels ``[n]`` int64, of all rows or of ``limit`` evenly spaced ones."""
-    opened = [open_parquet(file) for file in files]
-    total = sum(parquet.metadata.num_rows for parquet in opened)
-    if total == 0:
-        raise ValueError(f"{files[0]}: file must hold images, got none")
-    wanted = numpy.arange(min(total, limit or total)) * total // min(total, limit or total)
-    images, labels, first = [], [], 0
-    for file, parquet in zip(files, opened, strict=True):
-        here = wanted[(wanted >= first) & (wanted < first + parquet.metadata.num_rows)] - first
-        for row, image, label in read_rows(file, parquet, here):
-            if images and image.shape != images[0].shape:
-                shapes = f"{list(image.shape)} after {list(images[0].shape)}"
-                raise ValueError(f"{file}: images must have one shape, got {shapes} in row {row}")
-            images.append(image)
-            labels.append(label)
-        first += parquet.metadata.num_rows
-    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
+        raise FileNotFoundError(f"{path}: data must be a file, got none")
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: file must be parquet, got {error}; download it again") from error
-
-
-def read_rows(
-    file: Path, parquet: pyarrow.parquet.ParquetFile, wanted: numpy.ndarray
-) -> Iterator[tuple[int, numpy.ndarray, int]]:
-    """Row number, pixels and label of the wanted rows, which ascend."""
-    names = parquet.schema_arrow.names
-    image, label = (find_column(file, names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    first = 0
-    for batch in parquet.iter_batches(batch_size=256, columns=[image, label]):
-        here = wanted[(wanted >= first) & (wanted < first + len(batch))]
-        chosen = batch.take(pyarrow.array(here - first))
-        for row, entry, number in zip(here, chosen[image].to_pylist(), chosen[label].to_pylist(), strict=True):
-            yield int(row), decode(entry, f"{file}: image in row {row}"), number
-        first += len(batch)
-
-
-def find_column(file: Path, names: list[str], wanted: tuple[str, ...]) -> str:
-    for name in wanted:
-        if name in names:
-            return name
-    raise ValueError(f"{file}: columns must include {' or '.join(map(repr, wanted))}, got {', '.join(names)}")
-
-
-def decode(entry: object, where: str) -> numpy.ndarray:
-    """``[H, W, C]`` uint8: one channel for grey images, three for all others."""
-    encoded = entry.get("bytes") if isinstance(entry, dict) else entry
-    if not isinstance(encoded, bytes):
-        raise ValueError(f"{where} must be the bytes of a PNG or JPEG, got {type(encoded).__name__}")
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        pixels = numpy.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where} must be a readable PNG or JPEG, got {error}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+        with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # its own code runs nothing
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {}
+        for name in ("train", "val", "test"):
+            tensors = saved[f"{name}set"].tensors if saved.get(f"{name}set") is not None else (None, None)
+            parts[name] = [None if x is None else x[spaced(torch.arange(len(x)), limit)] for x in tensors]
+        (train_x, train_y), (test_x, test_y) = parts["train"], parts["test"]
+        num_classes = int(max(train_y.max(), test_y.max())) + 1
+    except raw.DAMAGED as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: file must hold a trainset and a testset of tensors, got {first}") from error
+    return Images(train_x, train_y, test_x, test_y, num_classes, str(path), *parts["val"])
