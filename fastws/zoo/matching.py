@@ -1,8 +1,9 @@
 """Weight matching: the neurons of networks in the order of those of a reference (Git Re-Basin, arXiv 2209.04836)."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy
@@ -17,6 +18,9 @@ from fastws.symmetry import Symmetry
 
 BATCH_BYTES = 2**28  # of weights that are matched at a time
 BATCH_NETWORKS = 256  # at most; so often a progress bar moves
+CHUNK_WEIGHTS = 2**20  # of one tensor, which are gathered and multiplied at a time
+PRICED_SIZE = 48  # assignment problems that are smaller are solved faster than prices for them are found
+PRICE_ROUNDS = 8
 Norms = Literal["exclude", "include"]
 
 
@@ -89,17 +93,41 @@ def objective(flat: Tensor, reference: Tensor, symmetry: Symmetry, *, norms: Nor
 
 
 class Place(NamedTuple):
-    """Where a group lies in a tensor: entries of an axis ``[size * entries]``, all those of a unit together."""
+    """Where a group lies in a tensor, and how the other axis of that tensor is permuted."""
 
     tensor: int
     axis: int
-    index: Tensor | None  # None: the axis as it is
+    index: Tensor | None  # entries of the axis, all those of a unit together; None: the axis as it is
+    other: slice | None  # of a row of permutations: how the other axis moves; None: it stays
+    shape: tuple[int, ...]  # of the tensor
+    view: tuple[int, ...]  # of the tensor, with what moves on the other axis in dimension ``along``
+    along: int
 
-    def arrange(self, tensor: Tensor, size: int) -> Tensor:
-        """``[k, *shape]`` -> ``[k, size, weights of a unit]``"""
-        tensor = tensor.movedim(1 + self.axis, 1)
+    def arrange(self, tensor: Tensor, size: int, chosen: Tensor | None = None) -> Tensor:
+        """``[k, numel]`` -> ``[k, size, weights of a unit]``; ``chosen`` ``[k, m]`` are the units of the other axis."""
+        if chosen is not None:
+            tensor = tensor.view(-1, *self.view).expand(len(chosen), *self.view)
+            tensor = torch.stack([x.index_select(self.along, i) for x, i in zip(tensor, chosen, strict=True)])
+        if self.axis > 0:
+            tensor = tensor.view(len(tensor), -1, *self.shape[1:]).movedim(1 + self.axis, 1)
+        else:
+            tensor = tensor.view(len(tensor), self.shape[0], -1)
         tensor = tensor if self.index is None else tensor.index_select(1, self.index)
         return tensor.reshape(len(tensor), size, -1)
+
+
+@dataclass
+class State:
+    """Networks that are being matched.
+
+    The similarities of a group, inner products of its units with those of the reference, depend on how the other axes
+    are permuted. They are kept; at the next visit only what belongs to units that moved meanwhile is computed.
+    """
+
+    flat: Tensor  # [k, P]
+    rows: Tensor  # [k, S], the permutations so far
+    similarities: dict[int, Tensor] = field(default_factory=dict)  # group: [k, units, units of the reference]
+    seen: dict[int, Tensor] = field(default_factory=dict)  # group: the rows that its similarities were computed with
 
 
 class Matcher:
@@ -108,16 +136,17 @@ class Matcher:
     def __init__(self, reference: Tensor, symmetry: Symmetry, norms: Norms, sweeps: int, tolerance: float):
         self.symmetry, self.sweeps, self.device = symmetry, sweeps, reference.device
         self.dtype = torch.promote_types(reference.dtype, torch.float32)  # of the similarities
-        self.least_gain = tolerance * float(reference.to(self.dtype).norm()) ** 2
+        # sums of products carry rounding errors: what they say of a smaller gain is noise
+        tolerance = max(tolerance, torch.finfo(self.dtype).eps)
+        self.least_gain = tolerance * float(reference.double().norm()) ** 2
         layout = layout_of(symmetry)
         self.entries = [entry for entry in layout.entries if entry.numel]
-        self.tables = symmetry.tensor_table(layout)[
-            :, None
-        ].clone()  # each tensor as a checkpoint of its own, [L, 1, 11]
+        table = symmetry.tensor_table(layout)
+        self.tables = table[:, None].clone()  # each tensor as a checkpoint of its own, [L, 1, 11]
         self.tables[:, :, 0] = 0
         self.tables = self.tables.to(self.device)
         self.reference = [reference[entry.offset : entry.offset + entry.numel] for entry in self.entries]
-        self.places = self.find_places(norms)
+        self.places = self.find_places(norms, table.tolist())
         members = torch.zeros(len(symmetry.sizes), len(self.entries), dtype=torch.int64)
         for group, places in enumerate(self.places):
             for place in places:
@@ -125,16 +154,21 @@ class Matcher:
         # who must be visited after a group has moved: itself only if it lies on both axes of a tensor
         self.neighbours = (members @ members.T - members.sum(1).diag() > 0).to(self.device)
 
-    def find_places(self, norms: Norms) -> list[list[Place]]:
-        """The places of each group."""
+    def find_places(self, norms: Norms, table: list[list[int]]) -> list[list[Place]]:
+        """The places of each group; ``table`` is that of the symmetry."""
         places: list[list[Place]] = [[] for _ in self.symmetry.sizes]
-        for tensor, entry in enumerate(self.entries):
+        for tensor, (entry, line) in enumerate(zip(self.entries, table, strict=True)):
             if entry.role == "norm statistic" and norms == "exclude":
                 continue
+            _, _, rows, length, block, count, _, _, out, into, _ = line
             for axis, segments in enumerate(self.symmetry.axes[entry.name]):
                 for group, index in units(segments or (), self.symmetry.sizes).items():
                     in_order = index == list(range(entry.shape[axis]))
-                    places[group].append(Place(tensor, axis, None if in_order else torch.tensor(index).to(self.device)))
+                    index = None if in_order else torch.tensor(index).to(self.device)
+                    other = slice(out, out + rows) if axis else slice(into, into + count)
+                    other = None if other.start < 0 else other
+                    view = (rows, length) if axis else (rows, length // (count * block), count, block)
+                    places[group].append(Place(tensor, axis, index, other, entry.shape, view, 0 if axis else 2))
         return places
 
     def match(self, flat: Tensor, pool: Executor) -> Tensor:
@@ -142,75 +176,143 @@ class Matcher:
         if not is_finite(flat):
             bad = int((~flat.isfinite().all(1)).sum())
             raise ValueError(f"match: flat must be finite, got NaN or infinity in {bad} rows; leave them out")
-        rows = self.symmetry.identity(len(flat), self.device)
-        everyone = torch.arange(len(flat), device=self.device)
-        values = torch.stack([self.value(flat, rows, tensor, everyone) for tensor in range(len(self.entries))], 1)
+        state = State(flat, self.symmetry.identity(len(flat), self.device))
         waiting = torch.ones(len(flat), len(self.places), dtype=torch.bool, device=self.device)
         order = list(range(len(self.places)))
         for sweep in range(self.sweeps):
             for group in order if sweep % 2 == 0 else order[::-1]:
                 active = waiting[:, group].nonzero().flatten()
                 waiting[active, group] = False
-                moved = self.improve(flat, rows, values, group, active, pool) if len(active) else active
+                moved = self.improve(state, group, active, pool) if len(active) else active
                 waiting[moved] |= self.neighbours[group]
             if not waiting.any():
                 break
-        return rows
+        return state.rows
 
-    def improve(self, flat: Tensor, rows: Tensor, values: Tensor, group: int, active: Tensor, pool: Executor) -> Tensor:
-        """Moves one group of the networks ``active`` as is best for them; returns those that it helped.
-
-        ``rows`` ``[k, S]`` and ``values`` ``[k, L]``, the inner products tensor by tensor, are kept up to date.
-        """
+    def improve(self, state: State, group: int, active: Tensor, pool: Executor) -> Tensor:
+        """Moves one group of the networks ``active`` as is best for them; returns those that it helped."""
         first, size = self.symmetry.starts[group], self.symmetry.sizes[group]
-        assignment = solve(self.similarity(flat, rows, group, active).cpu(), pool).to(self.device)
-        changed = (assignment != torch.arange(size, device=self.device)).any(1)
-        active, assignment = active[changed], assignment[changed]
-        if not len(active):
-            return active
-        proposed = rows[active, : self.symmetry.starts[-1]]
-        proposed[:, first : first + size] = proposed[:, first : first + size].gather(1, assignment)
+        own = slice(first, first + size)
+        similarity, current = self.refresh(state, group, active), state.rows[active, own]
+        best = solve(similarity.cpu(), current.cpu(), pool).to(self.device)
+        gain = (chosen(similarity, best) - chosen(similarity, current)).sum(1)
+        proposed = state.rows[active, : self.symmetry.starts[-1]]
+        proposed[:, own] = best
         proposed = self.symmetry.expand(proposed)
-        # not from the similarities, which are of lower precision, and a tangent where a tensor holds the group twice
-        proposed_values = values[active]
-        for tensor in {place.tensor for place in self.places[group]}:
-            proposed_values[:, tensor] = self.value(flat, proposed, tensor, active)
-        helped = (proposed_values - values[active]).sum(1) > self.least_gain
-        rows[active[helped]], values[active[helped]] = proposed[helped], proposed_values[helped]
+        if self.neighbours[group, group]:  # then similarities are only a tangent of the objective
+            gain = self.value(state.flat, proposed, group, active)
+            gain -= self.value(state.flat, state.rows[active], group, active)
+        helped = gain > self.least_gain
+        state.rows[active[helped]] = proposed[helped]
         return active[helped]
 
-    def value(self, flat: Tensor, permutations: Tensor, tensor: int, active: Tensor) -> Tensor:
-        """Inner products of one tensor of the networks ``active``, permuted, with the reference: float64 ``[k]``."""
-        return self.permuted(flat, permutations, tensor, active).double() @ self.reference[tensor].double()
-
-    def similarity(self, flat: Tensor, rows: Tensor, group: int, active: Tensor) -> Tensor:
-        """Inner products of the units of networks, as they lie, with those of the reference: ``[k, size, size]``."""
-        size = self.symmetry.sizes[group]
-        total = torch.zeros(len(active) * size, size, dtype=self.dtype, device=self.device)
+    def refresh(self, state: State, group: int, active: Tensor) -> Tensor:
+        """The similarities of a group of the networks ``active``, brought up to date: ``[k, size, size]``."""
+        if group not in state.similarities:  # all networks are active
+            size = self.symmetry.sizes[group]
+            state.similarities[group] = torch.zeros(len(active), size, size, dtype=self.dtype, device=self.device)
+            state.seen[group] = state.rows.clone()
+            for place in self.places[group]:
+                self.add_all(state, place, state.similarities[group])
+            return state.similarities[group]
         for place in self.places[group]:
-            shape = self.entries[place.tensor].shape
-            tensor = self.permuted(flat, rows[active], place.tensor, active).view(-1, *shape)
-            theirs = place.arrange(tensor, size).to(self.dtype)
-            own = place.arrange(self.reference[place.tensor].view(1, *shape), size).to(self.dtype)
-            total.addmm_(theirs.flatten(0, 1), own[0].T)
-        return total.view(-1, size, size)
+            if place.other is not None:
+                moved = state.rows[active, place.other] != state.seen[group][active, place.other]
+                some = moved.any(1)
+                if some.any():
+                    self.add_moved(state, place, group, active[some], moved[some])
+        state.seen[group][active] = state.rows[active]
+        return state.similarities[group][active]
 
-    def permuted(self, flat: Tensor, permutations: Tensor, tensor: int, active: Tensor) -> Tensor:
-        """One tensor of the networks ``active``, permuted: ``[k, numel]``."""
-        entry = self.entries[tensor]
-        weights = flat[:, entry.offset : entry.offset + entry.numel].index_select(0, active)
-        return permute(weights, self.tables[tensor], permutations)
+    def add_all(self, state: State, place: Place, similarity: Tensor) -> None:
+        """Adds what one tensor contributes to the similarities of all networks."""
+        size = similarity.shape[1]
+        reference = place.arrange(self.reference[place.tensor][None], size)[0].to(self.dtype)
+        step = chunk_size(reference)
+        parts = state.flat[:, self.part(place)].split(step), state.rows.split(step), similarity.split(step)
+        for flat, rows, total in zip(*parts, strict=True):
+            permutation = None if place.other is None else rows[:, place.other]
+            theirs = place.arrange(flat.contiguous(), size, permutation).to(self.dtype)
+            total.view(-1, size).addmm_(theirs.flatten(0, 1), reference.T)
+
+    def add_moved(self, state: State, place: Place, group: int, active: Tensor, moved: Tensor) -> None:
+        """Adds what the units of the other axis that ``moved`` ``[k, units]`` change in one tensor's contribution."""
+        similarity, size = state.similarities[group], self.symmetry.sizes[group]
+        reference = self.reference[place.tensor][None]
+        step = chunk_size(reference)
+        for networks, here in zip(active.split(step), moved.split(step), strict=True):
+            # those that moved first; networks where fewer did are filled up with units that add zeros
+            most = int(here.sum(1).max())
+            where = here.byte().argsort(stable=True, dim=1, descending=True)[:, :most]
+            flat = state.flat[networks, self.part(place)]
+            after, before = (
+                place.arrange(flat, size, rows[networks, place.other].gather(1, where)).to(self.dtype)
+                for rows in (state.rows, state.seen[group])
+            )
+            own = place.arrange(reference, size, where).to(self.dtype)
+            similarity[networks] += torch.bmm(after.sub_(before), own.mT)
+
+    def part(self, place: Place) -> slice:
+        entry = self.entries[place.tensor]
+        return slice(entry.offset, entry.offset + entry.numel)
+
+    def value(self, flat: Tensor, permutations: Tensor, group: int, active: Tensor) -> Tensor:
+        """Inner products of a group's tensors, permuted, with the reference, of the networks ``active``: ``[k]``."""
+        value = torch.zeros(len(active), dtype=torch.float64, device=self.device)
+        for place in {place.tensor: place for place in self.places[group]}.values():
+            tensor = flat[active, self.part(place)]
+            permuted = permute(tensor, self.tables[place.tensor], permutations)
+            value += permuted.double() @ self.reference[place.tensor].double()
+        return value
 
 
-def solve(similarity: Tensor, pool: Executor) -> Tensor:
-    """The unit of each network that goes to each place: ``[k, size, size]`` (unit, place) -> int64 ``[k, size]``."""
+def chosen(similarity: Tensor, assignment: Tensor) -> Tensor:
+    """The similarities of the units that an assignment ``[k, size]`` sends to each place, float64 ``[k, size]``."""
+    return similarity.gather(1, assignment.long()[:, None])[:, 0].double()
 
-    def solve_some(some: Sequence[numpy.ndarray]) -> list[numpy.ndarray]:
-        return [linear_sum_assignment(one.T, maximize=True)[1] for one in some]
 
-    workers = min(len(similarity), torch.get_num_threads())
-    parts = pool.map(solve_some, numpy.array_split(similarity.numpy(), workers))
-    return torch.from_numpy(numpy.stack([row for part in parts for row in part]))
+def chunk_size(tensor: Tensor) -> int:
+    """Networks whose weights of one tensor stay in cache."""
+    return max(1, CHUNK_WEIGHTS // tensor.numel())
+
+
+def solve(similarity: Tensor, current: Tensor, pool: Executor) -> Tensor:
+    """The unit of each network that goes to each place, int32 ``[k, size]``.
+
+    ``similarity`` is ``[k, size, size]`` (unit, place), ``current`` the present answer, from which the search starts.
+    """
+
+    def solve_some(some: Iterable[tuple[numpy.ndarray, numpy.ndarray]]) -> list[numpy.ndarray]:
+        return [linear_sum_assignment(with_prices(-one.T, now))[1] for one, now in some]
+
+    both = list(zip(similarity.numpy(), current.numpy(), strict=True))
+    workers = min(len(both), torch.get_num_threads())
+    parts = pool.map(solve_some, (both[i::workers] for i in range(workers)))
+    best = numpy.empty(current.shape, numpy.int32)
+    for first, part in enumerate(parts):
+        best[first::workers] = part
+    return torch.from_numpy(best)
+
+
+def with_prices(cost: numpy.ndarray, current: numpy.ndarray) -> numpy.ndarray:
+    """Costs (place, unit) less a price for each unit, which changes every assignment's cost by the same amount.
+
+    Under the right prices each place's own unit is the cheapest, and scipy's search for shortest augmenting paths ends
+    at the first step. The right ones for the assignment ``current`` are shortest paths too: a few rounds of Bellman and
+    Ford find most of them, when it is nearly the best one.
+    """
+    if len(cost) < PRICED_SIZE:
+        return cost
+    cost = cost - cost.mean(0, dtype=numpy.float64)
+    cost -= cost.mean(1, keepdims=True)
+    relative = (cost - cost[numpy.arange(len(cost)), current][:, None]).astype(numpy.float32)
+    prices = numpy.zeros(len(cost), numpy.float32)
+    for _ in range(PRICE_ROUNDS):
+        better = numpy.minimum(prices, (prices[current][:, None] + relative).min(0))
+        if (better == prices).all():
+            break
+        prices = better
+    return cost - prices
 
 
 def units(segments: Segments, sizes: Sequence[int]) -> dict[int, list[int]]:
