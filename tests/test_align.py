@@ -1,5 +1,6 @@
 import copy
 import doctest
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import permutations
 
@@ -8,6 +9,8 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
@@ -17,6 +20,7 @@ from fastws.layout import Layout
 from fastws.symmetry import Symmetry, randomise
 from fastws.zoo import Zoo, ZooWriter, matching
 from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
+from fastws.zoo.assignment import PRICED_SIZE, solve
 from fastws.zoo.matching import match, objective
 
 CASES = {
@@ -170,6 +174,48 @@ def test_no_group_alone_can_gain():
             other = objective(symmetry.permute(aligned, row[None]), flat[0].double(), symmetry)
             assert (other <= best * (1 + 1e-12)).all()
     assert tried == 5  # stem, 3 growths, transition
+
+
+def test_wide_layers_whose_units_have_unlike_scales():
+    """Assignment problems that are hard, and large enough to be solved with prices."""
+
+    def build():
+        widths = (12, 90, 70, 60, 5)
+        layers = [layer for sizes in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*sizes), nn.ReLU())]
+        return nn.Sequential(*layers[:-1]), torch.randn(2, 12)
+
+    symmetry, module, _, flat = networks(build, 4)
+    assert min(symmetry.sizes) > PRICED_SIZE
+    flat = (flat + 0.3 * flat.abs()).double()
+    layout = Layout.from_checkpoint(module)
+    states = [layout.unflatten(row) for row in flat]
+    theirs = [published(symmetry, states[0], s, lambda i: [0, 1, 2][:: (-1) ** i]) for s in states[1:]]
+    assert torch.equal(match(flat[1:], flat[0], symmetry), torch.stack(theirs))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = match(flat[1:].to(dtype), flat[0].to(dtype), symmetry)
+        values = [
+            objective(symmetry.permute(flat[1:], rows), flat[0], symmetry) for rows in (found, torch.stack(theirs))
+        ]
+        torch.testing.assert_close(*values, rtol=1e-6 if dtype == torch.float32 else 0.02, atol=0)
+
+
+@given(st.integers(1, 90), st.sampled_from(["normal", "outer", "ties", "zeros"]), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_assignments_are_the_best_whatever_the_search_starts_from(size, kind, started, seed):
+    numbers = numpy.random.default_rng(seed)
+    similarity = {
+        "normal": lambda: numbers.standard_normal((3, size, size)),
+        "outer": lambda: numbers.random((3, size, 1)) * numbers.random((3, 1, size)) + 1e5,
+        "ties": lambda: numbers.integers(0, 3, (3, size, size)),
+        "zeros": lambda: numpy.zeros((3, size, size)),
+    }[kind]().astype(numpy.float32)
+    best = numpy.stack([linear_sum_assignment(one.T, maximize=True)[1] for one in similarity])
+    current = best if started else numpy.stack([numbers.permutation(size) for _ in best])
+    with ThreadPoolExecutor(2) as pool:
+        found = solve(torch.from_numpy(similarity), torch.from_numpy(current.astype(numpy.int32)), pool).numpy()
+    assert (numpy.sort(found, 1) == numpy.arange(size)).all()
+    values = [numpy.take_along_axis(similarity, x[:, None], 1).astype(float).sum((1, 2)) for x in (found, best)]
+    numpy.testing.assert_allclose(*values, rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["mlp", "ResNet", "DenseNet"])

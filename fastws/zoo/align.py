@@ -144,7 +144,7 @@ def align(config: Config) -> Alignment:
     rows, options = torch.tensor(list(last.values())), {"norms": config.norms}
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
-        for part in rows.split(batch_size(zoo.layout.num_weights)):
+        for part in rows.split(batch_size(symmetry)):
             flat = zoo.rows(part).to(config.device)
             found = match(flat, target, symmetry, sweeps=config.sweeps, **options)
             permutations.append(found[:, : sum(symmetry.sizes)].cpu())

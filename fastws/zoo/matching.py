@@ -1,26 +1,24 @@
 """Weight matching: the neurons of networks in the order of those of a reference (Git Re-Basin, arXiv 2209.04836)."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import numpy
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fastws.layout import Layout
 from fastws.ops.permute import permute
 from fastws.segments import Segments
 from fastws.symmetry import Symmetry
+from fastws.zoo.assignment import solve
 
-BATCH_BYTES = 2**28  # of weights that are matched at a time
+BATCH_BYTES = 2**28  # of weights and similarities that are worked on at a time
 BATCH_NETWORKS = 256  # at most; so often a progress bar moves
 CHUNK_WEIGHTS = 2**20  # of one tensor, which are gathered and multiplied at a time
-PRICED_SIZE = 48  # assignment problems that are smaller are solved faster than prices for them are found
-PRICE_ROUNDS = 8
 Norms = Literal["exclude", "include"]
 
 
@@ -47,7 +45,8 @@ def match(
         reference: ``[P]``, on the device of ``flat``.
         symmetry: Of their architecture.
         sweeps: Most visits of a group.
-        tolerance: Smallest gain that counts, as a share of the reference's sum of squares.
+        tolerance: Smallest gain that counts, as a share of the reference's sum of squares; where the dtype is less
+            exact, its rounding error.
         norms: ``"exclude"`` leaves running means and variances out of the objective, which they would dominate because
             they have another scale than weights; ``"include"`` is what the published code does. Weights and biases of
             norm layers take part.
@@ -72,7 +71,7 @@ def match(
     flat = flat.detach()
     matcher = Matcher(reference.detach(), symmetry, norms, sweeps, tolerance)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = [matcher.match(part, pool) for part in flat.split(batch_size(flat.shape[1]))]
+        parts = [matcher.match(part, pool) for part in flat.split(batch_size(symmetry))]
     return torch.cat(parts)
 
 
@@ -86,7 +85,7 @@ def objective(flat: Tensor, reference: Tensor, symmetry: Symmetry, *, norms: Nor
     for entry in layout_of(symmetry).entries:
         if entry.role == "norm statistic" and norms == "exclude":
             weights[entry.offset : entry.offset + entry.numel] = 0
-    return torch.cat([part.double() @ weights for part in flat.split(batch_size(flat.shape[1]))])
+    return torch.cat([part.double() @ weights for part in flat.split(batch_size(symmetry))])
 
 
 # --- matching
@@ -103,11 +102,14 @@ class Place(NamedTuple):
     view: tuple[int, ...]  # of the tensor, with what moves on the other axis in dimension ``along``
     along: int
 
-    def arrange(self, tensor: Tensor, size: int, chosen: Tensor | None = None) -> Tensor:
-        """``[k, numel]`` -> ``[k, size, weights of a unit]``; ``chosen`` ``[k, m]`` are the units of the other axis."""
-        if chosen is not None:
-            tensor = tensor.view(-1, *self.view).expand(len(chosen), *self.view)
-            tensor = torch.stack([x.index_select(self.along, i) for x, i in zip(tensor, chosen, strict=True)])
+    def select(self, tensors: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        """Of k tensors ``[numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``."""
+        both = zip(tensors, chosen, strict=True)
+        selected = [tensor.view(self.view).index_select(self.along, index).flatten() for tensor, index in both]
+        return selected[0][None] if len(selected) == 1 else torch.stack(selected)
+
+    def arrange(self, tensor: Tensor, size: int) -> Tensor:
+        """Weights of whole tensors or of ``select``, ``[k, any]`` -> ``[k, size, weights of a unit]``."""
         if self.axis > 0:
             tensor = tensor.view(len(tensor), -1, *self.shape[1:]).movedim(1 + self.axis, 1)
         else:
@@ -228,39 +230,42 @@ class Matcher:
         """Adds what one tensor contributes to the similarities of all networks."""
         size = similarity.shape[1]
         reference = place.arrange(self.reference[place.tensor][None], size)[0].to(self.dtype)
-        step = chunk_size(reference)
-        parts = state.flat[:, self.part(place)].split(step), state.rows.split(step), similarity.split(step)
-        for flat, rows, total in zip(*parts, strict=True):
-            permutation = None if place.other is None else rows[:, place.other]
-            theirs = place.arrange(flat.contiguous(), size, permutation).to(self.dtype)
-            total.view(-1, size).addmm_(theirs.flatten(0, 1), reference.T)
+        for networks in torch.arange(len(state.flat)).split(chunk_size(reference)):
+            theirs = self.weights(state, place, networks)
+            if place.other is None:
+                theirs = torch.stack(theirs)
+            else:
+                theirs = place.select(theirs, state.rows[networks, place.other])
+            theirs = place.arrange(theirs, size).to(self.dtype).flatten(0, 1)
+            similarity[networks[0] : networks[-1] + 1].view(-1, size).addmm_(theirs, reference.T)
 
     def add_moved(self, state: State, place: Place, group: int, active: Tensor, moved: Tensor) -> None:
         """Adds what the units of the other axis that ``moved`` ``[k, units]`` change in one tensor's contribution."""
-        similarity, size = state.similarities[group], self.symmetry.sizes[group]
-        reference = self.reference[place.tensor][None]
+        size = self.symmetry.sizes[group]
+        similarity, reference = state.similarities[group], self.reference[place.tensor]
         step = chunk_size(reference)
         for networks, here in zip(active.split(step), moved.split(step), strict=True):
             # those that moved first; networks where fewer did are filled up with units that add zeros
             most = int(here.sum(1).max())
             where = here.byte().argsort(stable=True, dim=1, descending=True)[:, :most]
-            flat = state.flat[networks, self.part(place)]
+            theirs = self.weights(state, place, networks)
             after, before = (
-                place.arrange(flat, size, rows[networks, place.other].gather(1, where)).to(self.dtype)
+                place.select(theirs, rows[networks, place.other].gather(1, where)).to(self.dtype)
                 for rows in (state.rows, state.seen[group])
             )
-            own = place.arrange(reference, size, where).to(self.dtype)
-            similarity[networks] += torch.bmm(after.sub_(before), own.mT)
+            own = place.arrange(place.select([reference] * len(where), where), size).to(self.dtype)
+            similarity[networks] += torch.bmm(place.arrange(after.sub_(before), size), own.mT)
 
-    def part(self, place: Place) -> slice:
+    def weights(self, state: State, place: Place, networks: Tensor) -> list[Tensor]:
         entry = self.entries[place.tensor]
-        return slice(entry.offset, entry.offset + entry.numel)
+        return [state.flat[network, entry.offset : entry.offset + entry.numel] for network in networks.tolist()]
 
     def value(self, flat: Tensor, permutations: Tensor, group: int, active: Tensor) -> Tensor:
         """Inner products of a group's tensors, permuted, with the reference, of the networks ``active``: ``[k]``."""
         value = torch.zeros(len(active), dtype=torch.float64, device=self.device)
         for place in {place.tensor: place for place in self.places[group]}.values():
-            tensor = flat[active, self.part(place)]
+            entry = self.entries[place.tensor]
+            tensor = flat[active, entry.offset : entry.offset + entry.numel]
             permuted = permute(tensor, self.tables[place.tensor], permutations)
             value += permuted.double() @ self.reference[place.tensor].double()
         return value
@@ -274,45 +279,6 @@ def chosen(similarity: Tensor, assignment: Tensor) -> Tensor:
 def chunk_size(tensor: Tensor) -> int:
     """Networks whose weights of one tensor stay in cache."""
     return max(1, CHUNK_WEIGHTS // tensor.numel())
-
-
-def solve(similarity: Tensor, current: Tensor, pool: Executor) -> Tensor:
-    """The unit of each network that goes to each place, int32 ``[k, size]``.
-
-    ``similarity`` is ``[k, size, size]`` (unit, place), ``current`` the present answer, from which the search starts.
-    """
-
-    def solve_some(some: Iterable[tuple[numpy.ndarray, numpy.ndarray]]) -> list[numpy.ndarray]:
-        return [linear_sum_assignment(with_prices(-one.T, now))[1] for one, now in some]
-
-    both = list(zip(similarity.numpy(), current.numpy(), strict=True))
-    workers = min(len(both), torch.get_num_threads())
-    parts = pool.map(solve_some, (both[i::workers] for i in range(workers)))
-    best = numpy.empty(current.shape, numpy.int32)
-    for first, part in enumerate(parts):
-        best[first::workers] = part
-    return torch.from_numpy(best)
-
-
-def with_prices(cost: numpy.ndarray, current: numpy.ndarray) -> numpy.ndarray:
-    """Costs (place, unit) less a price for each unit, which changes every assignment's cost by the same amount.
-
-    Under the right prices each place's own unit is the cheapest, and scipy's search for shortest augmenting paths ends
-    at the first step. The right ones for the assignment ``current`` are shortest paths too: a few rounds of Bellman and
-    Ford find most of them, when it is nearly the best one.
-    """
-    if len(cost) < PRICED_SIZE:
-        return cost
-    cost = cost - cost.mean(0, dtype=numpy.float64)
-    cost -= cost.mean(1, keepdims=True)
-    relative = (cost - cost[numpy.arange(len(cost)), current][:, None]).astype(numpy.float32)
-    prices = numpy.zeros(len(cost), numpy.float32)
-    for _ in range(PRICE_ROUNDS):
-        better = numpy.minimum(prices, (prices[current][:, None] + relative).min(0))
-        if (better == prices).all():
-            break
-        prices = better
-    return cost - prices
 
 
 def units(segments: Segments, sizes: Sequence[int]) -> dict[int, list[int]]:
@@ -339,8 +305,10 @@ def is_finite(x: Tensor) -> bool:
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())  # a sum is one pass without a mask, and may overflow
 
 
-def batch_size(num_weights: int) -> int:
-    return max(1, min(BATCH_NETWORKS, BATCH_BYTES // (4 * num_weights)))
+def batch_size(symmetry: Symmetry) -> int:
+    """Networks that are matched at a time: as many as fit with their similarities."""
+    numbers = sum(math.prod(shape) for shape in symmetry.shapes.values()) + sum(size**2 for size in symmetry.sizes)
+    return max(1, min(BATCH_NETWORKS, BATCH_BYTES // (4 * numbers)))
 
 
 def check_networks(where: str, flat: Tensor, reference: Tensor, symmetry: Symmetry, norms: str) -> None:
