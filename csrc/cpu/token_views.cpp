@@ -98,14 +98,16 @@ void gather_token(const scalar_t* weights, const Layer& layer, const int32_t* pe
   if (begin + length > layer.row_length) token[length - 1] = weights[layer.bias_offset + permuted(layer.bias)];
 }
 
-// Asks for the memory of a row that is needed soon: its units are read in random order, which no hardware foresees.
+// Asks for entries begin to end of a row that is needed soon: its units are read in random order, which no hardware
+// foresees. Into the second cache: in the first one they would push out the row that is in use.
 template <typename scalar_t>
-void prefetch_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(scalar_t),
-                    kMost = 32768 / sizeof(scalar_t);  // a row longer than that would push itself out
-  const int64_t other = permutations && layer.out >= 0 ? permutations[layer.out + row] : row;
+void prefetch(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row, int64_t begin,
+              int64_t end) {
+  if (row >= layer.rows) return;
+  const int64_t other = layer.out >= 0 ? permutations[layer.out + row] : row;
   const scalar_t* from = weights + layer.weight_offset + other * layer.row_length;
-  for (int64_t i = 0; i < std::min(layer.row_length, kMost); i += kLine) __builtin_prefetch(from + i, 0, 2);
+  for (int64_t i = begin; i < std::min(end, layer.row_length); i += 64 / sizeof(scalar_t))
+    __builtin_prefetch(from + i, 0, 2);
 }
 
 // One token: gathered where it can stay, widened for arithmetic if there is any, and stored. Where values are as wide
@@ -192,8 +194,12 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
       const bool inside = row < layer.rows;  // else the sequence is over, and only padding follows
       const int64_t entries = layer.row_length + (layer.bias_offset >= 0) - chunk * size;
       const int64_t length = inside ? std::clamp<int64_t>(entries, 0, size) : 0;
-      if (permutations && layer.in >= 0 && (chunk == 0 || k == begin) && row + 1 < layer.rows)
-        prefetch_row(weights + views.base[view], layer, permutations, row + 1);
+      if (permutations && layer.in >= 0) {
+        // a piece of the next row for each token of this one: all of it at once would stop everything else
+        const scalar_t* from = weights + views.base[view];
+        if (k == begin || k == stop - views.window) prefetch(from, layer, permutations, row, 0, layer.row_length);
+        prefetch(from, layer, permutations, row + 1, chunk * size, (chunk + 1) * size);
+      }
       if (length > 0)
         make_token(weights + views.base[view], layer, l, permutations, row, chunk, size, length, k * size, options,
                    gathered.data(), wide.data(), values + k * size);
