@@ -1,0 +1,265 @@
+"""States from anywhere into a zoo folder: in batches, by several threads, resumable, bad ones left out and named."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastws.files import load_checkpoint
+from fastws.layout import Layout
+from fastws.version import __version__
+from fastws.zoo.format import MANIFEST, Zoo, write_json
+from fastws.zoo.readers.states import BadState, make_layout
+from fastws.zoo.writer import ZooWriter
+
+REPORT = "read.json"  # beside zoo.json: how far reading is, and which states were left out
+BATCH = 2**26  # bytes of weights that are written at once
+PIECE = 64  # states that a thread reads in one go
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What all readers have in common.
+
+    Attributes:
+        on_bad: Leave bad states out and name them, or stop at the first one.
+        threshold: States with a weight of larger magnitude are bad.
+        threads: That read; 0 takes one per processor core.
+        splits: Model ids of each split; by default networks are dealt 70/15/15.
+    """
+
+    on_bad: Literal["drop", "raise"] = "drop"
+    threshold: float = float("inf")
+    threads: int = 0
+    splits: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self):
+        if self.on_bad not in ("drop", "raise"):
+            raise ValueError(f"zoo read: on_bad must be 'drop' or 'raise', got {self.on_bad!r}")
+        if not self.threshold > 0:
+            raise ValueError(f"zoo read: threshold must be more than 0, got {self.threshold}")
+        if self.threads < 0:
+            raise ValueError(f"zoo read: threads must be at least 0, got {self.threads}")
+
+
+@dataclass(frozen=True)
+class Population:
+    """What a reader has found.
+
+    Attributes:
+        states: Whatever ``fill`` understands, one per state; ``str`` of it names it in messages.
+        columns: Properties, a column each, with ``model``.
+        fill: ``fill(state, row)`` writes a state into a row, or raises ``BadState``.
+        layout: What a row means.
+        source: What was read, for the provenance: anything that JSON can hold.
+    """
+
+    states: Sequence
+    columns: Mapping[str, Sequence]
+    fill: Callable[[object, Tensor], None]
+    layout: Layout
+    source: Mapping
+    splits: Mapping[str, Sequence[str]] | None = None
+
+
+Places = list[tuple[int, str]]  # of bad states, with the reasons
+
+
+class Bad(NamedTuple):
+    """A state that was left out."""
+
+    batch: int
+    state: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """How far reading is; kept in ``read.json``, so that the same call goes on after it was killed."""
+
+    digest: str  # of what is read
+    states: int
+    batches: int = 0  # that are in the zoo, if it has as many states as submitted
+    submitted: int = 0
+    bad: list[Bad] = field(default_factory=list)
+
+    @classmethod
+    def resume(cls, path: Path, digest: str, states: int, submitted: int) -> "Report":
+        if not (path / REPORT).exists():
+            if submitted:
+                raise ValueError(f"{path}: folder must be new or empty, got a zoo of {submitted} states")
+            return cls(digest, states)
+        report = cls(**json.loads((path / REPORT).read_text()))
+        if report.digest != digest:
+            raise ValueError(f"{path}: folder must be new or empty, got what another call has read; remove it")
+        # written before the batch itself: a reader that died between the two reads it again
+        batches = report.batches if report.submitted == submitted else report.batches - 1
+        bad = [Bad(*entry) for entry in report.bad if entry[0] < batches]
+        return cls(digest, states, batches, submitted, bad)
+
+    def write(self, path: Path) -> None:
+        write_json(path / REPORT, self.__dict__)
+
+    def __str__(self) -> str:
+        counts = Counter(entry.reason.partition(":")[0] for entry in self.bad)
+        what = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        return f"{len(self.bad):,} of {self.states:,} states left out" + (f": {what}" if what else "")
+
+
+def read_report(path: str | os.PathLike) -> Report:
+    """What was left out when a zoo was read, and why."""
+    content = json.loads((Path(path) / REPORT).read_text())
+    return Report(**content | {"bad": [Bad(*entry) for entry in content["bad"]]})
+
+
+def collect(out: str | os.PathLike, population: Population, options: ReadOptions) -> Zoo:
+    """Writes a population into a zoo folder; the same call goes on where a killed one was.
+
+    Raises:
+        ValueError: If there is nothing to read, a state is bad and ``on_bad="raise"``, or the folder holds something
+            else.
+    """
+    out, count = Path(out), len(population.states)
+    if count == 0:
+        raise ValueError(f"zoo read: source must hold states, got none in {population.source}")
+    table = to_table(population.columns)
+    provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
+    splits = options.splits or population.splits
+    layout = population.layout
+    with ZooWriter(out, layout, None, provenance, layout.dtype, splits=splits) as writer:
+        report = Report.resume(out, digest(population, options), count, writer.submitted)
+        for number, rows, bad in read_batches(population, options, report.batches):
+            first = number * batch_rows(layout)
+            good = torch.ones(len(rows), dtype=torch.bool)
+            good[[place - first for place, _ in bad]] = False
+            report.bad += [Bad(number, str(population.states[place]), reason) for place, reason in bad]
+            report.batches, report.submitted = number + 1, writer.submitted + int(good.sum())
+            report.write(out)
+            part = table.slice(first, len(rows)).filter(pyarrow.array(good.numpy()))
+            columns = {name: part[name].combine_chunks() for name in part.column_names}
+            writer.append(rows if not bad else rows[good], columns)
+    if report.bad:
+        warnings.warn(f"{out}: {report}; {REPORT} names them", stacklevel=3)
+    return Zoo.open(out)
+
+
+def digest(population: Population, options: ReadOptions) -> str:
+    """Equal for two calls that read the same."""
+    state = hashlib.sha256(json.dumps([dict(population.source), options.threshold], default=str).encode())
+    for name in population.states:
+        state.update(f"{name}\n".encode())
+    return state.hexdigest()[:16]
+
+
+def batch_rows(layout: Layout) -> int:
+    return max(1, min(BATCH // (layout.num_weights * layout.dtype.itemsize), 2**16))
+
+
+def read_batches(population: Population, options: ReadOptions, begun: int) -> Iterator[tuple[int, Tensor, Places]]:
+    """Number, rows and bad places of each batch from ``begun`` on; the next one is read while one is written."""
+    count, size = len(population.states), batch_rows(population.layout)
+    batches = range(begun, -(-count // size))
+    threads = options.threads or os.cpu_count() or 1
+    bar = tqdm(total=count, initial=min(begun * size, count), unit=" states", disable=count < 2, smoothing=0.05)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        started = start(population, options, batches[0], pool) if batches else None
+        for number in batches:
+            rows, pieces = started
+            started = start(population, options, number + 1, pool) if number + 1 in batches else None
+            bad = []
+            for piece in pieces:
+                done, found = piece.result()
+                bad += found
+                bar.update(done)
+            yield number, rows, bad
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+
+
+def start(population: Population, options: ReadOptions, number: int, pool: Executor) -> tuple[Tensor, list[Future]]:
+    size = batch_rows(population.layout)
+    first, end = number * size, min((number + 1) * size, len(population.states))
+    rows = torch.empty(end - first, population.layout.num_weights, dtype=population.layout.dtype)
+    pieces = [
+        pool.submit(read_piece, population, options, place, rows[place - first : place - first + PIECE])
+        for place in range(first, end, PIECE)
+    ]
+    return rows, pieces
+
+
+def read_piece(
+    population: Population, options: ReadOptions, first: int, rows: Tensor
+) -> tuple[int, list[tuple[int, str]]]:
+    """Reads neighbouring states; returns their number, and the places of bad ones with the reasons."""
+    bad = {}
+    for place, row in enumerate(rows.unbind(), first):
+        try:
+            population.fill(population.states[place], row)
+        except BadState as error:
+            bad[place] = str(error)
+            row.zero_()
+    largest = rows.abs().amax(1)  # NaN and infinity show in it
+    for index in (~(largest.isfinite() & (largest <= options.threshold))).nonzero().flatten().tolist():
+        value = float(largest[index])
+        bad[first + index] = f"above threshold: {value:.4g}" if value < float("inf") else "not finite"
+    if bad and options.on_bad == "raise":
+        place, reason = min(bad.items())
+        raise ValueError(f"{population.states[place]}: state must be usable, got {reason}; take on_bad='drop'")
+    return len(rows), sorted(bad.items())
+
+
+# --- what readers need
+
+
+def find_layout(states: Sequence[str], like: str | os.PathLike | None) -> Layout:
+    """The layout of ``like``, or of the first checkpoint that can be read."""
+    if like is not None:
+        return make_layout(load_checkpoint(like))
+    first = None
+    for state in states:
+        try:
+            return make_layout(load_checkpoint(state))
+        except (OSError, ValueError) as error:
+            first = first or error
+    if first is None:
+        raise ValueError("zoo read: source must hold checkpoints, got none")
+    raise ValueError(f"zoo read: one checkpoint at least must be readable, got {first}") from first
+
+
+def to_table(columns: Mapping[str, Sequence]) -> pyarrow.Table:
+    """Columns of one type each, without those that are empty everywhere."""
+    arrays = {name: to_array(column) for name, column in columns.items()}
+    return pyarrow.table({name: array for name, array in arrays.items() if array.null_count < len(array)})
+
+
+def to_array(column: Sequence) -> pyarrow.Array:
+    try:
+        return pyarrow.array(column)
+    except (pyarrow.ArrowException, OverflowError):
+        return pyarrow.array([None if value is None else str(value) for value in column], "string")
+
+
+def name_models(paths: Sequence[Path]) -> list[str]:
+    """Names of folders or files without the part that all share."""
+    folders = [path.parent for path in paths]
+    common = Path(os.path.commonpath(folders)) if folders else Path()
+    return [path.relative_to(common).as_posix() for path in paths]
+
+
+def check_new(out: str | os.PathLike) -> None:
+    """Fails early where a zoo is already that no reader has begun."""
+    if (Path(out) / MANIFEST).exists() and not (Path(out) / REPORT).exists():
+        raise ValueError(f"{out}: folder must be new or empty, got a zoo that was not read from elsewhere")

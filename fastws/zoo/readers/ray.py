@@ -1,0 +1,201 @@
+"""The raw layout of the published model zoos: what Ray Tune leaves behind when it trains a grid of networks.
+
+<zoo>/<trial>/result.json                      a line of JSON per iteration: losses, accuracies, configuration
+<zoo>/<trial>/checkpoint_000050/checkpoints    the state dict; older zoos have no leading zeros
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastws.zoo.format import Zoo
+from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models
+from fastws.zoo.readers.states import StateReader
+
+RESULTS, STATE = "result.json", "checkpoints"
+CHECKPOINT = re.compile(r"checkpoint_(\d+)")
+COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
+    "train_acc": "train_accuracy",
+    "val_acc": "val_accuracy",
+    "test_acc": "test_accuracy",
+    "ggap": "generalisation_gap",
+    "model::nlin": "activation",
+    "model::dropout": "dropout",
+    "model::init_type": "init",
+    "optim::optimizer": "optimizer",
+    "optim::lr": "lr",
+    "optim::wd": "weight_decay",
+}
+BOOKKEEPING = {  # of Ray Tune, in every line
+    *("config", "date", "done", "episodes_total", "experiment_id", "experiment_tag", "hostname", "node_ip", "pid"),
+    *("iterations_since_restore", "should_checkpoint", "time_since_restore", "time_this_iter_s", "time_total_s"),
+    *("timestamp", "timesteps_since_restore", "timesteps_total", "training_iteration", "trial_id", "warmup_time"),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One network: its states, and what is known of each."""
+
+    states: list[str]
+    epochs: list[int]
+    lines: list[Mapping]  # the line of each state, or nothing
+    config: Mapping
+
+
+def read_ray(
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    epochs: Sequence[int] | None = None,
+    properties: Sequence[str] | None = None,
+    skip: Callable[[Path], bool] | None = None,
+    like: str | os.PathLike | None = None,
+    options: ReadOptions | None = None,
+) -> Zoo:
+    """Reads raw zoos into a zoo folder; the same call goes on where a killed one was.
+
+    The properties of epoch e are those of the line whose ``training_iteration`` is e, whether or not the network was
+    evaluated before training. Their names are those of zoos that fastws makes, see ``COLUMNS``; the generalisation gap
+    is train minus test accuracy. Layers are taken in the order of the parameters, so networks with and without dropout
+    layers are of one architecture. Of sparsified twins the weights are read as they were trained, before clipping;
+    their variances are left out.
+
+    Args:
+        paths: Folders of raw zoos, whose networks are sorted by name, or folders of single networks, in any order.
+        out: The zoo folder to write.
+        epochs: To read; by default all that are there.
+        properties: Columns to keep, by either name; by default all numbers and strings of results and configuration.
+        skip: Networks to leave out, by their folder.
+        like: A checkpoint of the architecture; by default the first that can be read.
+        options: What all readers have in common.
+
+    Raises:
+        ValueError: If there is nothing to read, or as ``options`` say.
+    """
+    check_new(out)
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    folders = [folder for path in paths for folder in find_trials(Path(path)) if skip is None or not skip(folder)]
+    options = options or ReadOptions()
+    with ThreadPoolExecutor(options.threads or os.cpu_count()) as pool:
+        found = pool.map(lambda folder: read_trial(folder, epochs), folders)
+        trials = list(tqdm(found, total=len(folders), unit=" results", disable=len(folders) < 100))
+    states = [state for trial in trials for state in trial.states]
+    columns = to_columns(trials, name_models(folders))
+    if properties is not None:
+        wanted = {COLUMNS.get(name, name) for name in properties}
+        if unknown := sorted(wanted - columns.keys()):
+            raise ValueError(f"read_ray: properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
+        columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
+    layout = find_layout(states, like)
+    source = {"kind": "ray", "paths": [str(path) for path in paths], "epochs": None if epochs is None else list(epochs)}
+    return collect(out, Population(states, columns, StateReader(layout), layout, source), options)
+
+
+def is_trial(path: Path) -> bool:
+    return (path / RESULTS).is_file() or any(CHECKPOINT.fullmatch(name) for name in os.listdir(path))
+
+
+def find_trials(path: Path) -> list[Path]:
+    """The folders of networks in a raw zoo, sorted; or the folder itself, if it is that of a network.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: raw zoo must be a folder, got {'a file' if path.is_file() else 'nothing'}")
+    if is_trial(path):
+        return [path]
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and is_trial(folder))
+
+
+def read_trial(folder: Path, epochs: Sequence[int] | None) -> Trial:
+    names = {}
+    for name in sorted(os.listdir(folder)):
+        if found := CHECKPOINT.fullmatch(name):
+            # both styles of one epoch: that without leading zeros, as the published reader does
+            names[int(found[1])] = f"checkpoint_{int(found[1])}" if int(found[1]) in names else name
+    chosen = sorted(names) if epochs is None else list(epochs)
+    states = [os.path.join(folder, names.get(epoch, f"checkpoint_{epoch}"), STATE) for epoch in chosen]
+    lines = read_results(folder / RESULTS)
+    numbered = [line["training_iteration"] for line in lines if isinstance(line.get("training_iteration"), int)]
+    if len(numbered) < len(lines):
+        numbered = range(0 if 0 in names else 1, len(lines) + 1)
+    by_epoch = dict(zip(numbered, lines, strict=False))
+    config = next((line["config"] for line in lines if isinstance(line.get("config"), dict)), None)
+    return Trial(states, chosen, [by_epoch.get(epoch, {}) for epoch in chosen], flatten(config or read_config(folder)))
+
+
+def read_results(path: Path) -> list[dict]:
+    """All whole lines; the last one of a trial that was killed may not be."""
+    lines = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                lines += [line] if isinstance(line, dict) else []
+    except (OSError, UnicodeDecodeError):
+        return lines  # a network without results is still a network
+    return lines
+
+
+def read_config(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "params.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict:
+    """Numbers and strings of a nested configuration."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}::")
+        elif isinstance(value, str | int | float):
+            flat[prefix + name] = value
+    return flat
+
+
+def to_columns(trials: Sequence[Trial], models: Sequence[str]) -> dict[str, list]:
+    """Properties of all states, one column each; None where a network does not have one."""
+    results = dict.fromkeys(
+        name
+        for trial in trials
+        for line in (trial.lines[:1] + trial.lines[-1:])
+        for name, value in line.items()
+        if name not in BOOKKEEPING and isinstance(value, str | int | float)
+    )
+    configs = dict.fromkeys(name for trial in trials for name in trial.config)
+    columns = {
+        "model": [model for model, trial in zip(models, trials, strict=True) for _ in trial.states],
+        "epoch": [epoch for trial in trials for epoch in trial.epochs],
+    }
+    for name in results:
+        columns[COLUMNS.get(name, name)] = [line.get(name) for trial in trials for line in trial.lines]
+    for name in configs:
+        if COLUMNS.get(name, name) not in columns:
+            values = [trial.config.get(name) for trial in trials]
+            columns[COLUMNS.get(name, name)] = [
+                value for value, trial in zip(values, trials, strict=True) for _ in trial.states
+            ]
+    return add_gap(columns)
+
+
+def add_gap(columns: Mapping[str, list]) -> dict[str, list]:
+    """With the generalisation gap, where both accuracies are known."""
+    columns = dict(columns)
+    if {"train_accuracy", "test_accuracy"} <= columns.keys() and "generalisation_gap" not in columns:
+        pairs = zip(columns["train_accuracy"], columns["test_accuracy"], strict=True)
+        columns["generalisation_gap"] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    return columns
