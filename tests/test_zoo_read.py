@@ -1,0 +1,556 @@
+"""Readers of other people's zoos, on synthetic ones."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from fastws.cli import main
+from fastws.zoo import (
+    ReadOptions,
+    Zoo,
+    read_checkpoints,
+    read_hub,
+    read_pickle,
+    read_ray,
+    read_unterthiner,
+    sequence_pairs,
+)
+from fastws.zoo.readers import collect, states
+from fastws.zoo.readers.collect import read_report
+from fastws.zoo.readers.torch_file import ALLOWED, TorchFile
+from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, reference_order
+
+PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them
+CONFIG = {"model::nlin": "tanh", "optim::lr": 1e-3, "optim::wd": 0, "training": {"batchsize": 10}, "layers": [1, 2]}
+
+
+def make_state(seed, modules=PLAIN):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((3, 1, 2, 2), (2, 3, 1, 1), (4, 2))
+    state = collections.OrderedDict()
+    for module, shape in zip(modules, shapes, strict=True):
+        state[f"module_list.{module}.weight"] = torch.randn(shape, generator=generator)
+        state[f"module_list.{module}.bias"] = torch.randn(shape[0], generator=generator)
+    return state
+
+
+def to_row(state):
+    return torch.cat([tensor.flatten() for name, tensor in state.items() if "log_sigma" not in name])
+
+
+def write_trial(folder, seed, *, epochs=range(4), modules=PLAIN, padded=True, evaluated=True, config=CONFIG):
+    """A network as Ray Tune leaves it; its test accuracy is seed + epoch / 100."""
+    for epoch in epochs:
+        path = folder / (f"checkpoint_{epoch:06}" if padded else f"checkpoint_{epoch}")
+        path.mkdir(parents=True)
+        torch.save(make_state(100 * seed + epoch, modules), path / "checkpoints")
+        torch.save({"state": {}}, path / "optimizer")
+    with open(folder / "result.json", "w") as file:
+        for epoch in range(0 if evaluated else 1, max(epochs) + 1):
+            line = {"training_iteration": epoch, "train_acc": seed + epoch / 50, "test_acc": seed + epoch / 100}
+            line |= {"pid": 7, "trial_id": "x", "config": config | {"seed": seed}}
+            file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def read_quietly(reader, *args, **options):
+    """A zoo, without the warning that states were left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return reader(*args, **options)
+
+
+def reasons(zoo):
+    return [(Path(entry.state).parts[-3], entry.reason.partition(":")[0]) for entry in read_report(zoo.path).bad]
+
+
+# --- raw zoos
+
+
+def test_raw_zoo(tmp_path):
+    """Both name styles, with and without evaluation before training, with and without dropout, in one zoo."""
+    write_trial(tmp_path / "raw/c", 3, modules=DROPOUT, config=CONFIG | {"model::dropout": 0.5})
+    write_trial(tmp_path / "raw/a", 1, padded=False)
+    write_trial(tmp_path / "raw/b", 2, evaluated=False, epochs=range(1, 4))
+    (tmp_path / "raw/config.json").write_text("{}")
+    (tmp_path / "raw/logs").mkdir()
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    expected = [("a", 1, e) for e in range(4)] + [("b", 2, e) for e in (1, 2, 3)] + [("c", 3, e) for e in range(4)]
+    assert zoo.properties["model"].to_pylist() == [model for model, _, _ in expected]
+    assert zoo.properties["epoch"].to_pylist() == [epoch for _, _, epoch in expected]
+    rows = [to_row(make_state(100 * seed + epoch)) for _, seed, epoch in expected]
+    assert torch.equal(zoo.weights, torch.stack(rows))
+    accuracy = zoo.properties["test_accuracy"].to_numpy()
+    numpy.testing.assert_array_equal(accuracy, [seed + epoch / 100 for _, seed, epoch in expected])
+    gap = zoo.properties["generalisation_gap"].to_numpy()
+    numpy.testing.assert_array_equal(gap, zoo.properties["train_accuracy"].to_numpy() - accuracy)
+    assert zoo.properties["dropout"].to_pylist() == [None] * 7 + [0.5] * 4
+    columns = {"model", "epoch", "train_accuracy", "test_accuracy", "generalisation_gap", "activation", "dropout"}
+    assert set(zoo.properties.column_names) == columns | {"lr", "weight_decay", "seed", "training::batchsize"}
+    assert sorted(sum(zoo.splits.values(), [])) == ["a", "b", "c"] and not read_report(zoo.path).bad
+    assert list(zoo.checkpoint(0)) == list(make_state(0))
+
+
+def test_raw_zoos_of_several_roots_and_in_any_order(tmp_path):
+    for root in ("one", "two"):
+        for name in ("a", "b"):
+            write_trial(tmp_path / root / name, len(root + name), epochs=[2])
+    zoo = read_ray([tmp_path / "two", tmp_path / "one"], tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["two/a", "two/b", "one/a", "one/b"]
+    zoo = read_ray([tmp_path / "one/b", tmp_path / "one/a"], tmp_path / "listed")
+    assert zoo.properties["model"].to_pylist() == ["b", "a"]
+    zoo = read_ray(tmp_path / "one", tmp_path / "skipped", skip=lambda folder: folder.name == "a")
+    assert zoo.properties["model"].to_pylist() == ["b"]
+
+
+def test_chosen_epochs_and_properties(tmp_path):
+    write_trial(tmp_path / "raw/a", 1)
+    zoo = read_quietly(read_ray, tmp_path / "raw", tmp_path / "zoo", epochs=[3, 1, 9], properties=["test_acc", "lr"])
+    assert zoo.properties["epoch"].to_pylist() == [3, 1]
+    assert zoo.properties.column_names == ["model", "epoch", "test_accuracy", "lr"]
+    assert reasons(zoo) == [("a", "missing")]
+    with pytest.raises(ValueError, match=r"properties must be some of model, epoch, .*, got 'loss'"):
+        read_ray(tmp_path / "raw", tmp_path / "other", properties=["loss"])
+
+
+def test_results_without_iterations_or_without_an_end(tmp_path):
+    for name, first in (("a", 0), ("b", 1)):
+        folder = write_trial(tmp_path / "raw" / name, 1, epochs=range(first, 4))
+        lines = [json.dumps({"test_acc": epoch / 8}) for epoch in range(first, 4)]
+        (folder / "result.json").write_text("\n".join([*lines[:-1], lines[-1][:5]]))
+    write_trial(tmp_path / "raw/c", 1, epochs=[2])
+    (tmp_path / "raw/c/result.json").unlink()
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    assert zoo.properties["test_accuracy"].to_pylist() == [0, 0.125, 0.25, None, 0.125, 0.25, None, None]
+
+
+def test_bad_states_are_named_by_reason(tmp_path):
+    for number, name in enumerate("abcdefghi"):
+        write_trial(tmp_path / "raw" / name, number, epochs=[2])
+    raw = {name: tmp_path / "raw" / name / "checkpoint_000002/checkpoints" for name in "abcdefghi"}
+    content = raw["b"].read_bytes()
+    raw["b"].write_bytes(content[: len(content) // 2])
+    raw["c"].write_bytes(b"")
+    raw["d"].unlink()
+    for name, value in (("e", float("nan")), ("f", float("-inf")), ("g", -7.5)):
+        state = make_state(0)
+        state["module_list.3.bias"][1] = value
+        torch.save(state, raw[name])
+    torch.save({**make_state(0), "module_list.6.weight": torch.zeros(4, 3)}, raw["h"])
+    torch.save({name: tensor for name, tensor in make_state(0).items() if name != "module_list.6.bias"}, raw["i"])
+    with pytest.warns(UserWarning, match=r"8 of 9 states left out: .*2 unreadable.*; read.json names them"):
+        zoo = read_ray(tmp_path / "raw", tmp_path / "zoo", options=ReadOptions(threshold=5))
+    expected = ["unreadable"] * 2 + ["missing"] + ["not finite"] * 2
+    expected += ["above threshold", "other architecture", "tensors missing"]
+    assert reasons(zoo) == list(zip("bcdefghi", expected, strict=True))
+    assert zoo.properties["model"].to_pylist() == ["a"] and torch.equal(zoo.weights[0], to_row(make_state(2)))
+    with pytest.raises(ValueError, match=r"raw/b.*state must be usable, got unreadable.*take on_bad='drop'"):
+        read_ray(tmp_path / "raw", tmp_path / "strict", options=ReadOptions("raise"))
+
+
+def test_every_truncation_of_a_checkpoint_is_noticed(tmp_path):
+    """None gives other numbers: it is unreadable, or only an unused end is missing."""
+    file = write_trial(tmp_path / "raw/a", 1, epochs=[2]) / "checkpoint_000002/checkpoints"
+    content, layout = file.read_bytes(), states.make_layout(make_state(0))
+    for size in range(0, len(content), 97):
+        file.write_bytes(content[:size])
+        row = torch.zeros(layout.num_weights)
+        with pytest.raises(states.BadState, match="unreadable"):
+            states.StateReader(layout)(str(file), row)
+
+
+def test_sparse_twins(tmp_path):
+    """The variances are no part of the network, and may be anything."""
+    folder = write_trial(tmp_path / "raw/a", 1, epochs=[1, 2])
+    for epoch in (1, 2):
+        state = make_state(epoch)
+        for module in PLAIN:
+            state[f"module_list.{module}.log_sigma2"] = torch.full_like(state[f"module_list.{module}.weight"], -10)
+            state[f"module_list.{module}.log_sigma2_bias"] = torch.tensor([float("nan"), 1e35])
+        torch.save(state, folder / f"checkpoint_{epoch:06}/checkpoints")
+    lines = [{"training_iteration": epoch, "test_acc": 0.5, "sparsity_ratio": epoch / 4} for epoch in (1, 2)]
+    (folder / "result.json").write_text("\n".join(map(json.dumps, lines)))
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(epoch)) for epoch in (1, 2)]))
+    assert zoo.properties["sparsity_ratio"].to_pylist() == [0.25, 0.5]
+
+
+def test_killed_reader_goes_on(tmp_path, monkeypatch):
+    for number in range(5):
+        write_trial(tmp_path / "raw" / f"{number}", number)
+    (tmp_path / "raw/1/checkpoint_000002/checkpoints").write_bytes(b"damaged")
+    monkeypatch.setattr(collect, "BATCH", 3 * 4 * 33)  # three states at once
+    whole = read_quietly(read_ray, tmp_path / "raw", tmp_path / "whole")
+    for deaths, function in ((4, "append"), (3, "append"), (5, "write_json")):
+        out = tmp_path / f"{function}-{deaths}"
+        with monkeypatch.context() as patch:
+            target = collect.ZooWriter if function == "append" else collect
+            original, calls = getattr(target, function), iter(range(deaths))
+
+            def die_after(*args, original=original, calls=calls, deaths=deaths):
+                if next(calls) == deaths - 1:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            patch.setattr(target, function, die_after)
+            with pytest.raises(KeyboardInterrupt):
+                read_ray(tmp_path / "raw", out)
+        assert len(Zoo.open(out)) < len(whole)
+        zoo = read_quietly(read_ray, tmp_path / "raw", out)
+        assert torch.equal(zoo.weights, whole.weights) and zoo.properties.equals(whole.properties)
+        assert zoo.splits == whole.splits and read_report(out) == read_report(whole.path)
+    again = read_quietly(read_ray, tmp_path / "raw", whole.path)  # a finished one stays as it is
+    assert len(again) == len(whole) == 19
+    with pytest.raises(ValueError, match="folder must be new or empty, got what another call has read"):
+        read_ray(tmp_path / "raw", whole.path, epochs=[1])
+
+
+def test_networks_are_found_or_missed_in_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="raw zoo must be a folder, got nothing"):
+        read_ray(tmp_path / "nowhere", tmp_path / "zoo")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="source must hold checkpoints, got none"):
+        read_ray(tmp_path / "empty", tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+    with pytest.raises(ValueError, match="threshold must be more than 0, got -1"):
+        ReadOptions(threshold=-1)
+
+
+def test_sequence_pairs(tmp_path):
+    write_trial(tmp_path / "raw/a", 1)
+    write_trial(tmp_path / "raw/b", 2, epochs=[0, 1, 3])
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    assert sequence_pairs(zoo).tolist() == [[0, 1], [1, 2], [2, 3], [4, 5]]
+    assert sequence_pairs(zoo, [1, 3]).tolist() == [[1, 3], [5, 6]]
+    assert sequence_pairs(zoo, [7]).shape == (0, 2)
+
+
+# --- pickled data sets
+
+
+class ModelDatasetBase:
+    """Stands in for the published class: what it holds is what matters, and its module is gone when it is read."""
+
+    def __init__(self, **attributes):
+        self.__dict__ |= attributes
+
+
+def write_pickle(path, content, legacy=False):
+    """Saves a file as a program would that has the published classes."""
+    name = "checkpoints_to_datasets.dataset_base"
+    ModelDatasetBase.__module__, before = name, dict(sys.modules)
+    sys.modules |= {
+        "checkpoints_to_datasets": types.ModuleType("c"),
+        name: types.SimpleNamespace(ModelDatasetBase=ModelDatasetBase),
+    }
+    try:
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    finally:
+        ModelDatasetBase.__module__ = __name__
+        for name in set(sys.modules) - set(before):
+            del sys.modules[name]
+
+
+def make_dataset(seeds, epochs=(1, 2)):
+    places = [(seed, epoch) for seed in seeds for epoch in epochs]
+    checkpoints = [make_state(100 * seed + epoch) for seed, epoch in places]
+    labels = [f"/zoo/net_{seed}#_#epoch_{epoch}#_#layer_[(0, 'conv2d')]" for seed, epoch in places]
+    accuracy = [seed + epoch / 100 for seed, epoch in places]
+    return ModelDatasetBase(
+        data_in=checkpoints,
+        data_out=[{name: tensor.clone() for name, tensor in state.items()} for state in checkpoints],
+        labels_in=labels,
+        labels_out=list(labels),
+        paths=[Path(f"/zoo/net_{seed}") for seed, _ in places],
+        epochs=[epoch for _, epoch in places],
+        properties={
+            "test_acc": accuracy,
+            "train_acc": numpy.array(accuracy) + 0.5,
+            "optim::optimizer": ["adam"] * len(places),
+            "odd": {"not": "a column"},
+        },
+        permutations_index=[(1, 2), (2, 1)],
+        threshold=numpy.float64(5.0),
+        kinds={"reconstruction", "sequence"},
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_data_sets(tmp_path, legacy):
+    content = {"trainset": make_dataset([1, 2, 3]), "valset": make_dataset([4]), "testset": make_dataset([5])}
+    write_pickle(tmp_path / "dataset.pt", content, legacy)
+    zoo = read_pickle(tmp_path / "dataset.pt", tmp_path / "zoo")
+    places = [(seed, epoch) for seed in (1, 2, 3, 4, 5) for epoch in (1, 2)]
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(100 * s + e)) for s, e in places]))
+    assert zoo.properties["model"].to_pylist() == [f"net_{seed}" for seed, _ in places]
+    assert zoo.properties["epoch"].to_pylist() == [epoch for _, epoch in places]
+    assert zoo.properties["test_accuracy"].to_pylist() == [seed + epoch / 100 for seed, epoch in places]
+    numpy.testing.assert_allclose(zoo.properties["generalisation_gap"].to_numpy(), 0.5)
+    assert zoo.properties["optimizer"].to_pylist() == ["adam"] * 10 and "odd" not in zoo.properties.column_names
+    assert zoo.splits == {"train": ["net_1", "net_2", "net_3"], "val": ["net_4"], "test": ["net_5"]}
+
+
+def test_pickled_sequences_vectors_and_matrices(tmp_path):
+    dataset = make_dataset([1], epochs=(1, 2))
+    dataset.data_out = [make_state(102), make_state(103)]
+    dataset.labels_out = [f"/zoo/net_1 epoch {epoch} layer [(0, 'conv2d')]" for epoch in (2, 3)]
+    write_pickle(tmp_path / "sequence.pt", dataset)
+    zoo = read_pickle(tmp_path / "sequence.pt", tmp_path / "sequence")
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (101, 102, 103)]))
+    assert zoo.properties["test_accuracy"].to_pylist() == [1.01, 1.02, None]
+    vectors = torch.stack([to_row(state) for state in make_dataset([1, 2]).data_in])
+    torch.save(make_state(0), tmp_path / "like.pt")
+    for number, data_in in enumerate((vectors, list(vectors))):
+        dataset = make_dataset([1, 2])
+        dataset.data_in, dataset.checkpoint_base = data_in, make_state(9)
+        dataset.layer_lst, dataset.use_bias = [(module, "fc") for module in PLAIN], True
+        write_pickle(tmp_path / f"{number}.pt", {"trainset": dataset})
+        zoo = read_pickle(tmp_path / f"{number}.pt", tmp_path / f"{number}")
+        assert torch.equal(zoo.weights, vectors) and list(zoo.checkpoint(0)) == list(make_state(0))
+        del dataset.checkpoint_base
+        write_pickle(tmp_path / f"{number}.pt", {"trainset": dataset})
+        with pytest.raises(ValueError, match=r"file must hold checkpoints, got vectors; say like="):
+            read_pickle(tmp_path / f"{number}.pt", tmp_path / "none")
+        zoo = read_pickle(tmp_path / f"{number}.pt", tmp_path / f"{number}-like", like=tmp_path / "like.pt")
+        assert torch.equal(zoo.weights, vectors)
+
+
+class Malicious:
+    def __init__(self, function, *args):
+        self.parts = function, args
+
+    def __reduce__(self):
+        return self.parts
+
+
+ATTACKS = {
+    "os.system|posix.system": lambda mark: Malicious(os.system, f"touch {mark}"),
+    "builtins.eval|__builtin__.eval": lambda mark: Malicious(eval, f"open({str(mark)!r}, 'w')"),
+    "builtins.getattr|__builtin__.getattr": lambda mark: Malicious(getattr, ModelDatasetBase, "__init__"),
+    "commands.Popen|subprocess.Popen": lambda mark: Malicious(subprocess.Popen, ["touch", str(mark)]),
+    "pathlib.Path.touch|builtins.getattr|__builtin__.getattr": lambda mark: Malicious(Path.touch, mark),
+    "torch.hub.load|torch.hub.load": lambda mark: Malicious(torch.hub.load, "nobody/nothing"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_malicious_pickles_are_refused_by_name_and_not_run(tmp_path, name, legacy):
+    mark = tmp_path / "mark"
+    dataset = make_dataset([1])
+    dataset.properties["attack"] = ATTACKS[name](mark)
+    write_pickle(tmp_path / "bad.pt", {"trainset": dataset}, legacy)
+    with pytest.raises(ValueError, match=f"bad.pt: file must hold tensors.*got ({name}); it is refused"):
+        read_pickle(tmp_path / "bad.pt", tmp_path / "zoo")
+    torch.save({"a": torch.zeros(2), "b": ATTACKS[name](mark)}, tmp_path / "checkpoint.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "good.pt")
+    files = [tmp_path / "good.pt", tmp_path / "checkpoint.pt"]
+    assert len(read_quietly(read_checkpoints, files, tmp_path / "other")) == 1
+    assert not mark.exists() and not (tmp_path / "zoo").exists()
+
+
+def write_raw_pickle(path, pickled):
+    """A torch file around hand-made pickle codes."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        b"ccollections\nOrderedDict\n(N}X\x01\x00\x00\x00aK\x01stb.",  # attributes of a class
+        b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x08\x00\x00\x00functionK\x01stb.",  # of a function
+        b"cnumpy\nndarray\n)\x81K\x01b.",  # an array that is none
+        b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x02K\x03K\x04tR.",  # a tensor without storage
+        b"X\x01\x00\x00\x00aQ.",  # a persistent value that is none
+        b"\x80\x02}(",
+        b"Vfastws.zoo\nVread\n\x93.",
+    ],
+)
+def test_pickles_cannot_change_what_they_may_call(tmp_path, codes):
+    before = {name: dict(getattr(kind, "__dict__", {})) for name, kind in ALLOWED.items()}
+    write_raw_pickle(tmp_path / "bad.pt", b"\x80\x02" + codes)
+    with pytest.raises(ValueError, match="bad.pt"):
+        TorchFile(tmp_path / "bad.pt")
+    assert before == {name: dict(getattr(kind, "__dict__", {})) for name, kind in ALLOWED.items()}
+
+
+def test_tensors_stay_inside_their_storage(tmp_path):
+    torch.save({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "good.pt")
+    file = TorchFile(tmp_path / "good.pt")
+    stored = file.content["a"]
+    assert torch.equal(file.tensor(stored), torch.arange(6.0).view(2, 3).T) and not stored.is_contiguous
+    for change in ({"offset": 1}, {"offset": -1}, {"shape": (3, 3)}, {"stride": (1, -3)}):
+        with pytest.raises(ValueError, match="tensor must lie in its storage '0' of 24 bytes"):
+            file.tensor(stored._replace(**change))
+    content = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "part.pt").write_bytes(content[:-30])
+    with pytest.raises(ValueError, match="part.pt: file must be a whole torch file, got"):
+        TorchFile(tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="file must hold data sets under trainset, valset, testset, got a dictionary"):
+        read_pickle(tmp_path / "good.pt", tmp_path / "zoo")
+
+
+# --- folders of checkpoints
+
+
+def test_checkpoints_of_all_kinds(tmp_path):
+    folder = tmp_path / "files"
+    (folder / "deep").mkdir(parents=True)
+    wrapped = {f"module.{name}": tensor for name, tensor in make_state(2).items()}
+    torch.save(make_state(1), folder / "a.pt")
+    torch.save({"state_dict": wrapped, "epoch": 3, "loss": 0.5}, folder / "b.pth")
+    torch.save(make_state(3), folder / "c.th", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(dict(make_state(4)), folder / "deep/d.safetensors")
+    torch.save({name: tensor.double() for name, tensor in make_state(5).items()}, folder / "e.pt")
+    strided = {name: tensor.mT if tensor.dim() == 2 else tensor for name, tensor in make_state(6).items()}
+    strided = {name: tensor.contiguous().mT if tensor.dim() == 2 else tensor for name, tensor in strided.items()}
+    torch.save(strided, folder / "f.pt")
+    (folder / "g.pt").write_text("no checkpoint")
+    torch.save({"weight": torch.zeros(2, 2)}, folder / "h.pt")
+    (folder / "notes.txt").write_text("no checkpoint either")
+    zoo = read_quietly(read_checkpoints, folder, tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["a.pt", "b.pth", "c.th", "deep/d.safetensors", "e.pt", "f.pt"]
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (1, 2, 3, 4, 5, 6)]))
+    found = [entry.reason.partition(":")[0] for entry in read_report(zoo.path).bad]
+    assert found == ["unreadable", "other architecture"]
+    with pytest.raises(ValueError, match="one checkpoint at least must be readable, got .*g.pt"):
+        read_checkpoints(folder / "g.pt", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="source must be a folder or a file, got nothing"):
+        read_checkpoints(tmp_path / "nowhere", tmp_path / "none")
+
+
+def test_folders_of_epochs_are_networks(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / "files" / name).mkdir(parents=True)
+        for epoch in (2, 10):
+            torch.save(make_state(epoch), tmp_path / "files" / name / f"epoch_{epoch:02}.pt")
+    zoo = read_checkpoints(tmp_path / "files", tmp_path / "zoo", model="folder")
+    assert zoo.properties["model"].to_pylist() == ["x", "x", "y", "y"]
+    assert zoo.properties["epoch"].to_pylist() == [2, 10] * 2
+
+
+def test_hub_folder(tmp_path):
+    cache = tmp_path / "hub"
+    for number, name in enumerate(("models--org--net/snapshots/abc", "models--org--net/snapshots/def", "plain/model")):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "config.json").write_text(json.dumps({"model_type": "mlp", "hidden": 3 + number, "ids": [1]}))
+        parts = [dict(list(make_state(number).items())[part]) for part in (slice(0, 3), slice(3, 6))]
+        if number == 1:
+            names = [f"model-{part:05}-of-00002.safetensors" for part in (1, 2)]
+            for part, file in zip(parts, names, strict=True):
+                safetensors.torch.save_file(part, cache / name / file)
+            places = {key: file for part, file in zip(parts, names, strict=True) for key in part}
+            index = {"weight_map": places}
+            (cache / name / "model.safetensors.index.json").write_text(json.dumps(index))
+        else:
+            safetensors.torch.save_file(parts[0] | parts[1], cache / name / "model.safetensors")
+    (cache / "models--org--data").mkdir()
+    zoo = read_hub(cache, tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["org/net", "org/net", "plain/model"]
+    assert zoo.properties["revision"].to_pylist() == ["abc", "def", None]
+    assert zoo.properties["hidden"].to_pylist() == [3, 4, 5] and "ids" not in zoo.properties.column_names
+    by_name = {name: tensor for name, tensor in sorted(make_state(1).items())}
+    assert torch.equal(zoo.rows([1])[0], torch.cat([zoo.checkpoint(1)[name].flatten() for name in zoo.checkpoint(1)]))
+    for name, tensor in by_name.items():
+        assert torch.equal(zoo.checkpoint(1)[name], tensor)
+
+
+# --- Unterthiner
+
+
+def unterthiner_network():
+    convolutions = [nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2)]
+    return nn.Sequential(*convolutions, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def write_unterthiner(folder, networks):
+    """As TensorFlow keeps them: bias first, kernels [height, width, in, out] and [in, out]."""
+    folder.mkdir()
+    rows = []
+    for network in networks:
+        layers = [module for module in network if hasattr(module, "weight")]
+        kernels = [m.weight.permute(2, 3, 1, 0) if m.weight.dim() == 4 else m.weight.T for m in layers]
+        pairs = zip(layers, kernels, strict=True)
+        rows.append(torch.cat([part.flatten() for m, kernel in pairs for part in (m.bias, kernel)]))
+    numpy.save(folder / "weights.npy", torch.stack(rows).detach().numpy())
+    header = ",config.activation,config.w_init,config.learning_rate,modeldir,step,test_accuracy,train_accuracy"
+    lines = [f"{i},tanh,normal,0.01,/dir/{i // 2},{i % 2 * 86},0.5,0.75" for i in range(len(networks))]
+    (folder / "metrics.csv").write_text("\n".join([header, *lines]))
+
+
+def test_unterthiner_gives_networks_that_compute_the_same(tmp_path):
+    networks = [unterthiner_network() for _ in range(3)]
+    write_unterthiner(tmp_path / "raw", networks)
+    zoo = read_unterthiner(tmp_path / "raw", tmp_path / "zoo")
+    for row, network in enumerate(networks):
+        for ours, theirs in zip(zoo.checkpoint(row).values(), network.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert zoo.properties["model"].to_pylist() == ["/dir/0", "/dir/0", "/dir/1"]
+    assert zoo.properties["epoch"].to_pylist() == [0, 86, 0]
+    assert zoo.properties["generalisation_gap"].to_pylist() == [0.25] * 3
+    assert {"lr", "init", "activation"} <= set(zoo.properties.column_names)
+
+
+def test_unterthiner_published_offsets(tmp_path):
+    """The published assignment, restated: bias and weights of each layer to where its table says, later ones last."""
+    write_unterthiner(tmp_path / "raw", [unterthiner_network() for _ in range(2)])
+    raw = numpy.load(tmp_path / "raw/weights.npy")
+    targets = []
+    for start, length, rows in zip(PUBLISHED_STARTS, (160, 2320, 2320, 170), (16, 16, 16, 10), strict=True):
+        targets += [*range(start + length - rows, start + length), *range(start, start + length - rows)]
+    expected = raw.copy()
+    for source, target in enumerate(targets):
+        expected[:, target] = raw[:, source]
+    zoo = read_unterthiner(tmp_path / "raw", tmp_path / "zoo", layout="reference")
+    numpy.testing.assert_array_equal(zoo.weights.numpy(), expected)
+    assert len(set(fixed_order().tolist())) == 4970 and len(set(reference_order().tolist())) == 4970 - 160
+    numpy.save(tmp_path / "raw/weights.npy", numpy.zeros((2, 4971), "f4"))
+    with pytest.raises(ValueError, match=r"array must be \[n, 4970\] floats, got \[2, 4971\] float32"):
+        read_unterthiner(tmp_path / "raw", tmp_path / "other")
+    numpy.save(tmp_path / "raw/weights.npy", numpy.array([Malicious(os.system, "false")], object))
+    with pytest.raises(ValueError, match="file must be a whole numpy file"):
+        read_unterthiner(tmp_path / "raw", tmp_path / "other")
+
+
+# --- the command
+
+
+def test_command_recognises_what_it_is_given(tmp_path, capsys):
+    write_trial(tmp_path / "ray/a", 1)
+    (tmp_path / "ray/a/checkpoint_000001/checkpoints").write_bytes(b"PK\x03\x04 damaged")
+    write_pickle(tmp_path / "dataset.pt", {"trainset": make_dataset([1])})
+    (tmp_path / "files").mkdir()
+    torch.save(make_state(1), tmp_path / "files/a.pt")
+    (tmp_path / "hub/org/net").mkdir(parents=True)
+    (tmp_path / "hub/org/net/config.json").write_text("{}")
+    safetensors.torch.save_file(dict(make_state(4)), tmp_path / "hub/org/net/model.safetensors")
+    write_unterthiner(tmp_path / "unterthiner", [unterthiner_network()])
+    sources = {"ray": "ray", "pickle": "dataset.pt", "checkpoints": "files", "hub": "hub", "unterthiner": "unterthiner"}
+    for kind, source in sources.items():
+        out = tmp_path / f"zoo-{kind}"
+        read_quietly(main, ["zoo", "read", "--paths", str(tmp_path / source), "--out", str(out)])
+        assert Zoo.open(out).provenance["source"]["kind"] == kind
+    printed = capsys.readouterr().out
+    assert "1 of 4 states left out: 1 unreadable" in printed and "checkpoint_000001" in printed
+    with pytest.raises(SystemExit, match="fastws: .*nowhere: source must be a folder or a file, got nothing"):
+        main(["zoo", "read", "--paths", str(tmp_path / "nowhere"), "--out", str(tmp_path / "zoo")])
+    with pytest.raises(SystemExit, match="paths must be one for pickle, got 2"):
+        paths = [str(tmp_path / "dataset.pt")] * 2
+        main(["zoo", "read", "--paths", *paths, "--out", str(tmp_path / "zoo")])
