@@ -195,8 +195,9 @@ class Matcher:
         """Moves one group of the networks ``active`` as is best for them; returns those that it helped."""
         first, size = self.symmetry.starts[group], self.symmetry.sizes[group]
         own = slice(first, first + size)
+        first_visit = group not in state.similarities
         similarity, current = self.refresh(state, group, active), state.rows[active, own]
-        best = solve(similarity.cpu(), current.cpu(), pool).to(self.device)
+        best = solve(similarity.cpu(), None if first_visit else current.cpu(), pool).to(self.device)
         gain = (chosen(similarity, best) - chosen(similarity, current)).sum(1)
         proposed = state.rows[active, : self.symmetry.starts[-1]]
         proposed[:, own] = best
