@@ -66,6 +66,15 @@ KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and 
         "NOISE": True,
         "ERASE": True,
     },
+    "layer_statistics._layer_statistics_kernel": {
+        "flat": "*T",
+        "offsets": "*i64",
+        "statistics": "*fp64",
+        "num_weights": "I",
+        "num_layers": "i32",
+        "BLOCK": 1024,
+        "BITS": 32,
+    },
     "masked_mse._token_sums_kernel": {
         "prediction": "*T",
         "target": "*T",
