@@ -10,7 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Architecture = Literal["digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp"]
+from fastws.nn.resnet import ResNet
+
+Architecture = Literal["digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp", "resnet18"]
 Activation = Literal["tanh", "relu", "sigmoid", "gelu"]
 Init = Literal["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
@@ -51,12 +53,13 @@ def build(
     num_classes: int = 10,
     activation: Activation = "tanh",
     dropout: float = 0.0,
-) -> Network:
+) -> nn.Module:
     """Builds a network.
 
     ``cnn-s`` is the published CNN of 2,464 weights for images [1, 28, 28], ``cnn2`` its wider sibling, ``cnn-l`` the
     CNN of 10,853 weights for images [3, 32, 32]; ``digits-cnn`` has 1,486 weights for [1, 8, 8]. All of them, and
-    ``mlp`` (two hidden layers of 20), take other image sizes too: the first dense layer follows.
+    ``mlp`` (two hidden layers of 20), take other image sizes too: the first dense layer follows. ``resnet18`` is that
+    of the published ResNet zoos, with ReLU and without dropout.
 
     Args:
         name: The architecture.
@@ -74,6 +77,11 @@ def build(
         raise ValueError(f"build: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"build: dropout must be in [0, 1), got {dropout}")
+    if name == "resnet18":
+        if (activation, dropout, image_shape[0]) != ("relu", 0.0, 3):
+            got = f"{activation}, dropout {dropout} and {image_shape[0]} channels"
+            raise ValueError(f"build: resnet18 must have relu, no dropout and images of 3 channels, got {got}")
+        return ResNet(18, num_classes)
     layers = [*hidden_layers(name, image_shape, activation, dropout), nn.Flatten()]
     features = count_features(name, layers, image_shape)
     for _ in range(2 if name == "mlp" else 1):
@@ -127,22 +135,24 @@ def count_features(name: str, layers: list[nn.Module], image_shape: tuple[int, i
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, init: Init, seed: int) -> None:
-    """Draws all weights with one scheme and sets all biases to 0.01, as the published zoos do.
+def initialize(network: nn.Module, init: Init, seed: int | torch.Generator) -> None:
+    """Draws the weights of all convolutions and dense layers with one scheme and sets their biases to 0.01.
+
+    So do the published zoos. Other layers stay as they are.
 
     Args:
-        network: Its parameters of two or more axes are weights, the others biases.
+        network: Its layers are drawn in the order in which they are registered.
         init: ``uniform`` is U(0, 1), ``normal`` N(0, 1), the others those of ``torch.nn.init`` with their defaults.
-        seed: Of the random numbers; the same seed gives the same weights.
+        seed: Of the random numbers, or where they come from; the same seed gives the same weights.
 
     Raises:
         ValueError: If ``init`` is unknown.
     """
     if init not in INITS:
         raise ValueError(f"initialize: init must be one of {', '.join(INITS)}, got {init!r}")
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        if parameter.dim() > 1:
-            INITS[init](parameter, generator=generator)
-        else:
-            parameter.fill_(BIAS)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            INITS[init](layer.weight, generator=generator)
+            if layer.bias is not None:
+                layer.bias.fill_(BIAS)

@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy
 import safetensors.torch
@@ -16,129 +16,207 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastws.data.images import load
+from fastws.data.images import Transform, load
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 from fastws.version import __version__
-from fastws.zoo.architectures import Activation, Architecture, Init, build
+from fastws.zoo import ranks
+from fastws.zoo.architectures import Activation, Architecture, Init
+from fastws.zoo.explain import explain
 from fastws.zoo.format import MANIFEST, Zoo, read_manifest, remove, write_atomically
-from fastws.zoo.training import Optimizer, Plan, Recipe, TrainingData, Wave, fit_stack
+from fastws.zoo.grids import PRESETS, Preset
+from fastws.zoo.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
+from fastws.zoo.training import Wave
 from fastws.zoo.writer import ZooWriter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESUME, LOG = "resume.safetensors", "log.jsonl"
-MAY_CHANGE = ("zoo", "threads")  # fields of Config that a resumed run may have otherwise
+MAY_CHANGE = ("zoo", "threads", "explain")  # fields of Config that a resumed run may have otherwise
+RANDOM_SEEDS = 1_000_000  # those of grid-random-seeds are below, as published
+CHOICES = ("activations", "dropouts", "inits", "optimizers", "lrs", "weight_decays")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a zoo of small networks; the same command goes on where a stopped run was."""
+    """Trains a zoo of networks; the same command goes on where a stopped run was.
+
+    A preset gives a value to every option that is None; --explain prints them all. Under torchrun every process
+    trains its share of the networks.
+    """
 
     zoo: str  # folder to write
+    preset: Preset = "digits"  # or a published zoo: one recipe with 1,000 seeds, or all of a grid with ten seeds each
+    explain: bool = False  # says what would run, on what and for how long, and ends
 
-    data: str = "digits"  # images to learn; or a folder with train*.parquet and test*.parquet
+    data: str | None = None  # "digits"; a folder: parquet, IDX, torchvision's files, a folder per class; or dataset.pt
     limit: int | None = None  # images of each part, evenly spaced; all by default
-    architecture: Architecture = "digits-cnn"
-    networks: int = 240
-    epochs: int = 25  # the zoo holds one state more per network, that of the start
-    batch_size: int = 32  # images per step; what is left of an epoch waits for the next, which has another order
+    gray: bool | None = None  # pixels made gray
+    crop: int | None = None  # pixels of height and width that are kept, in the middle; 0: all
+    resize: int | None = None  # pixels of height and width; 0: as they are
+    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], one or one per channel; none: of the training images
+    std: tuple[float, ...] | None = None  # likewise
+    validation: int | None = None  # training images held out, on which every state is measured too
 
-    sampling: Literal["random", "grid"] = "random"  # a draw per network; or all combinations, seed after seed
-    activations: tuple[Activation, ...] = ("tanh", "relu", "gelu", "sigmoid")
-    dropouts: tuple[float, ...] = (0.0,)  # probabilities
-    inits: tuple[Init, ...] = ("kaiming_uniform", "kaiming_normal", "xavier_uniform", "normal")
-    optimizers: tuple[Optimizer, ...] = ("adam", "momentum")
-    lrs: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
-    weight_decays: tuple[float, ...] = (0.0, 1e-3)
-    seed: int = 0  # of the draw of recipes, or of the first networks in a grid; each network has its own
+    architecture: Architecture | None = None  # small ones train side by side, others one by one
+    networks: int | None = None  # fewer than the preset has are its first ones
+    epochs: int | None = None  # the zoo holds one state more per network, that of the start
+    batch_size: int | None = None  # images per step; the last one of an epoch has what is left
+    sampling: Literal["random", "grid", "grid-random-seeds"] | None = None  # or all combinations, seed by seed
+    activations: tuple[Activation, ...] | None = None  # choices of a recipe, and so are the next five
+    dropouts: tuple[float, ...] | None = None  # probabilities
+    inits: tuple[Init, ...] | None = None  # distributions of the initial weights
+    optimizers: tuple[Optimizer, ...] | None = None  # momentum is SGD with 0.9
+    lrs: tuple[float, ...] | None = None  # the largest ones, in a schedule
+    weight_decays: tuple[float, ...] | None = None  # as the optimizer understands it
+    schedule: Schedule | None = None  # of the learning rate
+    augment: Augment | None = None  # of the training images
+    seed: int | None = None  # of the draw of recipes, or of the first networks in a grid; each network has its own
+    order: Order | None = None  # which random numbers shuffle images: seed and epoch, or those of the published code
+    train_metrics: TrainMetrics | None = None  # on all images after an epoch, or on its minibatches, which is free
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored weights
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"  # to train on
     threads: int = 0  # processor cores to use; 0: all
-    stack: int = 0  # networks per batched operation; 0: what suits the device
     wave: int = 1024  # networks that advance epoch by epoch together
 
     def __post_init__(self):
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the way of dataclasses that are frozen
         for name in ("networks", "batch_size", "wave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "threads", "stack", "seed"):
+        for name in ("epochs", "threads", "seed", "crop", "resize", "validation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for field in fields(self):
-            if getattr(self, field.name) == ():
-                raise ValueError(f"{field.name} must name at least one choice, got none")
+        for name in CHOICES:
+            if getattr(self, name) == ():
+                raise ValueError(f"{name} must name at least one choice, got none")
         if not all(0 <= dropout < 1 for dropout in self.dropouts):
             raise ValueError(f"dropouts must be in [0, 1), got {self.dropouts}")
+        if self.schedule == "one-cycle" and set(self.optimizers) != {"momentum"}:
+            raise ValueError(f"optimizers must be momentum for a one-cycle schedule, got {' '.join(self.optimizers)}")
+
+
+class Job(NamedTuple):
+    """What a configuration amounts to."""
+
+    plan: Plan
+    data: TrainingData
+    recipes: list[Recipe]
+    one_by_one: str  # why the networks are not trained side by side; "" if they are
 
 
 def draw_recipes(config: Config) -> list[Recipe]:
     """The recipes of all networks. A longer list begins with the shorter one."""
-    choices = [config.activations, config.dropouts, config.inits, config.optimizers, config.lrs, config.weight_decays]
+    choices = [getattr(config, name) for name in CHOICES]
     grid = list(product(*choices))
     random = numpy.random.default_rng(config.seed)
     recipes = []
     for number in range(config.networks):
-        if config.sampling == "grid":
-            seed, chosen = config.seed + number // len(grid), grid[number % len(grid)]
-        else:
+        if config.sampling == "random":
             seed = int(random.integers(2**31))
             chosen = tuple(choice[int(random.integers(len(choice)))] for choice in choices)
+        else:
+            seed, chosen = config.seed + number // len(grid), grid[number % len(grid)]
+            if config.sampling == "grid-random-seeds":
+                seed = int(random.integers(RANDOM_SEEDS))
         recipes.append(Recipe(f"{number:06}", seed, *chosen))
     return recipes
+
+
+def prepare(config: Config) -> Job:
+    """Loads the images and decides how the networks are trained.
+
+    Raises:
+        FileNotFoundError: If the images are not there.
+        ValueError: If something does not fit together.
+    """
+    if not config.data:
+        raise ValueError(f"zoo make: data must be the folder of the images of {config.preset}, got none; give --data")
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"zoo make: device must be cpu where no GPU is, got {config.device!r}")
+    transform = Transform(config.gray, config.crop, config.resize, config.mean, config.std)
+    images = load(config.data, config.limit, transform=transform, validation=config.validation)
+    if len(images.train_y) < config.batch_size:
+        raise ValueError(f"batch_size must be at most {len(images.train_y)}, the images, got {config.batch_size}")
+    common = {name: getattr(config, name) for name in ("schedule", "augment", "order", "train_metrics")}
+    shape = tuple(images.train_x.shape[1:])
+    plan = Plan(config.architecture, shape, images.num_classes, config.batch_size, config.epochs, **common)
+    for activation, dropout in product(config.activations, config.dropouts):
+        plan.build(activation, dropout)  # says which combination there is not
+    try:
+        plan.layers()
+        one_by_one = ""
+    except ValueError as error:
+        one_by_one = str(error)
+        if config.order == "published":
+            raise ValueError(f"zoo make: order must be seeded where networks train one by one: {error}") from error
+    return Job(plan, TrainingData.of(images, config.device), draw_recipes(config), one_by_one)
 
 
 def make(config: Config) -> Zoo:
     """Trains a zoo, or goes on with one that was stopped; returns it, open.
 
-    A run that is killed at any moment and started again gives the same weights, bit for bit on a CPU.
+    A run that is killed at any moment and started again gives the same weights, bit for bit on a CPU. Under torchrun
+    all processes make one zoo, and return when it is whole.
 
     Raises:
         ValueError: If the folder holds a zoo with another configuration, or the data does not fit.
         RuntimeError: If another process is writing the zoo.
     """
-    path = Path(config.zoo)
+    path, place = Path(config.zoo), ranks.place()
     check_config(path, config)
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"zoo make: device must be cpu where no GPU is, got {config.device!r}")
-    images = load(config.data, config.limit)
-    if len(images.train_y) < config.batch_size:
-        raise ValueError(f"batch_size must be at most {len(images.train_y)}, the images, got {config.batch_size}")
-    shape = tuple(images.train_x.shape[1:])
-    network = build(config.architecture, shape, num_classes=images.num_classes)
-    stack = config.stack or fit_stack(network, shape, config.batch_size, config.device)
-    plan = Plan(config.architecture, shape, images.num_classes, config.batch_size, stack)
-    symmetry = Symmetry.trace(network, torch.zeros(1, *shape))
-    provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}
-    layout = Layout.from_checkpoint(network)
-    with ZooWriter(path, layout, symmetry, provenance, DTYPES[config.dtype]) as writer, workers(config) as pool:
-        train(config, plan, TrainingData.of(images, config.device), writer, pool)
+    ranks.check(path, place)
+    if place.world > 1 and ranks.finished(path, place):
+        return Zoo.open(path)
+    job = prepare(config)
+    if place.world == 1:
+        return make_part(config, job, path)
+    share = job._replace(recipes=job.recipes[place.rank :: place.world])
+    make_part(config, share, ranks.folder(path, place))
+    ranks.join(path, place, lambda: open_writer(config, job, path))
+    return Zoo.open(path)
+
+
+def make_part(config: Config, job: Job, path: Path) -> Zoo:
+    """Trains the networks of a job."""
+    with open_writer(config, job, path) as writer, workers(config, job) as pool:
+        train(config, job, writer, pool)
         remove(path / RESUME)
     return Zoo.open(path)
 
 
-def train(config: Config, plan: Plan, data: TrainingData, writer: ZooWriter, pool: Executor) -> None:
-    recipes, states = draw_recipes(config), config.epochs + 1
-    total = config.networks * states
-    first, epoch, state = read_resume(writer.path)
-    if state is None and writer.submitted >= total:
+def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
+    network = job.plan.build()
+    symmetry = Symmetry.trace(network, torch.zeros(1, *job.plan.image_shape))
+    provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}
+    return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype])
+
+
+def train(config: Config, job: Job, writer: ZooWriter, pool: Executor) -> None:
+    networks, states = len(job.recipes), config.epochs + 1
+    first, epoch, tensors = read_resume(writer.path)
+    if not tensors and writer.submitted >= networks * states:
         return  # a finished zoo
-    bar = tqdm(total=total, initial=writer.submitted, unit=" states", smoothing=0.05)
-    for begin in range(first, config.networks, config.wave):
-        wave = Wave(plan, recipes[begin : begin + config.wave])
-        if begin == first and state is not None:
-            wave.state, wave.epoch = state, epoch
-        wave.load(data)
+    size = 1 if job.one_by_one else config.wave
+    rank = ranks.place().rank
+    bar = tqdm(total=networks * states, unit=" states", smoothing=0.05, disable=rank > 0)
+    for begin in range(first, networks, size):
+        wave = Wave(job.plan, job.recipes[begin : begin + size], job.data, not job.one_by_one)
+        if begin == first and tensors:
+            wave.epoch, wave.state, wave.orders.state = epoch, tensors["state"], tensors["orders"]
+        bar.update(begin * states + (wave.epoch + 1) * len(wave.recipes) - bar.n)
         while wave.epoch < config.epochs:
-            properties = wave.advance(data, pool)
+            bar.set_postfix(networks=f"{begin + len(wave.recipes)}/{networks}", epoch=wave.epoch + 1, refresh=False)
+            properties = wave.advance(pool, bar.update)
             # a run that died between append and write_resume has added these states already
             if writer.submitted < begin * states + (wave.epoch + 1) * len(wave.recipes):
                 writer.append(wave.state[0], properties)
-                bar.update(len(wave.recipes))
             write_resume(writer.path, begin, wave)
             accuracy = float(properties["test_accuracy"].median())
-            bar.set_postfix(epoch=wave.epoch, accuracy=f"{accuracy:.3f}", dropped=writer.dropped)
-            log(writer.path, {"first": begin, "epoch": wave.epoch, "median_test_accuracy": accuracy})
+            found = {"first": begin, "epoch": wave.epoch, "median_test_accuracy": accuracy, "dropped": writer.dropped}
+            log(writer.path, found)
     bar.close()
 
 
@@ -155,31 +233,35 @@ def check_config(path: Path, config: Config) -> None:
 
 
 @contextmanager
-def workers(config: Config) -> Iterator[Executor]:
-    """Threads that each run whole stacks: small operations gain nothing from several threads each."""
+def workers(config: Config, job: Job) -> Iterator[Executor]:
+    """Threads that each train a group of networks; networks that train one by one get all cores instead."""
     before = torch.get_num_threads()
-    count = 1 if config.device != "cpu" else config.threads or before
+    cores = config.threads or before
+    alone = bool(job.one_by_one) or config.device != "cpu"
+    inside = cores if alone else 1
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(1 if alone else cores, initializer=torch.set_num_threads, initargs=(inside,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
 
 
 def write_resume(path: Path, first: int, wave: Wave) -> None:
-    """Where a killed run goes on: the first network of the wave, its epoch, weights and moments."""
-    content = safetensors.torch.save({"state": wave.state}, {"first": str(first), "epoch": str(wave.epoch)})
+    """Where a killed run goes on: the first network of the wave, its epoch, weights, moments and random numbers."""
+    tensors = {"state": wave.state, "orders": wave.orders.state}
+    content = safetensors.torch.save(tensors, {"first": str(first), "epoch": str(wave.epoch)})
     with write_atomically(path / RESUME, len(content)) as file:
         file.write(content)
 
 
-def read_resume(path: Path) -> tuple[int, int, Tensor | None]:
+def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
     if not (path / RESUME).exists():
-        return 0, -1, None
+        return 0, -1, {}
     try:
         with safetensors.safe_open(path / RESUME, framework="pt") as file:
             place = file.metadata()
-            return int(place["first"]), int(place["epoch"]), file.get_tensor("state").clone()
+            tensors = {name: file.get_tensor(name).clone() for name in ("state", "orders")}
+            return int(place["first"]), int(place["epoch"]), tensors
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / RESUME}: file must be readable, got {error}; take another folder") from error
 
@@ -190,8 +272,15 @@ def log(path: Path, line: Mapping) -> None:
 
 
 def run(config: Config) -> None:
+    if config.explain:
+        print(explain(config, prepare(config)))
+        return
     zoo = make(config)
-    accuracy = torch.from_numpy(zoo.properties["test_accuracy"].to_numpy()[-config.networks :].copy())
-    low, middle, high = accuracy.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    if ranks.place().rank > 0:
+        return
+    last = zoo.properties["epoch"].to_numpy() == config.epochs
+    accuracy = torch.from_numpy(zoo.properties["test_accuracy"].to_numpy()[last].copy())
     print(f"{zoo.path}: {len(zoo):,} states of {config.networks:,} networks, {zoo.dropped} left out as not finite")
-    print(f"test accuracy, 10 %, 50 % and 90 % of the networks: {low:.3f}, {middle:.3f}, {high:.3f}")
+    if len(accuracy):
+        low, middle, high = accuracy.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=accuracy.dtype)).tolist()
+        print(f"test accuracy, 10 %, 50 % and 90 % of the networks: {low:.3f}, {middle:.3f}, {high:.3f}")

@@ -1,206 +1,186 @@
-"""Training of small networks side by side: stacked weights, stacked optimizers, every network on its own.
+"""Training of networks side by side: small ones by one kernel for all of them, others one by one (see ``large``).
 
-Networks that run the same operations are stacked (see ``stacked``); learning rate, weight decay, optimizer, dropout and
-random numbers are each network's own. What a network becomes depends on its recipe alone, not on its neighbours, up to
-rounding.
+What a network becomes depends on its recipe alone, not on its neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Protocol
 
 import numpy
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from fastws.data.images import Images
 from fastws.layout import Layout
-from fastws.zoo.architectures import Activation, Architecture, Init, Network, build, initialize
-from fastws.zoo.stacked import BUDGET, evaluate, largest_operand, stacked_forward
+from fastws.ops.small_cnn_step import OPTIMIZERS, small_cnn_logits, small_cnn_step
+from fastws.small_cnn import ACTIVATIONS
+from fastws.zoo.large import OneByOne
+from fastws.zoo.orders import Orders
+from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData
 
-Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
-ADAPTIVE = ("adam", "adamw")
-MOMENTUM, BETA1, BETA2, EPSILON = 0.9, 0.9, 0.999, 1e-8
-
-
-class Recipe(NamedTuple):
-    """All that decides what a network becomes."""
-
-    model: str
-    seed: int
-    activation: Activation
-    dropout: float
-    init: Init
-    optimizer: Optimizer
-    lr: float
-    weight_decay: float
+GROUP = 16  # networks of one call on a CPU: what the widest vectors hold
+STEPS = 500  # of one call: seconds on a CPU, and the orders of a thousand networks are some megabytes
+IMAGES = 10_000  # evaluated by one call
 
 
-class Plan(NamedTuple):
-    """What all networks of a zoo have in common."""
+class Trainer(Protocol):
+    """Trains and measures some of the networks of a wave; ``groups`` says which ones together."""
 
-    architecture: Architecture
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    batch_size: int
-    stack: int  # networks per batched operation, at most
+    groups: list[list[int]]
 
-    def build(self, activation: Activation = "tanh", dropout: float = 0.0) -> Network:
-        options = {"num_classes": self.num_classes, "activation": activation, "dropout": dropout}
-        return build(self.architecture, self.image_shape, **options).eval()
+    def train_epoch(self, members: list[int], state: Tensor, orders: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """One pass through the training images.
 
+        Args:
+            members: Places of the networks in the wave.
+            state: Their weights and the two moments of their optimizers, ``[3, G, P]``; changed in place.
+            orders: The training images in the order of each network, ``[G, n]``.
+            epoch: From 1.
 
-class TrainingData(NamedTuple):
-    """Images ``[C, H, W, n]``, the batch last, and labels ``[n]``."""
+        Returns:
+            Mean loss and accuracy of the minibatches, each before its update, ``[G]``.
+        """
 
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @classmethod
-    def of(cls, images: Images, device: str) -> "TrainingData":
-        x, y, test_x, test_y = (tensor.to(device) for tensor in images[:4])
-        return cls(x.permute(1, 2, 3, 0).contiguous(), y, test_x.permute(1, 2, 3, 0).contiguous(), test_y)
+    def measure(self, members: list[int], weights: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and accuracy of the networks, ``[G]``."""
 
 
-class Stack:
-    """Networks that run the same operations, with their optimizers.
+class SideBySide:
+    """Small networks: ``small_cnn_step`` makes the steps of a whole group."""
 
-    Attributes:
-        members: Their places in the wave.
-        state: Weights and the two moments of the optimizer, ``[3, G, P]``.
-        steps: Updates so far.
+    def __init__(self, plan: Plan, recipes: Sequence[Recipe], data: TrainingData):
+        self.plan, self.recipes, self.data = plan, recipes, data
+        self.device = data.train.x.device
+        self.layers = plan.layers()
+        # networks of one activation in one group: lanes of a vector then do the same
+        order = sorted(range(len(recipes)), key=lambda member: recipes[member].activation)
+        size = GROUP if self.device.type == "cpu" else len(order)
+        self.groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
+
+    def train_epoch(self, members: list[int], state: Tensor, orders: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        x, y = self.data.train
+        current = [part.to(self.device) for part in state.unbind()]
+        step = (epoch - 1) * self.plan.num_steps(len(y))
+        loss, correct = torch.zeros(2, len(members), dtype=torch.float64, device=self.device)
+        options = self._options(members)
+        for batches in minibatches(orders, self.plan.batch_size):
+            batches = batches.to(self.device, torch.int32)
+            *current, losses, right = small_cnn_step(*current, x, y, batches, self.layers, **options, step=step)
+            step += batches.shape[1]
+            loss += losses.double().sum(1) * batches.shape[2]
+            correct += right.sum(1)
+        for part, trained in zip(state, current, strict=True):
+            part.copy_(trained)
+        return loss / len(y), correct / len(y)
+
+    def _options(self, members: list[int]) -> dict[str, Tensor]:
+        chosen = [self.recipes[member] for member in members]
+        codes = {"activation": list(ACTIVATIONS), "optimizer": list(OPTIMIZERS)}
+        options = {
+            name: torch.tensor([known.index(getattr(recipe, name)) for recipe in chosen], dtype=torch.int32)
+            for name, known in codes.items()
+        }
+        for name in ("dropout", "lr", "weight_decay", "seed"):
+            dtype = torch.int64 if name == "seed" else torch.float64
+            options[name] = torch.tensor([getattr(recipe, name) for recipe in chosen], dtype=dtype)
+        return {name: option.to(self.device) for name, option in options.items()}
+
+    def measure(self, members: list[int], weights: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        activation = self._options(members)["activation"]
+        return measure_small(weights.to(self.device), part, self.layers, activation)
+
+
+def measure_small(weights: Tensor, part: Part, layers: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and accuracy of G small networks, each ``[G]`` float64.
+
+    Args:
+        weights: ``[G, P]``.
+        part: The images, on the device of the weights.
+        layers: The table of the networks.
+        activation: Code of each network's activation, ``[G]`` int32.
     """
-
-    def __init__(self, plan: Plan, recipes: Sequence[Recipe], members: list[int]):
-        self.batch_size, self.members = plan.batch_size, torch.tensor(members)
-        self.recipes = [recipes[member] for member in members]
-        self.dropout = self.recipes[0].dropout > 0
-        self.adaptive = self.recipes[0].optimizer in ADAPTIVE
-        self.network = plan.build(self.recipes[0].activation, 0.5 if self.dropout else 0.0)
-
-    def load(self, state: Tensor, steps: int) -> None:
-        """Takes the state ``[3, wave, P]`` of its networks."""
-        self.state, self.steps = state[:, self.members.to(state.device)], steps
-        column = {"dtype": state.dtype, "device": state.device}
-        self.lr, self.weight_decay, self.rate = (
-            torch.tensor([[getattr(recipe, name)] for recipe in self.recipes], **column)
-            for name in ("lr", "weight_decay", "dropout")
-        )
-        kinds = [recipe.optimizer for recipe in self.recipes]
-        self.momentum = torch.tensor([[MOMENTUM * (kind == "momentum")] for kind in kinds], **column)
-        self.decoupled = torch.tensor([[kind == "adamw"] for kind in kinds], device=state.device)
-
-    def train_epoch(self, epoch: int, data: TrainingData) -> None:
-        """One pass through the training images, in each network's own order."""
-        random = [numpy.random.default_rng([recipe.seed, epoch]) for recipe in self.recipes]
-        count = len(data.train_y) // self.batch_size
-        orders = numpy.stack([generator.permutation(len(data.train_y)) for generator in random])
-        orders = torch.from_numpy(orders[:, : count * self.batch_size]).view(len(random), count, -1)
-        drop = (lambda x: self._drop(x, random)) if self.dropout else None
-        for batch in orders.to(data.train_y.device).unbind(1):  # [G, B]
-            self._step(data, batch, drop)
-
-    def _step(self, data: TrainingData, batch: Tensor, drop) -> None:
-        x = data.train_x.flatten(0, 2).index_select(1, batch.flatten())
-        x = x.unflatten(1, batch.shape).unflatten(0, data.train_x.shape[:3]).permute(3, 0, 1, 2, 4).contiguous()
-        weights = self.state[0].requires_grad_()
-        logits = stacked_forward(self.network, weights, x, drop)  # [G, num_classes, B]
-        loss = cross_entropy(logits, data.train_y[batch], reduction="sum") / self.batch_size
-        (grad,) = torch.autograd.grad(loss, weights)
-        self.steps += 1
-        self._update(weights.detach(), grad)
-
-    def _update(self, weights: Tensor, grad: Tensor) -> None:
-        """The formulas of torch.optim, with a learning rate and a weight decay per row; in place."""
-        _, first, second = self.state.detach()
-        if not self.adaptive:
-            first.mul_(self.momentum).add_(grad.addcmul_(self.weight_decay, weights))
-            weights.addcmul_(self.lr, first, value=-1)
-            return
-        weights.mul_(torch.where(self.decoupled, 1 - self.lr * self.weight_decay, 1.0))
-        grad.addcmul_(torch.where(self.decoupled, 0.0, self.weight_decay), weights)
-        first.lerp_(grad, 1 - BETA1)
-        second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        denominator = second.sqrt().div_((1 - BETA2**self.steps) ** 0.5).add_(EPSILON)
-        weights.sub_(first.div(denominator).mul_(self.lr / (1 - BETA1**self.steps)))
-
-    def _drop(self, x: Tensor, random: list[numpy.random.Generator]) -> Tensor:
-        """Dropout with each network's own rate and random numbers."""
-        uniform = numpy.empty((len(random), x[0].numel()), dtype=numpy.float32)
-        for row, generator in zip(uniform, random, strict=True):
-            generator.random(out=row, dtype=numpy.float32)
-        kept = torch.from_numpy(uniform).to(x.device) >= self.rate
-        return x * (kept / (1 - self.rate)).to(x.dtype).view_as(x)
-
-    def measure(self, data: TrainingData) -> Tensor:
-        """Training loss and accuracy, test loss and accuracy, ``[4, G]``."""
-        weights = self.state[0].detach()
-        training = evaluate(self.network, weights, data.train_x, data.train_y)
-        return torch.stack([*training, *evaluate(self.network, weights, data.test_x, data.test_y)])
+    loss, correct = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
+    for x, y in zip(part.x.split(IMAGES), part.y.split(IMAGES), strict=True):
+        logits = small_cnn_logits(weights, x, layers, activation)  # [G, n, num_classes]
+        target = y.expand(len(weights), -1)[..., None]
+        loss += (logits.logsumexp(2, keepdim=True) - logits.gather(2, target)).double().sum((1, 2))
+        correct += (logits.argmax(2, keepdim=True) == target).sum((1, 2))
+    return loss / len(part.y), correct / len(part.y)
 
 
-def fit_stack(network: nn.Module, image_shape: Sequence[int], batch_size: int, device: str) -> int:
-    """How many networks to stack: a few fill a processor's cache, a thousand a GPU."""
-    most = 32 if device == "cpu" else 1024
-    return min(most, max(1, BUDGET[device] // (4 * batch_size * largest_operand(network, image_shape))))
-
-
-def make_stacks(plan: Plan, recipes: Sequence[Recipe]) -> list[Stack]:
-    """Sorts networks by the operations that they run, and cuts each kind into stacks of equal size."""
-    kinds = {}
-    for place, recipe in enumerate(recipes):
-        kind = (recipe.activation, recipe.dropout > 0, recipe.optimizer in ADAPTIVE)
-        kinds.setdefault(kind, []).append(place)
-    parts = (numpy.array_split(places, -(-len(places) // plan.stack)) for places in kinds.values())
-    return [Stack(plan, recipes, part.tolist()) for kind in parts for part in kind]
+def minibatches(orders: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """``[G, n]`` -> ``[G, S, B]``, with at most STEPS steps each; the last batch has what is left."""
+    whole = orders.shape[1] // batch_size * batch_size
+    if whole:
+        yield from orders[:, :whole].unflatten(1, (-1, batch_size)).split(STEPS, 1)
+    if whole < orders.shape[1]:
+        yield orders[:, None, whole:]
 
 
 class Wave:
     """Networks that advance together, epoch by epoch.
 
     Attributes:
-        state: Weights and the two moments of the optimizer, ``[3, W, P]`` float32, on the CPU.
+        state: Weights and the two moments of the optimizers, ``[3, W, P]`` float32, on the CPU.
+        orders: Decides their minibatches.
         epoch: The last one that is done; 0 is that of the initial weights, -1 none.
     """
 
-    def __init__(self, plan: Plan, recipes: Sequence[Recipe]):
-        self.recipes, self.epoch = recipes, -1
-        self.stacks = make_stacks(plan, recipes)
-        network = plan.build()
+    def __init__(self, plan: Plan, recipes: Sequence[Recipe], data: TrainingData, side_by_side: bool):
+        self.plan, self.recipes, self.data, self.epoch = plan, recipes, data, -1
+        self.trainer: Trainer = (SideBySide if side_by_side else OneByOne)(plan, recipes, data)
+        self.orders = Orders(plan, recipes, len(data.train.y))
+
+    @cached_property
+    def state(self) -> Tensor:
+        network = self.plan.build()
         layout = Layout.from_checkpoint(network)
-        self.state = torch.zeros(3, len(recipes), layout.num_weights)
-        for row, recipe in zip(self.state[0], recipes, strict=True):
-            initialize(network, recipe.init, recipe.seed)
+        state = torch.zeros(3, len(self.recipes), layout.num_weights)
+        for member, row in enumerate(state[0]):
+            self.orders.initialize(member, network)
             row.copy_(layout.flatten(network.state_dict()))
+        return state
 
-    def load(self, data: TrainingData) -> None:
-        """Hands the state over to the stacks, on the device of the data."""
-        state = self.state.to(data.train_x.device)
-        for stack in self.stacks:
-            stack.load(state, max(self.epoch, 0) * (len(data.train_y) // stack.batch_size))
+    def advance(self, pool: Executor, done: Callable[[int], object] = lambda count: None) -> dict[str, object]:
+        """Trains one more epoch; returns the properties of all networks at its end, one column each.
 
-    def advance(self, data: TrainingData, pool: Executor) -> dict[str, object]:
-        """Trains one more epoch; returns the properties of all networks at its end, one column each."""
+        Args:
+            pool: Each of its threads trains a group of networks.
+            done: Called with the number of networks in each group that is ready.
+        """
+        names = [f"{part}_{what}" for part in ("train", *self.data.evaluated()) for what in ("loss", "accuracy")]
+        measured = torch.empty(len(names), len(self.recipes))
         self.epoch += 1
+        state = self.state  # drawn before threads ask for it
+        groups = self.trainer.groups
 
-        def train(stack: Stack) -> Tensor:
-            if self.epoch > 0:
-                stack.train_epoch(self.epoch, data)
-            return stack.measure(data).cpu()
+        def train(members: list[int]) -> Tensor:
+            of_group = state[:, members]
+            measures = self._advance_group(members, of_group)
+            state[:, members] = of_group
+            return measures
 
-        measured = torch.empty(4, len(self.recipes), dtype=self.state.dtype)
-        for stack, measures in zip(self.stacks, pool.map(train, self.stacks), strict=True):
-            self.state[:, stack.members] = stack.state.detach().cpu()
-            measured[:, stack.members] = measures
-        return self._describe(measured)
+        for members, measures in zip(groups, pool.map(train, groups), strict=True):
+            measured[:, members] = measures
+            done(len(members))
+        return self._describe(dict(zip(names, measured, strict=True)))
 
-    def _describe(self, measured: Tensor) -> dict[str, object]:
+    def _advance_group(self, members: list[int], state: Tensor) -> Tensor:
+        """Trains the networks of a group, unless these are the initial weights; measures ``[2 * parts, G]``."""
+        running = None
+        if self.epoch > 0:
+            orders = torch.stack([self.orders.next(member, self.epoch) for member in members])
+            running = self.trainer.train_epoch(members, state, orders, self.epoch)
+        if running is None or self.plan.train_metrics == "evaluated":
+            running = self.trainer.measure(members, state[0], self.data.train)
+        measures = [*running]
+        for part in self.data.evaluated().values():
+            measures += self.trainer.measure(members, state[0], part)
+        return torch.stack(measures).cpu().float()
+
+    def _describe(self, measures: dict[str, Tensor]) -> dict[str, object]:
         columns = {name: [getattr(recipe, name) for recipe in self.recipes] for name in Recipe._fields}
-        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-        measures = dict(zip(names, measured, strict=True))
         epochs = numpy.full(len(self.recipes), self.epoch, dtype=numpy.int32)
         measures["generalisation_gap"] = measures["train_accuracy"] - measures["test_accuracy"]
         return {"model": columns.pop("model"), "epoch": epochs} | columns | measures
