@@ -16,12 +16,16 @@ LATER = {
     "Zoo": "fastws.zoo",
     "detokenize": "fastws.ops.tokenize",
     "layer_statistics": "fastws.ops.layer_statistics",
+    "layer_table": "fastws.small_cnn",
     "masked_mse": "fastws.ops.masked_mse",
     "nt_xent": "fastws.ops.nt_xent",
     "permute": "fastws.ops.permute",
     "random_permutations": "fastws.ops.permute",
+    "small_cnn_logits": "fastws.ops.small_cnn_step",
+    "small_cnn_step": "fastws.ops.small_cnn_step",
     "token_views": "fastws.ops.token_views",
     "tokenize": "fastws.ops.tokenize",
+    "variational_cnn_step": "fastws.ops.variational_cnn_step",
 }
 PACKAGES = ("downstream", "nn", "ops", "zoo")
 __all__ = ["__version__", *LATER, *PACKAGES]
