@@ -1,20 +1,18 @@
 """Weight matching: the neurons of networks in the order of those of a reference (Git Re-Basin, arXiv 2209.04836)."""
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastws.layout import Layout
 from fastws.ops.permute import permute
-from fastws.segments import Segments
 from fastws.symmetry import Symmetry
 from fastws.zoo.assignment import solve
+from fastws.zoo.places import Place, find_places
 
 BATCH_BYTES = 2**28  # of weights and similarities that are worked on at a time
 BATCH_NETWORKS = 256  # at most; so often a progress bar moves
@@ -91,33 +89,6 @@ def objective(flat: Tensor, reference: Tensor, symmetry: Symmetry, *, norms: Nor
 # --- matching
 
 
-class Place(NamedTuple):
-    """Where a group lies in a tensor, and how the other axis of that tensor is permuted."""
-
-    tensor: int
-    axis: int
-    index: Tensor | None  # entries of the axis, all those of a unit together; None: the axis as it is
-    other: slice | None  # of a row of permutations: how the other axis moves; None: it stays
-    shape: tuple[int, ...]  # of the tensor
-    view: tuple[int, ...]  # of the tensor, with what moves on the other axis in dimension ``along``
-    along: int
-
-    def select(self, tensors: Sequence[Tensor], chosen: Tensor) -> Tensor:
-        """Of k tensors ``[numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``."""
-        both = zip(tensors, chosen, strict=True)
-        selected = [tensor.view(self.view).index_select(self.along, index).flatten() for tensor, index in both]
-        return selected[0][None] if len(selected) == 1 else torch.stack(selected)
-
-    def arrange(self, tensor: Tensor, size: int) -> Tensor:
-        """Weights of whole tensors or of ``select``, ``[k, any]`` -> ``[k, size, weights of a unit]``."""
-        if self.axis > 0:
-            tensor = tensor.view(len(tensor), -1, *self.shape[1:]).movedim(1 + self.axis, 1)
-        else:
-            tensor = tensor.view(len(tensor), self.shape[0], -1)
-        tensor = tensor if self.index is None else tensor.index_select(1, self.index)
-        return tensor.reshape(len(tensor), size, -1)
-
-
 @dataclass
 class State:
     """Networks that are being matched.
@@ -148,30 +119,16 @@ class Matcher:
         self.tables[:, :, 0] = 0
         self.tables = self.tables.to(self.device)
         self.reference = [reference[entry.offset : entry.offset + entry.numel] for entry in self.entries]
-        self.places = self.find_places(norms, table.tolist())
+        self.places = [
+            [place for place in places if norms == "include" or self.entries[place.tensor].role != "norm statistic"]
+            for places in find_places(symmetry, layout, self.device)
+        ]
         members = torch.zeros(len(symmetry.sizes), len(self.entries), dtype=torch.int64)
         for group, places in enumerate(self.places):
             for place in places:
                 members[group, place.tensor] += 1
         # who must be visited after a group has moved: itself only if it lies on both axes of a tensor
         self.neighbours = (members @ members.T - members.sum(1).diag() > 0).to(self.device)
-
-    def find_places(self, norms: Norms, table: list[list[int]]) -> list[list[Place]]:
-        """The places of each group; ``table`` is that of the symmetry."""
-        places: list[list[Place]] = [[] for _ in self.symmetry.sizes]
-        for tensor, (entry, line) in enumerate(zip(self.entries, table, strict=True)):
-            if entry.role == "norm statistic" and norms == "exclude":
-                continue
-            _, _, rows, length, block, count, _, _, out, into, _ = line
-            for axis, segments in enumerate(self.symmetry.axes[entry.name]):
-                for group, index in units(segments or (), self.symmetry.sizes).items():
-                    in_order = index == list(range(entry.shape[axis]))
-                    index = None if in_order else torch.tensor(index).to(self.device)
-                    other = slice(out, out + rows) if axis else slice(into, into + count)
-                    other = None if other.start < 0 else other
-                    view = (rows, length) if axis else (rows, length // (count * block), count, block)
-                    places[group].append(Place(tensor, axis, index, other, entry.shape, view, 0 if axis else 2))
-        return places
 
     def match(self, flat: Tensor, pool: Executor) -> Tensor:
         """Permutations ``[k, S]`` of networks ``[k, P]``; ``pool`` solves assignment problems."""
@@ -280,20 +237,6 @@ def chosen(similarity: Tensor, assignment: Tensor) -> Tensor:
 def chunk_size(tensor: Tensor) -> int:
     """Networks whose weights of one tensor stay in cache."""
     return max(1, CHUNK_WEIGHTS // tensor.numel())
-
-
-def units(segments: Segments, sizes: Sequence[int]) -> dict[int, list[int]]:
-    """The groups along an axis: for each its entries, those of its first unit before those of the second."""
-    found: dict[int, list[tuple[int, int]]] = {}  # numbers of units and entries
-    seen = Counter()
-    entry = 0
-    for group, count, block in segments:
-        if group is not None:
-            first, size = seen[group], sizes[group]
-            found.setdefault(group, []).extend(((first + i // block) % size, entry + i) for i in range(count * block))
-            seen[group] += count
-        entry += count * block
-    return {group: [entry for _, entry in sorted(members)] for group, members in found.items()}
 
 
 def layout_of(symmetry: Symmetry) -> Layout:
