@@ -12,6 +12,7 @@ import numpy
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
+from torch.nn.functional import pad
 
 import fastws
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
@@ -37,8 +38,7 @@ PENALTIES = (
     1e-5,
 )  # as published
 RESAMPLES = 1000  # for the intervals of R^2
-SORTED_AT_ONCE = 2**24  # weights
-QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+WEIGHTS_AT_ONCE = 2**24
 Splits = Mapping[str, Tensor]
 
 
@@ -124,7 +124,7 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     if config.statistics:
         parts = [
             layer_statistics(zoo.rows(rows), layout, padded=config.padded is not None)
-            for rows in torch.arange(len(zoo)).split(max(1, SORTED_AT_ONCE // layout.num_weights))
+            for rows in torch.arange(len(zoo)).split(max(1, WEIGHTS_AT_ONCE // layout.num_weights))
         ]
         features["statistics"] = torch.cat(parts)
     if config.weights:
@@ -159,18 +159,13 @@ def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = Fals
     Returns:
         ``[B, 7 L]`` float64, layer by layer.
     """
-    features = []
-    for layer, row in zip(layers_of(flat, layout), layout.table.tolist(), strict=True):
-        layer = layer.double()
-        if padded:
-            padding = row[2] * row[6] * layout.token_size - layer.shape[1]  # rows * chunks * T - entries
-            layer = torch.cat([layer, layer.new_zeros(len(flat), padding)], 1)
-        ordered = layer.sort(1).values
-        place = torch.tensor(QUANTILES, dtype=torch.float64) * (layer.shape[1] - 1)
-        below = ordered[:, place.floor().long()]
-        quantiles = below + (ordered[:, place.ceil().long()] - below) * place.frac()
-        features += [layer.mean(1, keepdim=True), layer.var(1, correction=0, keepdim=True), quantiles]
-    return torch.cat(features, 1)
+    layers = layers_of(flat, layout)
+    if padded:
+        filled = layout.table[:, 2] * layout.table[:, 6] * layout.token_size  # rows * chunks * T
+        layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled.tolist(), strict=True)]
+    sizes = torch.tensor([layer.shape[1] for layer in layers])
+    ends = sizes.cumsum(0)
+    return fastws.layer_statistics(torch.cat(layers, 1), torch.stack([ends - sizes, ends], 1)).flatten(1)
 
 
 # --- probes
