@@ -29,7 +29,7 @@ from fastws.zoo import (
 )
 from fastws.zoo.readers import collect, states
 from fastws.zoo.readers.collect import read_report
-from fastws.zoo.readers.torch_file import ALLOWED, TorchFile
+from fastws.zoo.readers.torch_file import ALLOWED, TorchFile, find_many_records, find_records
 from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, reference_order
 
 PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them
@@ -396,6 +396,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
     file = TorchFile(tmp_path / "good.pt")
     stored = file.content["a"]
     assert torch.equal(file.tensor(stored), torch.arange(6.0).view(2, 3).T) and not stored.is_contiguous
+    assert find_many_records(file.buffer) == find_records(file.buffer)
     for change in ({"offset": 1}, {"offset": -1}, {"shape": (3, 3)}, {"stride": (1, -3)}):
         with pytest.raises(ValueError, match="tensor must lie in its storage '0' of 24 bytes"):
             file.tensor(stored._replace(**change))

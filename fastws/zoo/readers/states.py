@@ -72,14 +72,19 @@ class StateReader:
 
     def copy_pieces(self, buffer: bytearray, row: Tensor) -> bool:
         """Whether the file is one whose bytes only have to be copied."""
-        records = find_records(buffer)
-        begin, size = records[PICKLE]
-        pickled = bytes(buffer[begin : begin + size])
-        if pickled not in self.plans:
-            if len(self.plans) >= PLANS:
-                self.plans.clear()
-            self.plans[pickled] = self.plan(pickled)
-        plan = self.plans[pickled]
+        try:
+            records = find_records(buffer)
+            begin, size = records[PICKLE]
+            pickled = bytes(buffer[begin : begin + size])
+            if pickled not in self.plans:
+                if len(self.plans) >= PLANS:
+                    self.plans.clear()
+                self.plans[pickled] = self.plan(pickled)
+            plan = self.plans[pickled]
+        except BadState:
+            raise
+        except NOT_A_TORCH_FILE:
+            return False  # torch reads more, or says what is wrong
         if plan is None:
             return False
         source, target = memoryview(buffer), memoryview(row.view(torch.uint8).numpy())
