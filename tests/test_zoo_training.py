@@ -127,7 +127,7 @@ def test_properties_are_measured_on_the_right_images(data):
         network.load_state_dict(layout.unflatten(row))
         for name, (x, y) in parts.items():
             logits = network(x)
-            assert float(properties[f"{name}_loss"][place]) == pytest.approx(float(cross_entropy(logits, y)), rel=1e-5)
+            assert float(properties[f"{name}_loss"][place]) == pytest.approx(cross_entropy(logits, y).item(), rel=1e-5)
             accuracy = float((logits.argmax(1) == y).float().mean())
             assert float(properties[f"{name}_accuracy"][place]) == pytest.approx(accuracy)
     gap = properties["train_accuracy"] - properties["test_accuracy"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastws.layout import Layout
-from fastws.ops.small_cnn_step import OPTIMIZERS, small_cnn_logits, small_cnn_step
+from fastws.ops.small_cnn_step import small_cnn_logits, small_cnn_step
 from fastws.small_cnn import ACTIVATIONS
+from fastws.small_cnn_recipe import OPTIMIZERS
 from fastws.zoo.large import OneByOne
 from fastws.zoo.orders import Orders
 from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData
