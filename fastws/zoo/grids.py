@@ -2,8 +2,9 @@
 
 A preset gives ``fastws zoo make`` a value for every option that is not given. A *seed* zoo has one combination of
 hyperparameters and 1,000 seeds; a *hyp* zoo has all combinations of a grid with ten seeds each, which are 1 to 10
-(``-fix``) or drawn for each network (``-rand``). Where a generator of a hyp zoo has a transform that its networks
-cannot take (SVHN), that of the seed zoo stands here.
+(``-fix``) or drawn for each network (``-rand``). Seed zoos have the initial weights and the orders of the published
+code. Where a generator of a hyp zoo has a transform that its networks cannot take (SVHN), that of the seed zoo stands
+here.
 """
 
 from typing import Literal
@@ -95,7 +96,8 @@ def hyp_zoo(name: str, sampling: str) -> dict:
     networks = NETWORKS_PER_COMBINATION
     for choices in grid.values():
         networks *= len(choices)
-    return PUBLISHED | IMAGES[name] | grid | {"sampling": sampling, "networks": networks}
+    # half of its networks have dropout, whose published masks take longer to draw than the network to train
+    return PUBLISHED | IMAGES[name] | grid | {"sampling": sampling, "networks": networks, "order": "seeded"}
 
 
 def resnet_zoo(name: str) -> dict:
