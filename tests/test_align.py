@@ -1,4 +1,3 @@
-import copy
 import doctest
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -11,6 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import CASES, networks
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
@@ -23,17 +23,6 @@ from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
 from fastws.zoo.assignment import PRICED_SIZE, solve
 from fastws.zoo.matching import match, objective
 
-CASES = {
-    "mlp": (architectures.mlp, {}),
-    "CNN with flatten": (architectures.zoo_cnn, {}),
-    "ResNet": (architectures.resnet, dict(blocks=(1, 1), width=8)),
-    "ResNet, zeros padded": (architectures.cifar_resnet, dict(depth=8, width=4)),
-    "ResNeXt": (architectures.resnet, dict(blocks=(1, 1), width=8, bottleneck=True, groups=4)),
-    "DenseNet": (architectures.densenet, {}),
-    "SqueezeNet": (architectures.squeezenet, dict(divide=8)),
-    "GPT": (architectures.gpt, {}),
-}
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -41,26 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@cache
-def traced(case):
-    build, options = CASES[case] if isinstance(case, str) else (case, {})
-    module, inputs = build(**options)
-    return Symmetry.trace(module, inputs), module, inputs
-
-
-def networks(case, count, mix=0.0):
-    """A symmetry, a module with its input, and random networks; ``mix`` is the share that all have in common."""
-    symmetry, module, inputs = traced(case)
-    module, layout, rows = copy.deepcopy(module), Layout.from_checkpoint(module), []
-    for seed in range(count):
-        with torch.no_grad():
-            randomise(module, seed)
-        rows.append(layout.flatten(module).detach())
-    flat = torch.stack(rows)
-    flat = mix * flat[:1] + (1 - mix) * flat
-    return symmetry, module, inputs, symmetry.permute(flat, symmetry.random(count, seed=1))
 
 
 @cache

@@ -2,7 +2,8 @@
 
 Networks that differ by the order of their neurons are one function. Weight matching finds, by coordinate descent over
 the permutation groups of the architecture, the order that is closest to the reference. A zoo keeps one permutation per
-model, a few kB, beside its weights; ``aligned_rows`` applies them while it reads.
+model, a few kB, beside its weights; ``aligned_rows`` applies them while it reads. The permutations of a canonical form,
+which sorts each network's neurons by themselves, are kept in the same way.
 """
 
 import json
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.symmetry import Symmetry
+from fastws.zoo.canonical import Form, canonical
 from fastws.zoo.format import Zoo, write_atomically
 from fastws.zoo.matching import Norms, batch_size, match, objective
 
@@ -39,7 +41,8 @@ class Alignment:
         models: Ids of all models, in the order of what follows.
         permutations: int32 ``[models, sum(symmetry.sizes)]``.
         before: Inner product with the reference, float64 ``[models]``.
-        after: The same after the permutation.
+        after: The same after the permutation; of a canonical form, after that of the reference too.
+        method: ``"matching"``, or the canonical form.
     """
 
     reference: str
@@ -49,6 +52,7 @@ class Alignment:
     permutations: Tensor
     before: Tensor
     after: Tensor
+    method: str = "matching"
 
     @classmethod
     def open(cls, zoo: Zoo, path: str | os.PathLike | None = None) -> "Alignment":
@@ -79,7 +83,7 @@ class Alignment:
 
     def save(self, zoo: Zoo, path: Path) -> None:
         """Writes one safetensors file, atomically; what is not a tensor is JSON in its header."""
-        fields = {name: getattr(self, name) for name in ("reference", "chosen", "norms", "models")}
+        fields = {name: getattr(self, name) for name in ("reference", "chosen", "norms", "models", "method")}
         text = json.dumps(fields | {"format": FORMAT, "fingerprint": zoo.layout.fingerprint})
         tensors = {name: getattr(self, name) for name in ("permutations", "before", "after")}
         content = safetensors.torch.save(tensors, {"alignment": text})
@@ -114,20 +118,21 @@ def aligned_rows(zoo: Zoo, rows: Tensor | Sequence[int], alignment: Alignment | 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Aligns the networks of a zoo to one of them, and keeps the permutations with the zoo."""
+    """Aligns the networks of a zoo to one of them, or sorts each, and keeps the permutations with the zoo."""
 
     zoo: str  # folder
 
     out: str | None = None  # file to write; by default alignment.safetensors in the zoo
     reference: str | None = None  # model id; by default the best of the train split
     best: str = "test_accuracy"  # property that says which is the best, by its last value
+    canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
     norms: Norms = "exclude"  # running means and variances: whether they count in the distance
     sweeps: int = 100  # most visits of each permutation group
     device: str = "cpu"  # or cuda
 
 
 def align(config: Config) -> Alignment:
-    """Matches the last state of every model of a zoo to that of the reference, and writes the permutations.
+    """Matches the last state of every model of a zoo to that of the reference, or sorts it; writes the permutations.
 
     All states of a model get the permutation of its last one, so that its path through training stays a path.
 
@@ -142,17 +147,25 @@ def align(config: Config) -> Alignment:
     reference, chosen = choose_reference(config, zoo, last)
     target = zoo.rows([last[reference]])[0].to(config.device)
     rows, options = torch.tensor(list(last.values())), {"norms": config.norms}
+
+    def find(flat: Tensor) -> Tensor:
+        if config.canonical is not None:
+            return canonical(flat, symmetry, config.canonical)
+        return match(flat, target, symmetry, sweeps=config.sweeps, **options)
+
+    goal = target if config.canonical is None else symmetry.permute(target, find(target[None]))[0]
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
         for part in rows.split(batch_size(symmetry)):
             flat = zoo.rows(part).to(config.device)
-            found = match(flat, target, symmetry, sweeps=config.sweeps, **options)
+            found = find(flat)
             permutations.append(found[:, : sum(symmetry.sizes)].cpu())
             before.append(objective(flat, target, symmetry, **options).cpu())
-            after.append(objective(symmetry.permute(flat, found), target, symmetry, **options).cpu())
+            after.append(objective(symmetry.permute(flat, found), goal, symmetry, **options).cpu())
             bar.update(len(part))
     results = (torch.cat(parts).contiguous() for parts in (permutations, before, after))
-    alignment = Alignment(reference, chosen, config.norms, tuple(last), *results)
+    method = config.canonical or "matching"
+    alignment = Alignment(reference, chosen, config.norms, tuple(last), *results, method)
     alignment.save(zoo, Path(config.out) if config.out else zoo.path / ALIGNMENT)
     return alignment
 
@@ -198,6 +211,8 @@ def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[st
 def run(config: Config) -> None:
     alignment = align(config)
     print(f"{config.out or Path(config.zoo) / ALIGNMENT}: permutations of {len(alignment.models):,} models")
+    if config.canonical is not None:
+        print(f"canonical form: {config.canonical}")
     print(f"reference: model {alignment.reference}, {alignment.chosen}")
     before, after = alignment.before.mean(), alignment.after.mean()
     print(f"mean inner product with the reference: {before:.4g} before, {after:.4g} after")
