@@ -6,9 +6,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fastws
 from fastws import _native
-from fastws.ops.small_cnn_step import OPTIMIZERS, small_cnn_logits_reference, small_cnn_step_reference
+from fastws.ops.small_cnn_step import small_cnn_logits_reference, small_cnn_step_reference
 from fastws.philox import philox_reference
 from fastws.small_cnn import ACTIVATIONS
+from fastws.small_cnn_recipe import OPTIMIZERS
 from fastws.testing import assert_as_accurate, devices, implementations
 from fastws.zoo.architectures import build
 
