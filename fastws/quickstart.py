@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastws import report
+from fastws import pages, report
 from fastws.downstream import predict
 from fastws.downstream.embed import (
     Pool,
@@ -83,7 +83,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    report.require_matplotlib()
+    pages.require_matplotlib("quickstart")
     if config.smoke:
         config = replace(config, **SMOKE)
     threads = torch.get_num_threads()

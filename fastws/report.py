@@ -1,16 +1,16 @@
 """The report of a quickstart: one HTML file with its figures and tables inside."""
 
-import base64
 import html
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from fastws import pages
+from fastws.pages import BLUE, GREY, ORANGE, make_figure, number, table
 from fastws.zoo.format import write_atomically
 
 if find_spec("matplotlib"):
@@ -18,18 +18,7 @@ if find_spec("matplotlib"):
     from matplotlib.ticker import MaxNLocator
 
 TARGETS = {"test_accuracy": "accuracy", "epoch": "epoch", "generalisation_gap": "generalisation gap"}
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"  # distinct also for the colour-blind
 SMOKE = "<p><strong>A smoke run: it shows that everything works; its numbers mean nothing.</strong></p>"
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; background: white; border-radius: 6px; border: 1px solid #8886; }
-figure { margin: 1.5rem 0; } figcaption, small { opacity: .8; } code, pre { font-size: .9em; }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid #8886; border-radius: 6px; }
-"""
 
 
 class Curves(NamedTuple):
@@ -40,14 +29,6 @@ class Curves(NamedTuple):
     embedded_accuracy: numpy.ndarray  # [states]
     unseen: numpy.ndarray  # bool [states]: of the test split
     log: Sequence[Mapping]  # lines of SANE's log
-
-
-def require_matplotlib() -> None:
-    """Says what to install, before minutes are spent."""
-    if not find_spec("matplotlib"):
-        raise ValueError(
-            "quickstart: matplotlib must be installed for the report, got none; pip install 'fast-weight-space[eval]'"
-        )
 
 
 def write(path: Path, results: Mapping, curves: Curves) -> None:
@@ -74,10 +55,7 @@ def page(results: Mapping, curves: Curves) -> str:
         "<h2>R² on networks that no part of the training saw</h2>",
         r2_table(results["probe"]["r2"]),
         f"<p><small>{features_note(results)}</small></p>",
-        *(
-            f"<figure>{image(figure, caption)}<figcaption>{caption}</figcaption></figure>"
-            for figure, caption in figures
-        ),
+        *(pages.figure(drawn, caption) for drawn, caption in figures),
         "<h2>Permutations of neurons</h2>",
         permutation_section(results["permutations"]),
         "<h2>What was run</h2>",
@@ -88,10 +66,7 @@ def page(results: Mapping, curves: Curves) -> str:
         "<p>Other options, all at their defaults unless named above:</p>",
         f"<pre>{html.escape(json.dumps(results['config'], indent=1))}</pre>",
     ]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}<title>fastws quickstart</title></head>" + (
-        f"<body>{''.join(body)}</body></html>"
-    )
+    return pages.document("fastws quickstart", body)
 
 
 def features_note(results: Mapping) -> str:
@@ -120,17 +95,6 @@ def headline(results: Mapping) -> str:
 
 
 # --- tables
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def r2_rows(scores: Sequence[Mapping]) -> list[list[str]]:
@@ -172,23 +136,6 @@ def stage_table(stages: Mapping) -> str:
 
 
 # --- figures
-
-
-def image(figure: "Figure", caption: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return (
-        f"<img alt='{html.escape(caption)}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
-    )
-
-
-def make_figure(panels: int = 1, height: float = 4.0, width: float = 8.0):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
 
 
 def draw_zoo(curves: Curves) -> "Figure":

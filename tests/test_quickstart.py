@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastws import quickstart, report
+from fastws import pages, quickstart
 from fastws.zoo.format import Zoo
 
 SMOKE = quickstart.Config(smoke=True, threads=1)
@@ -122,7 +122,7 @@ def test_config_is_checked(fields, message):
 
 
 def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="matplotlib must be installed for the report, got none; pip install"):
         quickstart.run(replace(SMOKE, out=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
