@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ from fastws.zoo.architectures import Activation, Architecture, Init
 from fastws.zoo.explain import explain
 from fastws.zoo.format import MANIFEST, Zoo, read_manifest, remove, write_atomically
 from fastws.zoo.grids import PRESETS, Preset
+from fastws.zoo.ranks import LOG, RESUME
 from fastws.zoo.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
 from fastws.zoo.training import Wave
 from fastws.zoo.writer import ZooWriter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESUME, LOG = "resume.safetensors", "log.jsonl"
 MAY_CHANGE = ("zoo", "threads", "explain")  # fields of Config that a resumed run may have otherwise
 RANDOM_SEEDS = 1_000_000  # those of grid-random-seeds are below, as published
 CHOICES = ("activations", "dropouts", "inits", "optimizers", "lrs", "weight_decays")
@@ -152,7 +152,7 @@ def prepare(config: Config) -> Job:
         one_by_one = str(error)
         if config.order == "published":
             raise ValueError(f"zoo make: order must be seeded where networks train one by one: {error}") from error
-    return Job(plan, TrainingData.of(images, config.device), draw_recipes(config), one_by_one)
+    return Job(plan, TrainingData.of(images, ranks.device(config.device)), draw_recipes(config), one_by_one)
 
 
 def make(config: Config) -> Zoo:
@@ -182,7 +182,7 @@ def make(config: Config) -> Zoo:
 def make_part(config: Config, job: Job, path: Path) -> Zoo:
     """Trains the networks of a job."""
     with open_writer(config, job, path) as writer, workers(config, job) as pool:
-        train(config, job, writer, pool)
+        train(config, job, writer, pool, lambda recipes: Wave(job.plan, recipes, job.data, not job.one_by_one))
         remove(path / RESUME)
     return Zoo.open(path)
 
@@ -194,7 +194,16 @@ def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
     return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype])
 
 
-def train(config: Config, job: Job, writer: ZooWriter, pool: Executor) -> None:
+def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callable[[Sequence[Recipe]], Wave]) -> None:
+    """Trains the networks of a job, wave after wave, and keeps every epoch; goes on where a stopped run was.
+
+    Args:
+        config: Has ``epochs`` and ``wave``.
+        job: What to train.
+        writer: Where the weights of each epoch go.
+        pool: Each of its threads trains a group of networks.
+        make_wave: The networks of some recipes, before their first epoch.
+    """
     networks, states = len(job.recipes), config.epochs + 1
     first, epoch, tensors = read_resume(writer.path)
     if not tensors and writer.submitted >= networks * states:
@@ -203,7 +212,7 @@ def train(config: Config, job: Job, writer: ZooWriter, pool: Executor) -> None:
     rank = ranks.place().rank
     bar = tqdm(total=networks * states, unit=" states", smoothing=0.05, disable=rank > 0)
     for begin in range(first, networks, size):
-        wave = Wave(job.plan, job.recipes[begin : begin + size], job.data, not job.one_by_one)
+        wave = make_wave(job.recipes[begin : begin + size])
         if begin == first and tensors:
             wave.epoch, wave.state, wave.orders.state = epoch, tensors["state"], tensors["orders"]
         bar.update(begin * states + (wave.epoch + 1) * len(wave.recipes) - bar.n)
@@ -220,16 +229,16 @@ def train(config: Config, job: Job, writer: ZooWriter, pool: Executor) -> None:
     bar.close()
 
 
-def check_config(path: Path, config: Config) -> None:
+def check_config(path: Path, config, command: str = "zoo make", may_change: Sequence[str] = MAY_CHANGE) -> None:
     """A zoo is gone on with only as it was begun."""
     if not (path / MANIFEST).exists():
         return
     begun = read_manifest(path)["provenance"].get("config", {})
     wanted = json.loads(json.dumps(asdict(config)))
     for name in wanted:
-        if name not in MAY_CHANGE and begun.get(name) != wanted[name]:
+        if name not in may_change and begun.get(name) != wanted[name]:
             what = f"{begun.get(name)!r}, with which {path} was begun, got {wanted[name]!r}"
-            raise ValueError(f"zoo make: {name} must be {what}; take another folder")
+            raise ValueError(f"{command}: {name} must be {what}; take another folder")
 
 
 @contextmanager

@@ -60,20 +60,25 @@ class SideBySide:
         self.groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
 
     def train_epoch(self, members: list[int], state: Tensor, orders: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        x, y = self.data.train
+        y = self.data.train.y
         current = [part.to(self.device) for part in state.unbind()]
         step = (epoch - 1) * self.plan.num_steps(len(y))
         loss, correct = torch.zeros(2, len(members), dtype=torch.float64, device=self.device)
         options = self._options(members)
         for batches in minibatches(orders, self.plan.batch_size):
             batches = batches.to(self.device, torch.int32)
-            *current, losses, right = small_cnn_step(*current, x, y, batches, self.layers, **options, step=step)
+            current, losses, right = self.make_steps(current, batches, options, step, epoch)
             step += batches.shape[1]
             loss += losses.double().sum(1) * batches.shape[2]
             correct += right.sum(1)
         for part, trained in zip(state, current, strict=True):
             part.copy_(trained)
         return loss / len(y), correct / len(y)
+
+    def make_steps(self, state: list[Tensor], batches: Tensor, options: dict[str, Tensor], step: int, epoch: int):
+        """State, losses and right classifications after some steps of ``epoch``."""
+        *state, losses, right = small_cnn_step(*state, *self.data.train, batches, self.layers, **options, step=step)
+        return state, losses, right
 
     def _options(self, members: list[int]) -> dict[str, Tensor]:
         chosen = [self.recipes[member] for member in members]
