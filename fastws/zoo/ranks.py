@@ -21,7 +21,7 @@ from fastws.zoo.writer import ZooWriter
 DONE = "done"  # marks a part that is whole
 JOINED = "joined"  # parts that are in the zoo, while they are removed
 ROWS = 8192  # of one append
-LOG = "log.jsonl"
+RESUME, LOG = "resume.safetensors", "log.jsonl"
 POLL = 0.1  # seconds
 
 
@@ -36,6 +36,11 @@ def place() -> Place:
     return Place(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
+def device(kind: str) -> str:
+    """The GPU of this process, or the processor."""
+    return kind if kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', 0)}"
+
+
 def folder(path: Path, place: Place) -> Path:
     return path / f"parts-of-{place.world}" / str(place.rank)
 
@@ -47,7 +52,7 @@ def check(path: Path, place: Place) -> None:
         ValueError: If it was begun by another number.
     """
     begun = [int(parts.name.removeprefix("parts-of-")) for parts in path.glob("parts-of-*")]
-    if (path / "resume.safetensors").exists():
+    if (path / RESUME).exists():
         begun.append(1)
     for world in begun:
         if world != place.world:
