@@ -19,6 +19,7 @@ from fastws.zoo.readers.collect import Population, ReadOptions, check_new, colle
 from fastws.zoo.readers.states import StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
+CONFIG, DECODER = '"config": ', json.JSONDecoder()  # as json.dumps writes it
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
     "train_acc": "train_accuracy",
@@ -133,19 +134,29 @@ def read_trial(folder: Path, epochs: Sequence[int] | None) -> Trial:
 
 
 def read_results(path: Path) -> list[dict]:
-    """All whole lines; the last one of a trial that was killed may not be."""
-    lines = []
+    """All whole lines; the last one of a trial that was killed may not be. Only the first has its configuration.
+
+    Every line repeats the configuration, which is most of it, so what is equal to the first one's is cut out unread.
+    """
+    lines, repeated = [], None
     try:
         with open(path, encoding="utf-8") as file:
             for text in file:
                 try:
-                    line = json.loads(text)
+                    line = json.loads(text.replace(repeated, CONFIG + "0") if repeated else text)
                 except ValueError:
                     continue
-                lines += [line] if isinstance(line, dict) else []
+                if isinstance(line, dict):
+                    lines.append(line)
+                    repeated = repeated or find_config(text)
     except (OSError, UnicodeDecodeError):
         return lines  # a network without results is still a network
     return lines
+
+
+def find_config(text: str) -> str | None:
+    begin = text.find(CONFIG)
+    return text[begin : DECODER.raw_decode(text, begin + len(CONFIG))[1]] if begin >= 0 else None
 
 
 def read_config(folder: Path) -> dict:
