@@ -1,21 +1,45 @@
 """What is in a zoo."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 
+from fastws import pages
+from fastws.zoo import report
+from fastws.zoo.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
 from fastws.zoo.format import Zoo
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Prints what is in a zoo."""
+    """Prints what is in a zoo; writes a report with figures where one is asked for."""
 
     zoo: str  # folder
 
+    report: str | None = None  # HTML file to write: accuracies, weights, distances, agreement, duplicates
+    models: int = 200  # networks that the report draws and compares, at random
+    seed: int = 0  # of that draw
+    data: str | None = None  # images to compare predictions on, as in zoo make; by default those of the zoo
+    images: int = 2000  # of them, evenly spaced
+
+    def __post_init__(self):
+        for name, least in (("models", 2), ("seed", 0), ("images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"zoo info: {name} must be at least {least}, got {getattr(self, name)}")
+
 
 def run(config: Config) -> None:
+    if config.report is not None:
+        pages.require_matplotlib("zoo info")
     zoo = Zoo.open(config.zoo)
+    describe(zoo)
+    if config.report is not None:
+        write_report(config, zoo)
+        print(f"report: {config.report}   (open it in a browser)")
+
+
+def describe(zoo: Zoo) -> None:
     table = zoo.properties
     models = table["model"].unique()
     print(zoo)
@@ -34,3 +58,24 @@ def run(config: Config) -> None:
             print(f"{name:<18} {', '.join(sorted(map(str, table[name].unique().to_pylist())))}")
     print("tensors:")
     print(zoo.layout.describe())
+
+
+def write_report(config: Config, zoo: Zoo) -> None:
+    """Measures and writes.
+
+    Raises:
+        ValueError: If the zoo is empty, or ``data`` was given and predictions cannot be compared on it.
+        OSError: If the file cannot be written.
+    """
+    if len(zoo) == 0:
+        raise ValueError(f"zoo info: zoo must hold networks for a report, got none in {zoo.path}")
+    sample = draw_sample(zoo, config.models, config.seed)
+    functions, reason = None, ""
+    try:
+        functions = measure_functions(zoo, sample, config.data, config.images)
+    except (ValueError, OSError) as error:
+        if config.data is not None:
+            raise
+        reason = str(error)
+    findings = (measure_weights(zoo, sample), find_duplicates(zoo), functions, reason)
+    report.write(Path(config.report), report.Findings(zoo, sample, config.seed, *findings))
