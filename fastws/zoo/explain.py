@@ -33,7 +33,7 @@ def explain(config, job) -> str:
     combinations = prod(len(getattr(config, name)) for name in ("activations", "dropouts", "inits", "optimizers"))
     combinations *= len(config.lrs) * len(config.weight_decays)
     lines = [
-        f"networks    {config.networks:,} of {weights:,} weights; {combinations:,} combinations of hyperparameters",
+        f"networks    {config.networks:,} of {weights:,} weights; combinations of hyperparameters: {combinations:,}",
         f"images      {counts}, {' x '.join(map(str, job.plan.image_shape))}, {job.plan.num_classes} classes",
         f"steps       {config.epochs} epochs of {job.plan.num_steps(len(job.data.train.y)):,} steps per network",
         f"states      {states:,}, {size / 1e9:.3g} GB on disk and about {PROPERTIES:.0%} for their properties",
@@ -75,16 +75,18 @@ def estimate(config, job) -> float:
 
 
 def timed(work: Callable[[int], object], most: int) -> float:
-    """Seconds per unit of ``work(count)``, of which as many are done as a timing needs, and at most so many."""
+    """Seconds per unit of ``work(count)``, beyond what it takes for one; at most so many units are done."""
+    work(1)  # what is done at the first time only
+    begin = perf_counter()
     work(1)
-    count = 1
+    first, count = perf_counter() - begin, 1
     while True:
+        count = min(2 * count, most)
         begin = perf_counter()
         work(count)
-        seconds = perf_counter() - begin
+        seconds = perf_counter() - begin - first
         if seconds > SECONDS or count == most:
-            return seconds / count
-        count = min(2 * count, most)
+            return max(seconds, 0.0) / max(count - 1, 1)
 
 
 def duration(seconds: float) -> str:
