@@ -322,7 +322,9 @@ def sync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    text = json.dumps(content, indent=1).encode()
+    # a line for each key: indentation would take ten times as long, and a zoo is written to at every step of its making
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
     with write_atomically(path, len(text)) as file:
         file.write(text)
 

@@ -90,7 +90,8 @@ class ZooWriter:
             release_lock(self.path, self._lock)
             raise
         self._split_of = find_splits(self._manifest)
-        self._merged = len(self._manifest["weights"])  # files before this one are not merged until close
+        # files before these are not merged until close
+        self._merged = {key: len(self._manifest[key]) for key in ("weights", "models")}
 
     def _open(self, symmetry, provenance, splits) -> dict:
         if (self.path / MANIFEST).exists():
@@ -173,9 +174,10 @@ class ZooWriter:
         if len(stored):
             self._add_files(manifest, stored, table)
         self._commit(manifest)
-        if len(self._manifest["weights"]) - self._merged >= MERGE:
-            self._merge_weights(self._manifest["weights"][self._merged :])
-            self._merged = len(self._manifest["weights"])
+        for key, merge in (("weights", self._merge_weights), ("models", self._merge_models)):
+            if len(self._manifest[key]) - self._merged[key] >= MERGE:
+                merge(self._manifest[key][self._merged[key] :])
+                self._merged[key] = len(self._manifest[key])
         return len(stored)
 
     def close(self) -> None:
@@ -185,7 +187,8 @@ class ZooWriter:
         try:
             for group in self._groups():
                 self._merge_weights(group)
-            self._merge_models()
+            if [file["file"] for file in self._manifest["models"]] not in ([], [MODELS]):
+                self._merge_models(self._manifest["models"], MODELS)
         finally:
             self._release()
 
@@ -278,29 +281,29 @@ class ZooWriter:
     def _merge_weights(self, files: list[dict]) -> None:
         if len(files) < 2:
             return
-        manifest = dict(self._manifest)
         rows = sum(file["rows"] for file in files)
-        merged = {"file": f"weights-{manifest['next_file']:05}.safetensors", "rows": rows}
+        merged = {"file": f"weights-{self._manifest['next_file']:05}.safetensors", "rows": rows}
         step = max(1, CHUNK // (self.layout.num_weights * self.dtype.itemsize))
         shape = self.layout.num_weights
         mapped = (map_weights(self.path / file["file"], (file["rows"], shape), self.dtype) for file in files)
         parts = (part for shard in mapped for part in shard.split(step))
         write_weights(self.path / merged["file"], parts, (rows, shape), self.dtype)
-        place = manifest["weights"].index(files[0])
-        weights = manifest["weights"]
-        manifest["weights"] = [*weights[:place], merged, *weights[place + len(files) :]]
-        manifest["next_file"] += 1
-        self._commit(manifest)
-        self._remove_unlisted()
+        self._replace("weights", files, merged)
 
-    def _merge_models(self) -> None:
-        files = self._manifest["models"]
-        if [file["file"] for file in files] in ([], [MODELS]):
-            return
+    def _merge_models(self, files: list[dict], name: str | None = None) -> None:
+        """Merges files into one, ``models.parquet`` if these are all, else a numbered one."""
         table = pyarrow.concat_tables([read_models(self.path / file["file"], file["rows"]) for file in files])
-        # a reader between the next two lines finds the rows that it expects at the beginning of the new file
-        write_models(self.path / MODELS, table.combine_chunks())
-        self._commit(self._manifest | {"models": [{"file": MODELS, "rows": len(table)}]})
+        name = name or f"models-{self._manifest['next_file']:05}.parquet"
+        # a reader that comes before the manifest finds the rows that it expects at the beginning of models.parquet
+        write_models(self.path / name, table.combine_chunks())
+        self._replace("models", files, {"file": name, "rows": len(table)})
+
+    def _replace(self, key: str, files: list[dict], merged: dict) -> None:
+        """Lists one file in place of its parts, which are removed."""
+        listed = self._manifest[key]
+        first = listed.index(files[0])
+        changed = {key: [*listed[:first], merged, *listed[first + len(files) :]]}
+        self._commit(self._manifest | changed | {"next_file": self._manifest["next_file"] + 1})
         self._remove_unlisted()
 
     def _remove_unlisted(self) -> None:
