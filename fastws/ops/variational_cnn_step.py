@@ -125,6 +125,12 @@ def sparse_weights(weights: Tensor, layers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(dropped, 0, weights[:, 0]), sparsity.to(weights.dtype)
 
 
+def kl_divergence(weights: Tensor, layers: Tensor) -> Tensor:
+    """The divergence of variational networks ``[G, 2, P]`` from their prior, ``[G]``; see ``variational_cnn_step``."""
+    bounds = bounds_of(rows_of(layers), weights)
+    return divergence(*log_alpha(weights, bounds), bounds)[0]
+
+
 def is_dense(row: Row) -> bool:
     return row.in_height == row.in_width == 1
 
