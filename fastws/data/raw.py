@@ -146,11 +146,16 @@ def read_usps(folder: Path, part: str) -> Part:
     return ((values + 1) / 2 * 255).astype(numpy.uint8).reshape(-1, 1, 16, 16), labels - 1
 
 
+def holds_cifar100(folder: Path) -> bool:
+    place = find_place(folder, "meta")
+    return place is not None and (place / "train").is_file()  # elsewhere train is a folder
+
+
 KINDS = [
     plain("train-images-idx3-ubyte[.gz]", "train-images-idx3-ubyte*", read_mnist),
     plain("data_batch_1", "data_batch_1", read_cifar(CIFAR10, b"labels")),
     plain("train_32x32.mat", "train_32x32.mat", read_svhn),
     plain("train_X.bin", "train_X.bin", read_stl10),
     plain("usps.bz2", "usps.bz2", read_usps),
-    plain("cifar-100-python/train", "meta", read_cifar(CIFAR100, b"fine_labels")),
+    plain("cifar-100-python/train", "meta", read_cifar(CIFAR100, b"fine_labels"))._replace(is_in=holds_cifar100),
 ]
