@@ -18,7 +18,7 @@ if find_spec("matplotlib"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-MEASURES = ("test_accuracy", "train_loss", "test_loss", "generalisation_gap")
+MEASURES = ("test_accuracy", "generalisation_gap", "train_loss", "test_loss")
 LABELS = {"generalisation_gap": "generalisation gap"}
 MOST_BOXES, MOST_LAYERS = 26, 9
 
@@ -131,8 +131,9 @@ def measured_figures(zoo: Zoo, sample: Sample) -> Iterable[tuple["Figure", str]]
     lines = "Each line is a network of the sample; the thick line is the median, the band holds 80 % of them."
     for measure in found[:1]:
         yield draw_boxes(measure), "Half of the networks are in the box, 90 % between the whiskers."
-    if found:
-        yield draw_trajectories(found), lines
+    for two in (found[:2], found[2:]):
+        if two:
+            yield draw_trajectories(two), lines
 
 
 def draw_boxes(measure: Measure) -> "Figure":
@@ -149,7 +150,7 @@ def draw_boxes(measure: Measure) -> "Figure":
 
 
 def draw_trajectories(measures: list[Measure]) -> "Figure":
-    figure, axes = make_figure(len(measures), 3.2, 3.4 * len(measures))
+    figure, axes = make_figure(len(measures), 3.2)
     for axis, measure in zip(axes, measures, strict=True):
         faint = min(0.3, 30 / len(measure.values))
         axis.plot(measure.epochs, measure.values.T, color=GREY, alpha=faint, linewidth=0.7)
@@ -202,7 +203,7 @@ def draw_layers(epochs: list[int], statistics: Tensor, names: list[str], chosen:
     columns = min(3, len(chosen))
     lines = -(-len(chosen) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axis, tensor in zip(axes, chosen, strict=False):
         known = statistics[:, :, tensor, 0].isfinite().any(1)
         when = numpy.asarray(epochs)[known.numpy()]
@@ -214,7 +215,7 @@ def draw_layers(epochs: list[int], statistics: Tensor, names: list[str], chosen:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in list(axes)[len(chosen) :]:
+    for axis in axes[len(chosen) :]:
         axis.set_visible(False)
     figure.supxlabel("epoch", fontsize=9)
     return figure
@@ -232,7 +233,7 @@ def draw_steps(epochs: list[int], steps: Tensor) -> "Figure":
 def draw_distances(distances: Mapping[str, Distances]) -> "Figure":
     figure, axes = make_figure(2, 3.0)
     for axis, name, title in zip(axes, Distances._fields, ("Euclidean distance", "Cosine distance"), strict=True):
-        draw_histogram(axis, {kind: getattr(found, name) for kind, found in distances.items()}, title)
+        draw_histogram(axis, {f"{kind}, ": getattr(found, name) for kind, found in distances.items()}, title)
     return figure
 
 
@@ -244,7 +245,7 @@ def draw_histogram(axis, values: Mapping[str, Tensor], title: str) -> None:
         return
     bins = numpy.histogram_bin_edges(everything, 40)
     for (kind, found), color in zip(known.items(), (BLUE, ORANGE), strict=False):
-        axis.hist(found, bins, color=color, alpha=0.6, label=f"{kind}, mean {found.mean():.3g}")
+        axis.hist(found, bins, color=color, alpha=0.6, label=f"{kind}mean {found.mean():.3g}")
     axis.set(title=title, ylabel="pairs")
     axis.legend(frameon=False, fontsize=8)
 

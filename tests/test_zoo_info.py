@@ -1,0 +1,111 @@
+import html
+import re
+
+import pytest
+import torch
+from small_zoo import make_small_zoo
+
+import fastws
+from fastws import pages
+from fastws.cli import main
+from fastws.zoo import Zoo, ZooWriter, info, make
+from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.make import Config as MakeConfig
+
+
+def read(path):
+    return html.unescape(path.read_text())
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """Figures are drawn but not rendered, which takes most of the time."""
+    monkeypatch.setattr(pages, "image", lambda drawn, caption: "")
+
+
+def table_of(page):
+    return dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page))
+
+
+def test_info_prints_what_is_there(tmp_path, capsys):
+    zoo = make_small_zoo(tmp_path)
+    main(["zoo", "info", "--zoo", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "models: 36, states: 72, left out as not finite: 0" in out
+    accuracy = zoo.properties["test_accuracy"].to_numpy()
+    assert re.search(rf"test_accuracy +{accuracy.min():.4g} .* {accuracy.max():.4g}\n", out)
+    assert "report" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
+
+
+def test_report_of_a_zoo_that_was_made(tmp_path, capsys):
+    options = {"networks": 6, "epochs": 2, "limit": 300, "threads": 1, "lrs": (1e-2,), "inits": ("kaiming_uniform",)}
+    zoo = make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
+    align(AlignConfig(zoo=str(tmp_path / "zoo")))
+    path = tmp_path / "new" / "report.html"
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path), images=50))
+    page = read(path)
+    assert f"report: {path}" in capsys.readouterr().out
+    assert "18 states of 6 networks of 1,486 weights" in page and "drawn with seed 0" in page
+    assert page.count("<img ") == 7 and "http" not in page.replace("http://www.w3.org", "")
+    last = torch.tensor(zoo.properties["test_accuracy"].to_pylist())[-6:]
+    assert f"a test accuracy of {last.mean():.3f} on average" in page
+    found = table_of(page)
+    assert (
+        found["Euclidean distance between two networks, aligned"]
+        < found["Euclidean distance between two networks, raw"]
+    )
+    assert (
+        found["of 18 states, equal to an earlier one"] == found["of 6 last states, equal but for the order of neurons"]
+    )
+    assert 0 < float(found["agreement of two networks"].split()[0]) < 1
+    assert "accuracy on 50 test images" in found and found["config networks"] == "6"
+
+
+def test_report_of_a_zoo_of_unknown_origin(tmp_path, no_images):
+    make_small_zoo(tmp_path / "zoo")
+    path = tmp_path / "report.html"
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path), models=9, seed=5))
+    page = read(path)
+    assert "Not compared: " in page and "provenance must be that of fastws zoo make" in page
+    assert "those of 9 networks, drawn with seed 5" in page and "agreement of two networks" not in table_of(page)
+
+
+def test_report_of_a_zoo_that_knows_next_to_nothing(tmp_path, no_images):
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+    with ZooWriter(tmp_path / "zoo", layout) as writer:
+        writer.append(torch.ones(2, 4), {"model": ["<a>", "b"]})
+    path = tmp_path / "report.html"
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path)))
+    found = table_of(read(path))
+    assert found["of 2 states, equal to an earlier one"] == "1, such as rows 0 and 1"
+    assert found["length of a step between states"] == "-"
+    assert found["Euclidean distance between two networks, raw"] == "0.0000 (0.0000)"
+
+
+def test_report_of_nothing_is_refused(tmp_path):
+    with ZooWriter(tmp_path / "zoo", fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})):
+        pass
+    with pytest.raises(ValueError, match="zoo info: zoo must hold networks for a report, got none"):
+        info.write_report(info.Config(zoo="", report=str(tmp_path / "r.html")), Zoo.open(tmp_path / "zoo"))
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_images_that_were_named_must_be_there(tmp_path):
+    options = {"networks": 2, "epochs": 1, "limit": 64, "threads": 1}
+    make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
+    with pytest.raises(SystemExit, match="nowhere"):
+        main(["zoo", "info", "--zoo", str(tmp_path / "zoo"), "--report", str(tmp_path / "r"), "--data", "nowhere"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="zoo info: matplotlib must be installed for the report, got none"):
+        info.run(info.Config(zoo=str(tmp_path / "none"), report="r.html"))
+
+
+@pytest.mark.parametrize("option, value, least", [("models", 1, 2), ("seed", -1, 0), ("images", 0, 1)])
+def test_options_must_be_in_range(option, value, least):
+    with pytest.raises(ValueError, match=f"zoo info: {option} must be at least {least}, got {value}"):
+        info.Config(zoo="zoo", **{option: value})
