@@ -406,7 +406,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
     file = TorchFile(tmp_path / "good.pt")
     stored = file.content["a"]
     assert torch.equal(file.tensor(stored), torch.arange(6.0).view(2, 3).T) and not stored.is_contiguous
-    assert find_many_records(file.buffer) == find_records(file.buffer)
+    assert find_many_records(file.buffer) == find_records(file.buffer)[0]
     for change in ({"offset": 1}, {"offset": -1}, {"shape": (3, 3)}, {"stride": (1, -3)}):
         with pytest.raises(ValueError, match="tensor must lie in its storage '0' of 24 bytes"):
             file.tensor(stored._replace(**change))

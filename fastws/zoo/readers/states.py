@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from fastws.zoo.readers.torch_file import (
 )
 
 VARIATIONAL = "log_sigma"  # how names of the variances of sparsified twins begin; no part of the network
-PLANS = 1000  # kinds of files that are remembered
+FORMS = 1000  # that are remembered
 
 
 class BadState(ValueError):
@@ -33,25 +34,25 @@ class BadState(ValueError):
         self.reason = reason
 
 
-class Piece(NamedTuple):
-    """Bytes of a record that are bytes of a row."""
+class Form(NamedTuple):
+    """Files of one size in which everything lies alike, so that only bytes have to be copied."""
 
-    record: str
-    begin: int  # in the record
-    place: int  # in the row
-    size: int
+    structure: numpy.ndarray  # places of the bytes that say what lies where
+    expected: numpy.ndarray  # those bytes
+    copies: list[tuple[slice, slice]]  # bytes of a row, bytes of a file
 
 
 class StateReader:
     """Reads checkpoint files of one architecture into rows.
 
-    Files that torch writes are copied storage by storage: their pickle, the same for all states of a population, is
-    read once, and what is left per file are its directory and its bytes. All others go through ``load_checkpoint``.
+    What torch writes for the states of a population differs in the weights alone. So the directory and the pickle of
+    such a file are compared with those of one that is understood, and the rest is to copy its storages. Files of other
+    forms go through ``load_checkpoint``.
     """
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.plans: dict[bytes, list[Piece] | None] = {}
+        self.forms: dict[int, Form | None] = {}  # by size of the file
 
     def __call__(self, path: str, row: Tensor) -> None:
         """Fills a row ``[P]`` in the dtype of the layout.
@@ -61,7 +62,7 @@ class StateReader:
         """
         try:
             buffer = read_file(path) if not path.endswith((".safetensors", ".json")) else b""
-            if buffer[:4] != ZIP or not self.copy_pieces(buffer, row):
+            if buffer[:4] != ZIP or not self.copy(buffer, row):
                 fill(row, self.layout, load_checkpoint(path))
         except FileNotFoundError as error:
             raise BadState("missing", "no such file") from error
@@ -70,47 +71,44 @@ class StateReader:
         except (OSError, *NOT_A_TORCH_FILE) as error:
             raise BadState("unreadable", (str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
-    def copy_pieces(self, buffer: bytearray, row: Tensor) -> bool:
+    def copy(self, buffer: bytearray, row: Tensor) -> bool:
         """Whether the file is one whose bytes only have to be copied."""
+        content = numpy.frombuffer(buffer, numpy.uint8)
+        form = self.forms.get(len(buffer))
+        if form is None or not numpy.array_equal(content[form.structure], form.expected):
+            form = self.find_form(buffer)
+            if form is None:
+                return False
+            if len(self.forms) < FORMS:
+                self.forms[len(buffer)] = form
+        target = row.view(torch.uint8).numpy()
+        for here, there in form.copies:
+            target[here] = content[there]
+        return True
+
+    def find_form(self, buffer: bytearray) -> Form | None:
+        """None if there is more to do than to copy, or the file is damaged."""
         try:
-            records = find_records(buffer)
+            records, structure = find_records(buffer)
             begin, size = records[PICKLE]
-            pickled = bytes(buffer[begin : begin + size])
-            if pickled not in self.plans:
-                if len(self.plans) >= PLANS:
-                    self.plans.clear()
-                self.plans[pickled] = self.plan(pickled)
-            plan = self.plans[pickled]
+            stored = unwrap_stored(Unpickler(io.BytesIO(buffer[begin : begin + size])).load())
+            if stored is None or not structure:
+                return None
+            names = match(self.layout, {name: (tensor.shape, tensor.storage.dtype) for name, tensor in stored.items()})
+            places = {name.removeprefix("data/"): place for name, place in records.items()}
+            copies, place = [], 0
+            for tensor in map(stored.get, names):
+                if tensor.storage.dtype != self.layout.dtype or not tensor.is_contiguous:
+                    return None
+                begin, size = find_bytes(tensor, places, "checkpoint")
+                copies.append((slice(place, place + size), slice(begin, begin + size)))
+                place += size
         except BadState:
             raise
         except NOT_A_TORCH_FILE:
-            return False  # torch reads more, or says what is wrong
-        if plan is None:
-            return False
-        source, target = memoryview(buffer), memoryview(row.view(torch.uint8).numpy())
-        for record, offset, place, length in plan:
-            begin, size = records[record]
-            if offset + length > size:
-                raise BadState("unreadable", f"storage {record} is too short")
-            target[place : place + length] = source[begin + offset : begin + offset + length]
-        return True
-
-    def plan(self, pickled: bytes) -> list[Piece] | None:
-        """Where the bytes of a row lie in the records; None if there is more to do than to copy them."""
-        stored = unwrap_stored(Unpickler(io.BytesIO(pickled)).load())
-        if stored is None:
-            return None
-        names = match(self.layout, {name: (tensor.shape, tensor.storage.dtype) for name, tensor in stored.items()})
-        pieces, place = [], 0
-        for name in names:
-            tensor = stored[name]
-            if tensor.storage.dtype != self.layout.dtype or not tensor.is_contiguous:
-                return None
-            whole = {tensor.storage.key: (0, 2**63)}  # how long the storage is, each file says
-            begin, length = find_bytes(tensor, whole, "checkpoint")
-            pieces.append(Piece(f"data/{tensor.storage.key}", begin, place, length))
-            place += length
-        return pieces
+            return None  # torch reads more, or says what is wrong
+        index = numpy.concatenate([numpy.arange(part.start, part.stop) for part in structure])
+        return Form(index, numpy.frombuffer(buffer, numpy.uint8)[index], copies)
 
 
 def read_file(path: str) -> bytearray:

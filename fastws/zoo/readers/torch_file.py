@@ -22,6 +22,7 @@ from torch import Tensor
 from fastws.files import DAMAGED
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"  # records of a torch zip file
+KEPT = (PICKLE, BYTE_ORDER)
 ZIP = b"PK\x03\x04"
 END, CENTRAL, LOCAL = struct.Struct("<4s6xHII"), struct.Struct("<4s6xH8xIIHHH8xI"), struct.Struct("<HH")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch files before 1.6, which are pickles and bytes one after the other
@@ -85,7 +86,7 @@ class TorchFile:
 
     def _open(self) -> tuple[object, dict[str, tuple[int, int]]]:
         if self.buffer[:4] == ZIP:
-            records = find_records(self.buffer)
+            records, _ = find_records(self.buffer)
             begin, size = records[PICKLE]
             storages = {name.removeprefix("data/"): place for name, place in records.items()}
             return Unpickler(io.BytesIO(self.buffer[begin : begin + size])).load(), storages
@@ -118,26 +119,31 @@ def find_bytes(stored: StoredTensor, places: Mapping[str, tuple[int, int]], path
 # --- the two formats
 
 
-def find_records(buffer: bytes | bytearray | mmap.mmap) -> dict[str, tuple[int, int]]:
+def find_records(buffer: bytes | bytearray | mmap.mmap) -> tuple[dict[str, tuple[int, int]], list[slice]]:
     """First byte and length of every record of a torch zip file, by name without the folder that all are in.
 
     Checksums are not compared: torch does not either, and can be told not to write them.
+
+    Returns:
+        The records, and the bytes that say so: where these are the same, records lie the same. None in a large file.
     """
     end = buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 65_557))
     if end < 0:
         raise ValueError("a zip file without its end; copy it again")
     _, count, _, place = END.unpack_from(buffer, end)
     if count == 0xFFFF or place == 0xFFFFFFFF:
-        return find_many_records(buffer)
-    records = {}
+        return find_many_records(buffer), []
+    records, structure = {}, [slice(end, len(buffer))]
     for _ in range(count):
         magic, method, size, full_size, name, extra, comment, header = CENTRAL.unpack_from(buffer, place)
         if magic != b"PK\x01\x02" or method != 0 or size != full_size:
             raise ValueError("a record that torch does not write")
-        place += 46
-        add_record(records, buffer, buffer[place : place + name].decode(), header, size)
-        place += name + extra + comment
-    return records
+        following = place + 46 + name + extra + comment
+        structure += [slice(place, place + 16), slice(place + 20, following), slice(header + 26, header + 30)]
+        add_record(records, buffer, buffer[place + 46 : place + 46 + name].decode(), header, size)
+        place = following
+    structure += [slice(begin, begin + size) for name in KEPT if name in records for begin, size in [records[name]]]
+    return records, structure
 
 
 def find_many_records(buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
