@@ -135,8 +135,8 @@ def test_states_take_two_percent_more_than_their_weights(tmp_path):
     assert size <= 1.02 * count * layout.num_weights * 2
 
 
-def test_large_zoo_opens_without_reading_weights(tmp_path):
-    states, layout = 100_000, Layout.from_checkpoint(build("cnn-s", (1, 28, 28)))
+def test_zoo_of_a_million_states_opens_at_once(tmp_path):
+    states, layout = 10**6, Layout.from_checkpoint(torch.nn.Sequential(torch.nn.Linear(16, 5), torch.nn.Linear(5, 2)))
     with ZooWriter(tmp_path, layout) as zoo:
         zoo.append(torch.zeros(1, layout.num_weights), {"model": ["0"]})
     manifest = json.loads((tmp_path / "zoo.json").read_text())
@@ -144,20 +144,20 @@ def test_large_zoo_opens_without_reading_weights(tmp_path):
     manifest["splits"]["train"] = [str(model) for model in range(states // 50)]
     format.write_json(tmp_path / "zoo.json", manifest)
     weights = tmp_path / manifest["weights"][0]["file"]
-    format.write_weights(weights, [], (0, layout.num_weights), torch.float32)
-    header = {"dtype": "F32", "shape": [states, layout.num_weights]}
     size = 4 * states * layout.num_weights
-    text = json.dumps({"weights": header | {"data_offsets": [0, size]}}).encode()
+    header = {"dtype": "F32", "shape": [states, layout.num_weights], "data_offsets": [0, size]}
+    text = json.dumps({"weights": header}).encode()
     text += b" " * (-(8 + len(text)) % 64)
     weights.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(weights, 8 + len(text) + size)  # a sparse file: a gigabyte of zeros that takes no room
-    models = [str(state // 50) for state in range(states)]
+    os.truncate(weights, 8 + len(text) + size)  # a sparse file: 388 MB of zeros that take no room
+    models = pyarrow.array(numpy.arange(states) // 50).cast("string")
     format.write_models(tmp_path / "models.parquet", pyarrow.table({"model": models}))
     resident, begin = resident_bytes(), time.perf_counter()
     zoo = Zoo.open(tmp_path)
-    assert len(zoo) == states and zoo.rows([states - 1]).sum() == 0 and len(zoo.split("train")) == states
-    assert time.perf_counter() - begin < 2
-    assert resident_bytes() - resident < size // 10
+    assert len(zoo) == states and zoo.rows([states - 1]).sum() == 0
+    assert time.perf_counter() - begin < 1
+    assert resident_bytes() - resident < 20e6  # of names of models, none of states
+    assert len(zoo.split("train")) == states
 
 
 def resident_bytes():
