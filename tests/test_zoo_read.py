@@ -29,7 +29,8 @@ from fastws.zoo import (
 )
 from fastws.zoo.readers import collect, states
 from fastws.zoo.readers.collect import read_report
-from fastws.zoo.readers.torch_file import ALLOWED, TorchFile, find_many_records, find_records
+from fastws.zoo.readers.torch_file import TorchFile, find_many_records, find_records
+from fastws.zoo.readers.unpickle import ALLOWED
 from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, reference_order
 
 PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them

@@ -13,7 +13,8 @@ from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import COLUMNS, add_gap
 from fastws.zoo.readers.states import BadState, fill, make_layout
-from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, Array, StoredTensor, TorchFile
+from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
+from fastws.zoo.readers.unpickle import Array, StoredTensor
 
 PARTS = {"trainset": "train", "valset": "val", "testset": "test", "train": "train", "val": "val", "test": "test"}
 LABEL = re.compile(r"(?P<path>.*?)(?:#_#| )epoch[_ ](?P<epoch>\d+)(?:#_#| ).*", re.DOTALL)

@@ -12,15 +12,8 @@ from torch import Tensor
 from fastws.files import load_checkpoint, unwrap
 from fastws.layout import Layout
 from fastws.roles import infer_roles
-from fastws.zoo.readers.torch_file import (
-    NOT_A_TORCH_FILE,
-    PICKLE,
-    ZIP,
-    StoredTensor,
-    Unpickler,
-    find_bytes,
-    find_records,
-)
+from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, PICKLE, ZIP, find_bytes, find_records
+from fastws.zoo.readers.unpickle import StoredTensor, Unpickler
 
 VARIATIONAL = "log_sigma"  # how names of the variances of sparsified twins begin; no part of the network
 FORMS = 1000  # that are remembered
