@@ -190,9 +190,7 @@ class Matcher:
         reference = place.arrange(self.reference[place.tensor][None], size)[0].to(self.dtype)
         for networks in torch.arange(len(state.flat)).split(chunk_size(reference)):
             theirs = self.weights(state, place, networks)
-            if place.other is None:
-                theirs = torch.stack(theirs)
-            else:
+            if place.other is not None:
                 theirs = place.select(theirs, state.rows[networks, place.other])
             theirs = place.arrange(theirs, size).to(self.dtype).flatten(0, 1)
             similarity[networks[0] : networks[-1] + 1].view(-1, size).addmm_(theirs, reference.T)
@@ -211,12 +209,14 @@ class Matcher:
                 place.select(theirs, rows[networks, place.other].gather(1, where)).to(self.dtype)
                 for rows in (state.rows, state.seen[group])
             )
-            own = place.arrange(place.select([reference] * len(where), where), size).to(self.dtype)
+            own = place.arrange(place.select(reference[None], where), size).to(self.dtype)
             similarity[networks] += torch.bmm(place.arrange(after.sub_(before), size), own.mT)
 
-    def weights(self, state: State, place: Place, networks: Tensor) -> list[Tensor]:
+    def weights(self, state: State, place: Place, networks: Tensor) -> Tensor:
+        """One tensor of some networks, ``[k, numel]``; of a single one, which may be large, without a copy."""
         entry = self.entries[place.tensor]
-        return [state.flat[network, entry.offset : entry.offset + entry.numel] for network in networks.tolist()]
+        rows = slice(int(networks), int(networks) + 1) if len(networks) == 1 else networks
+        return state.flat[rows, entry.offset : entry.offset + entry.numel]
 
     def value(self, flat: Tensor, permutations: Tensor, group: int, active: Tensor) -> Tensor:
         """Inner products of a group's tensors, permuted, with the reference, of the networks ``active``: ``[k]``."""

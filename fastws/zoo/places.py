@@ -1,5 +1,6 @@
 """Where the groups of a symmetry lie in the tensors of a network, and the weights of their units."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from torch import Tensor
 from fastws.layout import Layout
 from fastws.segments import Segments
 from fastws.symmetry import Symmetry
+
+LARGE = 2**14  # weights of a tensor whose units are picked faster network by network
 
 
 class Place(NamedTuple):
@@ -23,11 +26,15 @@ class Place(NamedTuple):
     view: tuple[int, ...]  # of the tensor, with what moves on the other axis in dimension ``along``
     along: int
 
-    def select(self, tensors: Sequence[Tensor], chosen: Tensor) -> Tensor:
-        """Of k tensors ``[numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``."""
-        both = zip(tensors, chosen, strict=True)
-        selected = [tensor.view(self.view).index_select(self.along, index).flatten() for tensor, index in both]
-        return selected[0][None] if len(selected) == 1 else torch.stack(selected)
+    def select(self, tensors: Tensor, chosen: Tensor) -> Tensor:
+        """Of tensors ``[k, numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``."""
+        tensors = tensors.view(-1, *self.view).expand(len(chosen), *self.view)
+        if math.prod(self.view) < LARGE:
+            everyone = torch.arange(len(chosen), device=chosen.device)[:, None]
+            along = 1 + self.along
+            return tensors.movedim(along, 1)[everyone, chosen].movedim(1, along).flatten(1)
+        selected = [x.index_select(self.along, index) for x, index in zip(tensors, chosen, strict=True)]
+        return (selected[0][None] if len(selected) == 1 else torch.stack(selected)).flatten(1)
 
     def arrange(self, tensor: Tensor, size: int) -> Tensor:
         """Weights of whole tensors or of ``select``, ``[k, any]`` -> ``[k, size, weights of a unit]``."""
