@@ -1,4 +1,5 @@
 import doctest
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 import fastws
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
-from fastws.zoo import canonical as canonical_form
 from fastws.zoo.align import Alignment, Config, align, aligned_rows
 from fastws.zoo.canonical import canonical, canonical_hashes, order_of
 
@@ -145,5 +145,5 @@ def test_bad_arguments_and_extremes():
 
 
 def test_docstring_examples_run():
-    result = doctest.testmod(canonical_form, extraglobs={"fastws": fastws, "torch": torch})
+    result = doctest.testmod(import_module("fastws.zoo.canonical"), extraglobs={"fastws": fastws, "torch": torch})
     assert result.attempted == 6 and result.failed == 0
