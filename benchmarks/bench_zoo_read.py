@@ -6,10 +6,10 @@ of which a third is the system's own time for files. The published reader loads 
 six times (0.2 ms each), parses all lines of the network for each of its states (0.5 ms) and concatenates: 2.5 ms. On a
 disk that gives 200 MB/s, 51,000 states are 0.7 GB and take 3.5 s, which is then what reading takes.
 
-What came out otherwise: in processor time a state costs half as much again as predicted, because each of its ten
-storages is a copy of its own and the written pages are touched twice; the published work several times as much, because
-``torch.load`` checks the pickle in Python code. On a disk of many small reads neither 200 MB/s nor this bound is reached:
-a cold file costs its latency, which ``copy, cold`` pays too.
+What came out otherwise: file, directory, copy and JSON cost in processor time what was predicted, but Python's work
+around each state and the writer's own look for NaN cost as much again. The published work costs several times as much
+as predicted, because ``torch.load`` reads the pickle in Python code. A cold file costs its latency, not its bytes,
+which ``copy, cold`` pays too.
 
 Rows: ``kernel`` is ``read_ray``; ``published work`` the published steps, restated; ``published code`` the reader in a
 checkout of ModelZoos/ModelZooDataset (``--reference``) with Ray replaced by plain calls; ``copy`` reads the bytes of
