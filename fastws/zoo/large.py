@@ -23,7 +23,8 @@ class OneByOne:
     def __init__(self, plan: Plan, recipes: Sequence[Recipe], data: TrainingData):
         self.plan, self.recipes, self.data = plan, recipes, data
         self.groups = [[member] for member in range(len(recipes))]
-        self.layout = Layout.from_checkpoint(plan.build())
+        with torch.device("meta"):  # names and shapes suffice
+            self.layout = Layout.from_checkpoint(plan.build())
 
     def train_epoch(self, members: list[int], state: Tensor, orders: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         measures = [

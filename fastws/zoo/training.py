@@ -53,7 +53,7 @@ class SideBySide:
     def __init__(self, plan: Plan, recipes: Sequence[Recipe], data: TrainingData):
         self.plan, self.recipes, self.data = plan, recipes, data
         self.device = data.train.x.device
-        self.layers = plan.layers()
+        self.layers = plan.layers().to(self.device)
         # networks of one activation in one group: lanes of a vector then do the same
         order = sorted(range(len(recipes)), key=lambda member: recipes[member].activation)
         size = GROUP if self.device.type == "cpu" else len(order)
