@@ -140,16 +140,16 @@ Bins<real> make_bins(const Moments<real>& moments, int64_t count) {
 }
 
 template <typename real>
-FASTWS_CLONES void find_bins(const real* x, int64_t size, Bins<real> bins, int32_t* found) {
+FASTWS_CLONES void find_bins(const real* x, int64_t size, Bins<real> bins, int16_t* found) {
   for (int64_t i = 0; i < size; ++i) {
     const int32_t bin = int32_t((x[i] - bins.low) * bins.scale);
-    found[i] = bin < bins.last ? bin : bins.last;
+    found[i] = int16_t(bin < bins.last ? bin : bins.last);
   }
 }
 
 template <typename real>
 void count_bins(const real* x, int64_t size, Bins<real> bins, int32_t* counts) {
-  int32_t found[kBlock];
+  int16_t found[kBlock];
   std::fill(counts, counts + bins.last + 1, 0);
   for (int64_t first = 0; first < size; first += kBlock) {
     const int64_t count = std::min(kBlock, size - first);
@@ -158,20 +158,36 @@ void count_bins(const real* x, int64_t size, Bins<real> bins, int32_t* counts) {
   }
 }
 
-// Copies the weights of the wanted bins; returns how many. First a bit for each weight, then the few that are set: to
-// append as it goes, a loop would have to wait for every weight before it knows where to put the next.
+// hits[i] = whether found[i] is one of the wanted bins, all kBlock of them.
+FASTWS_CLONES void find_hits(const int16_t* found, const int16_t* wanted, uint8_t* hits) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    bool hit = false;
+    for (int64_t k = 0; k < kRanks; ++k) hit |= found[i] == wanted[k];
+    hits[i] = hit;
+  }
+}
+
+// Copies the weights of the wanted bins; returns how many.
 template <typename real>
-int64_t gather_bins(const real* x, int64_t size, Bins<real> bins, const uint8_t* wanted, real* gathered) {
-  constexpr int64_t kBits = 64;
-  int32_t found[kBits];
+int64_t gather_bins(const real* x, int64_t size, Bins<real> bins, const int16_t* wanted, real* gathered) {
+  constexpr uint64_t kCollect =
+      0x0102040810204080;  // times eight bytes that are 0 or 1: these bits in the highest byte
+  int16_t found[kBlock] = {};
+  uint8_t hits[kBlock];
   real* next = gathered;
-  for (int64_t first = 0; first < size; first += kBits) {
-    const int64_t count = std::min(kBits, size - first);
+  for (int64_t first = 0; first < size; first += kBlock) {
+    const int64_t count = std::min(kBlock, size - first);
     find_bins(x + first, count, bins, found);
-    uint64_t hits = 0;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; ++i) hits |= uint64_t(wanted[found[i]]) << i;
-    for (; hits; hits &= hits - 1) *next++ = x[first + std::countr_zero(hits)];
+    std::fill(found + count, found + kBlock, int16_t(-1));
+    find_hits(found, wanted, hits);
+    for (int64_t i = 0; i < count; i += 64) {
+      uint64_t bits = 0, eight;
+      for (int64_t k = 0; k < 8; ++k) {
+        std::memcpy(&eight, hits + i + 8 * k, 8);
+        bits |= eight * kCollect >> 56 << 8 * k;
+      }
+      for (; bits; bits &= bits - 1) *next++ = x[first + i + std::countr_zero(bits)];
+    }
   }
   return next - gathered;
 }
@@ -205,8 +221,9 @@ class Selector {
       while (bins < kMaxBins && 8 * bins < size) bins *= 2;
       const Bins<real> grid = make_bins(moments, bins);
       count_bins(x, size, grid, counts_);
-      choose_bins(bins, places);
-      count = gather_bins(x, size, grid, wanted_, gathered_.get());
+      int16_t wanted[kRanks];
+      choose_bins(places, wanted);
+      count = gather_bins(x, size, grid, wanted, gathered_.get());
     }
     if (count <= kSmall)
       sort_small(gathered_.get(), count);
@@ -216,16 +233,15 @@ class Selector {
   }
 
  private:
-  // Marks the bins that hold ranks, and turns ranks among all weights into ranks among those of the marked bins.
-  void choose_bins(int64_t bins, int64_t* ranks) {
-    std::fill(wanted_, wanted_ + bins, 0);
-    int64_t bin = 0, below = 0, unwanted = 0;
+  // Finds the bins that hold ranks, and turns ranks among all weights into ranks among those of these bins.
+  void choose_bins(int64_t* ranks, int16_t* wanted) {
+    int64_t bin = 0, below = 0, unwanted = 0, last = -1;
     for (int64_t k = 0; k < kRanks; ++k) {
       for (; below + counts_[bin] <= ranks[k]; ++bin) {
         below += counts_[bin];
-        unwanted += wanted_[bin] ? 0 : counts_[bin];
+        unwanted += bin == last ? 0 : counts_[bin];
       }
-      wanted_[bin] = 1;
+      wanted[k] = int16_t(last = bin);
       ranks[k] -= unwanted;
     }
   }
@@ -241,7 +257,6 @@ class Selector {
 
   std::unique_ptr<real[]> gathered_;
   int32_t counts_[kMaxBins];
-  uint8_t wanted_[kMaxBins];
 };
 
 template <typename real>
