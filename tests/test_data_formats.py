@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastws.data.images import Transform, change, load, read
+from fastws.zoo.make import Config, prepare
 
 LABELS = {"train": numpy.array([3, 0, 2, 1, 9, 5, 5, 0, 1, 2]), "test": numpy.array([0, 9, 4])}
 CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
@@ -197,6 +198,35 @@ def test_validation_is_the_published_split(tmp_path):
     scale = images.train_x.std() / whole.train_x[list(train)].std()  # constants are those of the images trained on
     torch.testing.assert_close(images.train_x.std(correction=0), torch.tensor(1.0))
     torch.testing.assert_close(images.val_x.std() / scale, whole.train_x[list(val)].std())
+
+
+PRESETS = {  # of the published grids: data set, images that its networks see
+    "mnist-s-seed": ("mnist", (1, 28, 28)),
+    "fmnist-s-hyp-fix": ("fashion-mnist", (1, 28, 28)),
+    "svhn-s-hyp-rand": ("svhn", (1, 28, 28)),
+    "usps-s-seed": ("usps", (1, 28, 28)),
+    "cifar10-s-seed": ("cifar10", (3, 28, 28)),
+    "cifar10-l-hyp-fix": ("cifar10", (3, 32, 32)),
+    "stl10-s-seed": ("stl10", (3, 28, 28)),
+    "stl10-l-hyp-fix": ("stl10", (3, 32, 32)),
+    "cifar10-resnet18-seed": ("cifar10", (3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_take_their_data_sets(tmp_path, preset):
+    kind, shape = PRESETS[preset]
+    KINDS[kind](tmp_path / kind)
+    config = Config(zoo="", preset=preset, data=str(tmp_path / kind), validation=3, batch_size=4)
+    job = prepare(config)
+    assert job.plan.image_shape == shape and job.data.val.x.shape == (3, *shape)
+    assert len(job.recipes) == config.networks and ("resnet" in preset) == bool(job.one_by_one)
+    white = (1 - torch.tensor(config.mean)) / torch.tensor(config.std)
+    black = -torch.tensor(config.mean) / torch.tensor(config.std)
+    torch.testing.assert_close(job.data.black, black.expand(shape[0]))
+    for x in (job.data.train.x, job.data.val.x, job.data.test.x):
+        assert (x.amax((0, 2, 3)) <= white + 1e-5).all() and (x.amin((0, 2, 3)) >= black - 1e-5).all()
+        assert x.std() > 0.05 * (white - black).max()  # pixels are uniform random numbers, some of them averaged
 
 
 # --- errors
