@@ -1,6 +1,13 @@
 #pragma once
 
-#include "cpu/draw.h"
+#include <cstdint>
+
+#include "philox.h"
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+#include <immintrin.h>
+#define FASTWS_PHILOX_VERSIONS 1
+#endif
 
 // Words for networks side by side: lane l draws from a stream of its own. As in draw.h, AVX2 has a version of its own.
 

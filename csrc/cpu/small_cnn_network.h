@@ -1,0 +1,218 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include "cpu/activations.h"
+#include "cpu/draw_lanes.h"
+#include "cpu/small_cnn.h"
+
+// Networks as tables, and groups of networks, one per lane, with the maps of one sample.
+
+namespace fastws {
+namespace {
+
+using torch::stable::Tensor;
+
+enum Kind { kConvolution, kPooling, kActivation, kDropout };
+
+// A row of the table of layers, and where its maps lie in the memory of a group of networks, in vectors.
+struct Layer {
+  int64_t kind;
+  Convolution shape;
+  bool pooled;  // a convolution together with the pooling by 2 x 2 behind it
+  int64_t weight, bias, unit;
+  int64_t input, output, extra;  // extra: slopes of activations, factors of dropout, winners of pooling
+  int64_t in_size, out_size;
+};
+
+struct Network {
+  std::vector<Layer> layers;
+  int64_t num_weights, image_size, num_classes;
+  int64_t units = 0;    // of dropout
+  int64_t memory = 0;   // vectors of all maps
+  int64_t largest = 0;  // vectors of the largest map or gradient
+
+  Network(const Tensor& table, int64_t num_weights) : num_weights(num_weights) {
+    constexpr int64_t kColumns = 12;
+    const int64_t* row = table.const_data_ptr<int64_t>();
+    for (int64_t l = 0; l < table.size(0); ++l, row += kColumns) {
+      const int64_t height = (row[2] - row[5]) / row[7] + 1, width = (row[3] - row[6]) / row[8] + 1;
+      const Convolution shape{row[1], row[2], row[3], row[4], height, width, row[5], row[6], row[7], row[8]};
+      Layer* before = layers.empty() ? nullptr : &layers.back();
+      if (row[0] == kPooling && row[5] == 2 && row[6] == 2 && before && before->kind == kConvolution) {
+        before->pooled = true;
+        before->shape.out_height = 2 * height, before->shape.out_width = 2 * width;
+        before->out_size = row[4] * height * width;
+      } else {
+        layers.push_back({row[0], shape, false, row[9], row[10], row[11], 0, 0, 0, row[1] * row[2] * row[3],
+                          row[4] * height * width});
+      }
+      largest = std::max(largest, row[4] * height * width);
+      if (row[0] == kDropout) units = row[11] + layers.back().out_size;
+    }
+    image_size = memory = layers.front().in_size;
+    largest = std::max(largest, image_size);
+    int64_t input = 0;
+    for (Layer& layer : layers) {
+      layer.input = input, layer.output = memory, layer.extra = memory + layer.out_size;
+      input = memory;
+      memory += (layer.kind == kConvolution && !layer.pooled ? 1 : 2) * layer.out_size;
+    }
+    num_classes = layers.back().out_size;
+  }
+};
+
+// What networks of one group have of their own.
+template <typename real_t, int kBytes>
+struct Recipes {
+  using V = typename Lanes<real_t, kBytes>::V;
+  using I = typename Lanes<real_t, kBytes>::I;
+  static constexpr int kDrawn = std::max<int>(Lanes<real_t, kBytes>::kCount, kDrawLanes);
+  I of_kind[4] = {};  // all bits set in the lanes with this activation
+  int activation;     // that of all lanes, or -1
+  bool drops = false, adaptive = false;
+  uint32_t threshold[kDrawn];
+  uint64_t seed[kDrawn];
+  V scale;               // of what dropout keeps
+  V lr, decay, coupled;  // decay: factor of weights in AdamW; coupled: weight decay of the others
+  V old_first, new_first, old_second, new_second;  // first = old_first * first + new_first * gradient, ...
+  V from_gradient;                                 // 1 where the weights follow the gradient itself
+  I is_adaptive;
+};
+
+// Memory for one group of networks, aligned as vectors must be.
+template <typename V>
+class Memory {
+ public:
+  explicit Memory(int64_t count) : start_(static_cast<V*>(::operator new(count * sizeof(V), std::align_val_t(64)))) {}
+  ~Memory() { ::operator delete(start_, std::align_val_t(64)); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  V* take(int64_t count) {
+    V* taken = start_ + used_;
+    used_ += count;
+    return taken;
+  }
+
+ private:
+  V* start_;
+  int64_t used_ = 0;
+};
+
+// x[i][lane] = rows[lane][i]
+template <typename real_t, int kCount>
+FASTWS_CLONES void interleave(const real_t* const* rows, int64_t size, real_t* x) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int lane = 0; lane < kCount; ++lane) x[i * kCount + lane] = rows[lane][i];
+}
+
+// rows[lane][i] = x[i][lane]
+template <typename real_t, int kCount>
+FASTWS_CLONES void separate(const real_t* x, int64_t size, int64_t lanes, real_t* const* rows) {
+  for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int64_t i = 0; i < size; ++i) rows[lane][i] = x[i * kCount + lane];
+}
+
+// y = x * factor, where factor = scale for the words from threshold on, else 0.
+template <typename real_t, int kBytes>
+FASTWS_CLONES void drop(const Recipes<real_t, kBytes>& recipes, const real_t* x, const uint32_t* words, int64_t size,
+                        real_t* y, real_t* factor) {
+  constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+  const real_t* scale = reinterpret_cast<const real_t*>(&recipes.scale);
+  for (int64_t i = 0; i < size; ++i)
+    for (int lane = 0; lane < kCount; ++lane) {
+      const bool kept = words[i * recipes.kDrawn + lane] >= recipes.threshold[lane];
+      factor[i * kCount + lane] = kept ? scale[lane] : 0;
+      y[i * kCount + lane] = x[i * kCount + lane] * factor[i * kCount + lane];
+    }
+}
+
+template <typename V>
+FASTWS_CLONES void multiply(const V* slope, int64_t size, V* grad) {
+  for (int64_t i = 0; i < size; ++i) grad[i] *= slope[i];
+}
+
+// A group of networks, one per lane, with the maps of one sample: what layers without weights do.
+template <typename real_t, int kBytes>
+class Maps {
+ public:
+  using V = typename Lanes<real_t, kBytes>::V;
+  using I = typename Lanes<real_t, kBytes>::I;
+  static constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+
+  // vectors: how many more than those of the maps are needed
+  Maps(const Network& network, int64_t vectors)
+      : network_(network), memory_(network.memory + vectors), maps_(memory_.take(network.memory)) {
+    words_.resize((network.units / 4 + 2) * 4 * Recipes<real_t, kBytes>::kDrawn);
+  }
+
+  Recipes<real_t, kBytes> recipes;
+
+  V* images() const { return maps_; }
+  V* logits() const { return maps_ + network_.layers.back().output; }
+
+  void load(const real_t* const* rows, int64_t size, V* vectors) const {
+    interleave<real_t, kCount>(rows, size, reinterpret_cast<real_t*>(vectors));
+  }
+
+  void store(const V* vectors, int64_t size, int64_t lanes, real_t* const* rows) const {
+    separate<real_t, kCount>(reinterpret_cast<const real_t*>(vectors), size, lanes, rows);
+  }
+
+ protected:
+  // Draws what dropout needs for one sample of the minibatch.
+  void draw_dropout(int64_t offset, int64_t sample) {
+    if (!recipes.drops) return;
+    const int64_t begin = sample * network_.units;
+    const int64_t counters = (begin + network_.units + 3) / 4 - begin / 4;
+    for (int lane = 0; lane < recipes.kDrawn; lane += kDrawLanes)
+      draw_lanes(recipes.seed + lane, offset, begin / 4, counters, words_.data() + lane, recipes.kDrawn);
+    shift_ = begin % 4;
+  }
+
+  // Runs a layer that is no convolution.
+  void pass(const Layer& layer, bool training) {
+    const V* x = maps_ + layer.input;
+    V *y = maps_ + layer.output, *extra = maps_ + layer.extra;
+    if (layer.kind == kPooling)
+      pool<real_t, kBytes>(layer.shape, x, y, reinterpret_cast<I*>(extra));
+    else if (layer.kind == kActivation)
+      activate<real_t, kBytes>(x, layer.out_size, recipes.of_kind, recipes.activation, y, extra);
+    else if (training && recipes.drops)
+      drop<real_t, kBytes>(recipes, reinterpret_cast<const real_t*>(x), words_of(layer), layer.out_size,
+                           reinterpret_cast<real_t*>(y), reinterpret_cast<real_t*>(extra));
+    else
+      std::copy(x, x + layer.out_size, y);
+  }
+
+  // The gradient of its input, given that of its output; may swap the two maps.
+  void pass_back(const Layer& layer, V*& grad, V*& other) const {
+    const V* extra = maps_ + layer.extra;
+    if (layer.kind == kPooling) {
+      unpool<real_t, kBytes>(layer.shape, grad, reinterpret_cast<const I*>(extra), other);
+      std::swap(grad, other);
+    } else if (layer.kind == kActivation || recipes.drops) {
+      multiply<V>(extra, layer.out_size, grad);
+    }
+  }
+
+  const Network& network_;
+  Memory<V> memory_;
+  V* maps_;
+
+ private:
+  const uint32_t* words_of(const Layer& layer) const {
+    return words_.data() + (shift_ + layer.unit) * Recipes<real_t, kBytes>::kDrawn;
+  }
+
+  std::vector<uint32_t> words_;
+  int64_t shift_ = 0;
+};
+
+}  // namespace
+}  // namespace fastws

@@ -1,0 +1,296 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "cpu/small_cnn_network.h"
+#include "dispatch.h"
+
+// What training steps of small CNNs share: recipes, the loss, the optimizers, and the loop over steps and samples.
+
+namespace fastws {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+enum Optimizer { kSgd, kHeavyBall, kAdam, kAdamW };
+
+// Adds cross-entropies to losses and hits to correct, and makes the logits their gradient divided by the batch size.
+template <typename real_t, int kBytes>
+FASTWS_CLONES void cross_entropy(const int64_t* labels, int64_t num_classes, real_t batch_size,
+                                 typename Lanes<real_t, kBytes>::V* logits, double* losses, int64_t* correct) {
+  using V = typename Lanes<real_t, kBytes>::V;
+  using I = typename Lanes<real_t, kBytes>::I;
+  constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+  V largest = logits[0], sum = {};
+  I best = {}, label;
+  for (int lane = 0; lane < kCount; ++lane) label[lane] = labels[lane];
+  for (int64_t k = 1; k < num_classes; ++k) {
+    const I larger = logits[k] > largest;
+    best = larger ? I{} + int(k) : best;
+    largest = larger ? logits[k] : largest;
+  }
+  V of_label = {};
+  for (int64_t k = 0; k < num_classes; ++k) {
+    const V logit = logits[k] - largest;
+    of_label = label == int(k) ? logit : of_label;
+    logits[k] = Functions<real_t, kBytes>::exponential(logit);
+    sum += logits[k];
+  }
+  for (int64_t k = 0; k < num_classes; ++k)
+    logits[k] = (logits[k] / sum - (label == int(k) ? V{} + 1 : V{})) / batch_size;
+  for (int lane = 0; lane < kCount; ++lane) {
+    losses[lane] += std::log(double(sum[lane])) - double(of_label[lane]);
+    correct[lane] += best[lane] == label[lane];
+  }
+}
+
+// Square root of numbers from 0 on, to 2 ulps for floats: the library's may set errno, which keeps loops from being
+// vectors.
+template <typename real_t, int kBytes>
+FASTWS_INLINE typename Lanes<real_t, kBytes>::V square_root(typename Lanes<real_t, kBytes>::V x) {
+  using V = typename Lanes<real_t, kBytes>::V;
+  using I = typename Lanes<real_t, kBytes>::I;
+  if constexpr (sizeof(real_t) == 4) {
+    V r = (V)(0x5F375A86 - ((I)x >> 1));  // about 1 / sqrt(x), then by Newton's method
+    for (int round = 0; round < 3; ++round) r = r * (1.5f - 0.5f * x * r * r);
+    return x * r;
+  } else {
+    return Functions<real_t, kBytes>::each_lane(x, [](double lane) { return std::sqrt(lane); });
+  }
+}
+
+// The formulas of torch.optim; step counts from 1.
+template <typename real_t, int kBytes>
+FASTWS_CLONES void update(const Recipes<real_t, kBytes>& r, int64_t step, int64_t size,
+                          const typename Lanes<real_t, kBytes>::V* grad, typename Lanes<real_t, kBytes>::V* weights,
+                          typename Lanes<real_t, kBytes>::V* first, typename Lanes<real_t, kBytes>::V* second) {
+  using V = typename Lanes<real_t, kBytes>::V;
+  const real_t root = 1 / std::sqrt(1 - std::pow(kBeta2, double(step)));
+  const V adaptive_lr = r.lr * real_t(1 / (1 - std::pow(kBeta1, double(step))));
+  for (int64_t i = 0; i < size; ++i) {
+    const V weight = weights[i] * r.decay, g = grad[i] + weight * r.coupled;
+    first[i] = first[i] * r.old_first + g * r.new_first;
+    V change = r.lr * (r.from_gradient != 0 ? g : first[i]);
+    if (r.adaptive) {
+      second[i] = second[i] * r.old_second + g * g * r.new_second;
+      const V denominator = square_root<real_t, kBytes>(second[i]) * root + real_t(kEpsilon);
+      change = r.is_adaptive ? adaptive_lr * first[i] / denominator : change;
+    }
+    weights[i] = weight - change;
+  }
+}
+
+// Networks sorted so that those of one activation, then of one kind of optimizer, then with dropout stand together.
+std::vector<int64_t> sort_networks(const int32_t* activation, const int32_t* optimizer, const double* dropout,
+                                   int64_t count) {
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  const auto kind = [=](int64_t g) {
+    return 4 * activation[g] + (optimizer ? 2 * (dropout[g] > 0) + (optimizer[g] >= kAdam) : 0);
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return kind(a) < kind(b); });
+  return order;
+}
+
+// The networks in the lanes of a group; the last one fills lanes that are left over.
+template <int kCount>
+struct Members {
+  int64_t lanes, network[kCount];
+
+  Members(const std::vector<int64_t>& order, int64_t group) {
+    const int64_t first = group * kCount, count = order.size();
+    lanes = std::min<int64_t>(kCount, count - first);
+    for (int lane = 0; lane < kCount; ++lane) network[lane] = order[std::min(first + lane, count - 1)];
+  }
+
+  template <typename T>
+  void rows(T* start, int64_t size, T** row) const {
+    for (int lane = 0; lane < kCount; ++lane) row[lane] = start + network[lane] * size;
+  }
+};
+
+template <typename real_t, int kBytes>
+void set_activation(const Members<Lanes<real_t, kBytes>::kCount>& members, const int32_t* activation,
+                    Recipes<real_t, kBytes>& recipes) {
+  recipes.activation = activation[members.network[0]];
+  for (int lane = 0; lane < Lanes<real_t, kBytes>::kCount; ++lane) {
+    const int kind = activation[members.network[lane]];
+    recipes.of_kind[kind][lane] = -1;
+    if (kind != recipes.activation) recipes.activation = -1;
+  }
+}
+
+struct Arguments {
+  const Network& network;
+  const void *images, *weights, *first, *second;
+  void *new_weights, *new_first, *new_second, *losses;
+  const int64_t *labels, *seed;
+  int64_t* correct;
+  const int32_t *activation, *optimizer;
+  const double *dropout, *lr, *weight_decay;
+  const void* batches;
+  bool wide;  // int64 batches
+  int64_t steps, batch_size, step;
+  std::vector<int64_t> order;
+
+  int64_t image(int64_t network, int64_t s, int64_t b) const {
+    const int64_t place = (network * steps + s) * batch_size + b;
+    return wide ? static_cast<const int64_t*>(batches)[place] : static_cast<const int32_t*>(batches)[place];
+  }
+};
+
+template <typename real_t, int kBytes>
+void set_recipes(const Arguments& a, const Members<Lanes<real_t, kBytes>::kCount>& members,
+                 Recipes<real_t, kBytes>& r) {
+  set_activation<real_t, kBytes>(members, a.activation, r);
+  for (int lane = 0; lane < r.kDrawn; ++lane) {
+    const int64_t g = members.network[std::min(lane, Lanes<real_t, kBytes>::kCount - 1)];
+    r.seed[lane] = a.seed[g];
+    r.threshold[lane] = std::min(std::round(a.dropout[g] * 0x1p32), 4294967295.0);
+    r.drops |= a.dropout[g] > 0;
+    r.adaptive |= a.optimizer[g] >= kAdam;
+  }
+  for (int lane = 0; lane < Lanes<real_t, kBytes>::kCount; ++lane) {
+    const int64_t g = members.network[lane];
+    const int32_t optimizer = a.optimizer[g];
+    const double lr = a.lr[g], decay = a.weight_decay[g];
+    const bool adaptive = optimizer >= kAdam;
+    r.scale[lane] = 1 / (1 - a.dropout[g]);
+    r.lr[lane] = lr;
+    r.decay[lane] = optimizer == kAdamW ? 1 - lr * decay : 1;
+    r.coupled[lane] = optimizer == kAdamW ? 0 : decay;
+    r.old_first[lane] = optimizer == kSgd ? 1 : adaptive ? kBeta1 : kMomentum;
+    r.new_first[lane] = optimizer == kSgd ? 0 : adaptive ? 1 - kBeta1 : 1;
+    r.old_second[lane] = adaptive ? kBeta2 : 1;
+    r.new_second[lane] = adaptive ? 1 - kBeta2 : 0;
+    r.from_gradient[lane] = optimizer == kSgd;
+    r.is_adaptive[lane] = adaptive ? -1 : 0;
+  }
+}
+
+// Makes all steps of a group of networks; calls done(s) after step s.
+template <typename real_t, int kBytes, typename Group, typename Done>
+void train_group(const Arguments& a, const Members<Lanes<real_t, kBytes>::kCount>& members, Group& group,
+                 const Done& done) {
+  constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+  const Network& network = a.network;
+  set_recipes<real_t, kBytes>(a, members, group.recipes);
+
+  const real_t* rows[kCount];
+  const auto load = [&](const void* from, auto* to) {
+    members.rows(static_cast<const real_t*>(from), group.num_parameters(), rows);
+    group.load(rows, group.num_parameters(), to);
+  };
+  load(a.weights, group.weights()), load(a.first, group.first()), load(a.second, group.second());
+
+  for (int64_t s = 0; s < a.steps; ++s) {
+    double losses[kCount] = {};
+    int64_t correct[kCount] = {}, labels[kCount];
+    group.begin_step();
+    for (int64_t b = 0; b < a.batch_size; ++b) {
+      for (int lane = 0; lane < kCount; ++lane) {
+        const int64_t image = a.image(members.network[lane], s, b);
+        rows[lane] = static_cast<const real_t*>(a.images) + image * network.image_size;
+        labels[lane] = a.labels[image];
+      }
+      interleave<real_t, kCount>(rows, network.image_size, reinterpret_cast<real_t*>(group.images()));
+      group.begin_sample(a.step + s, b);
+      group.forward(true);
+      cross_entropy<real_t, kBytes>(labels, network.num_classes, a.batch_size, group.logits(), losses, correct);
+      group.backward();
+    }
+    group.end_step(a.step + s + 1);
+    for (int64_t lane = 0; lane < members.lanes; ++lane) {
+      const int64_t place = members.network[lane] * a.steps + s;
+      static_cast<real_t*>(a.losses)[place] = losses[lane] / a.batch_size;
+      a.correct[place] = correct[lane];
+    }
+    done(s);
+  }
+
+  real_t* out[kCount];
+  const auto store = [&](const auto* from, void* to) {
+    members.rows(static_cast<real_t*>(to), group.num_parameters(), out);
+    group.store(from, group.num_parameters(), members.lanes, out);
+  };
+  store(group.weights(), a.new_weights), store(group.first(), a.new_first), store(group.second(), a.new_second);
+}
+
+// Whether vectors of 64 bytes are single registers here.
+bool has_wide_vectors() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+// Calls body<real_t, kBytes>(group) for every group of networks, in threads.
+template <typename Body>
+void for_groups(ScalarType dtype, int64_t count, const Body& body) {
+  const int64_t bytes = has_wide_vectors() ? 64 : 32, size = dtype == ScalarType::Float ? 4 : 8;
+  const int64_t lanes = bytes / size;
+  torch::stable::parallel_for(0, (count + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      if (size == 4)
+        bytes == 64 ? body.template operator()<float, 64>(group) : body.template operator()<float, 32>(group);
+      else
+        bytes == 64 ? body.template operator()<double, 64>(group) : body.template operator()<double, 32>(group);
+    }
+  });
+}
+
+// The tensors of a call, contiguous, and those that it returns.
+struct StepTensors {
+  Tensor weights, first, second, images, labels, batches, layers, activation, dropout, optimizer, lr, weight_decay,
+      seed;
+  Tensor new_weights, new_first, new_second, losses, correct;
+
+  explicit StepTensors(const std::array<const Tensor*, 13>& given) {
+    Tensor* const mine[] = {&weights,    &first,   &second,    &images, &labels,       &batches, &layers,
+                            &activation, &dropout, &optimizer, &lr,     &weight_decay, &seed};
+    for (int i = 0; i < 13; ++i) *mine[i] = torch::stable::contiguous(*given[i]);
+    new_weights = torch::stable::empty_like(weights), new_first = torch::stable::empty_like(weights);
+    new_second = torch::stable::empty_like(weights);
+    losses = torch::stable::new_empty(weights, {weights.size(0), batches.size(1)});
+    correct = torch::stable::new_empty(labels, {weights.size(0), batches.size(1)});
+  }
+
+  Arguments arguments(const Network& network, int64_t step) const {
+    return {network,
+            images.const_data_ptr(),
+            weights.const_data_ptr(),
+            first.const_data_ptr(),
+            second.const_data_ptr(),
+            new_weights.mutable_data_ptr(),
+            new_first.mutable_data_ptr(),
+            new_second.mutable_data_ptr(),
+            losses.mutable_data_ptr(),
+            labels.const_data_ptr<int64_t>(),
+            seed.const_data_ptr<int64_t>(),
+            correct.mutable_data_ptr<int64_t>(),
+            activation.const_data_ptr<int32_t>(),
+            optimizer.const_data_ptr<int32_t>(),
+            dropout.const_data_ptr<double>(),
+            lr.const_data_ptr<double>(),
+            weight_decay.const_data_ptr<double>(),
+            batches.const_data_ptr(),
+            batches.scalar_type() == ScalarType::Long,
+            batches.size(1),
+            batches.size(2),
+            step,
+            sort_networks(activation.const_data_ptr<int32_t>(), optimizer.const_data_ptr<int32_t>(),
+                          dropout.const_data_ptr<double>(), weights.size(0))};
+  }
+};
+
+}  // namespace
+}  // namespace fastws
