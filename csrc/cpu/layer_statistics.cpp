@@ -25,7 +25,7 @@ constexpr int64_t kPercents[] = {1, 25, 50, 75, 99};
 constexpr int64_t kQuantiles = std::size(kPercents), kRanks = 2 * kQuantiles;  // an order statistic on both sides
 constexpr int64_t kLanes = 16;   // partial results side by side: they do not depend on the vector length
 constexpr int64_t kBlock = 512;  // weights that are gone over several times, in cache
-constexpr int64_t kSmall = 96;   // weights that are sorted rather than selected from
+constexpr int64_t kSmall = 64;   // weights that are sorted rather than selected from
 constexpr int64_t kMinBins = 64, kMaxBins = 4096;  // 16 KiB of counts stay in the first cache
 
 // What weights are compared in: half precision has no vector instructions.
@@ -158,9 +158,9 @@ void count_bins(const real* x, int64_t size, Bins<real> bins, int32_t* counts) {
   }
 }
 
-// hits[i] = whether found[i] is one of the wanted bins, all kBlock of them.
-FASTWS_CLONES void find_hits(const int16_t* found, const int16_t* wanted, uint8_t* hits) {
-  for (int64_t i = 0; i < kBlock; ++i) {
+// hits[i] = whether found[i] is one of the wanted bins.
+FASTWS_CLONES void find_hits(const int16_t* found, int64_t size, const int16_t* wanted, uint8_t* hits) {
+  for (int64_t i = 0; i < size; ++i) {
     bool hit = false;
     for (int64_t k = 0; k < kRanks; ++k) hit |= found[i] == wanted[k];
     hits[i] = hit;
@@ -170,17 +170,19 @@ FASTWS_CLONES void find_hits(const int16_t* found, const int16_t* wanted, uint8_
 // Copies the weights of the wanted bins; returns how many.
 template <typename real>
 int64_t gather_bins(const real* x, int64_t size, Bins<real> bins, const int16_t* wanted, real* gathered) {
+  constexpr int64_t kBits = 64;
   constexpr uint64_t kCollect =
       0x0102040810204080;  // times eight bytes that are 0 or 1: these bits in the highest byte
-  int16_t found[kBlock] = {};
+  int16_t found[kBlock];
   uint8_t hits[kBlock];
   real* next = gathered;
   for (int64_t first = 0; first < size; first += kBlock) {
     const int64_t count = std::min(kBlock, size - first);
     find_bins(x + first, count, bins, found);
-    std::fill(found + count, found + kBlock, int16_t(-1));
-    find_hits(found, wanted, hits);
-    for (int64_t i = 0; i < count; i += 64) {
+    const int64_t padded = (count + kBits - 1) / kBits * kBits;
+    std::fill(found + count, found + padded, int16_t(-1));
+    find_hits(found, padded, wanted, hits);
+    for (int64_t i = 0; i < count; i += kBits) {
       uint64_t bits = 0, eight;
       for (int64_t k = 0; k < 8; ++k) {
         std::memcpy(&eight, hits + i + 8 * k, 8);
@@ -218,7 +220,7 @@ class Selector {
       std::copy(x, x + size, gathered_.get());
     } else {
       int64_t bins = kMinBins;
-      while (bins < kMaxBins && 8 * bins < size) bins *= 2;
+      while (bins < kMaxBins && 4 * bins < size) bins *= 2;
       const Bins<real> grid = make_bins(moments, bins);
       count_bins(x, size, grid, counts_);
       int16_t wanted[kRanks];
