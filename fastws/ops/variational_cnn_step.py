@@ -121,8 +121,8 @@ def sparse_weights(weights: Tensor, layers: Tensor) -> tuple[Tensor, Tensor]:
     for row in rows:
         if row.kind == CONVOLUTION:
             counted[row.weight_offset : row.weight_offset + torch.Size(row.weight_shape).numel()] = True
-    sparsity = (dropped & counted).sum(1) / counted.sum()
-    return torch.where(dropped, 0, weights[:, 0]), sparsity.to(weights.dtype)
+    sparsity = (dropped & counted).sum(1).to(weights.dtype) / counted.sum()
+    return torch.where(dropped, 0, weights[:, 0]), sparsity
 
 
 def kl_divergence(weights: Tensor, layers: Tensor) -> Tensor:
