@@ -246,14 +246,25 @@ class VariationalGroup : public Maps<real_t, kBytes> {
       const Convolution& c = shapes_[number];
       const V* x = maps_ + layer.input;
       V *y = maps_ + layer.output, *slope = slopes_ + layer.output;
-      V *mean = layer.pooled ? mean_ : y, *spread = layer.pooled ? spread_ : slope;
       square<V>(x, layer.in_size, squares_);
-      convolve<real_t, kBytes>(c, x, weights_ + layer.weight, layer.bias < 0 ? nullptr : weights_ + layer.bias, mean);
-      convolve<real_t, kBytes>(c, squares_, variance_ + layer.weight,
-                               layer.bias < 0 || is_dense(c) ? nullptr : variance_ + layer.bias, spread);
-      add_noise(first_counters_[number], c.out_channels * c.out_size(), mean, spread);
-      if (layer.pooled)
-        pool_noisy<real_t, kBytes>(c, mean, spread, y, slope, reinterpret_cast<I*>(maps_ + layer.extra));
+      const auto run = [&](int64_t first, int64_t n) {
+        const int64_t place = first * c.out_size();
+        V *mean = layer.pooled ? mean_ : y + place, *spread = layer.pooled ? spread_ : slope + place;
+        const Convolution some = channels(c, n);
+        convolve<real_t, kBytes>(some, x, weights_ + layer.weight + first * c.fan_in(),
+                                 layer.bias < 0 ? nullptr : weights_ + layer.bias + first, mean);
+        convolve<real_t, kBytes>(some, squares_, variance_ + layer.weight + first * c.fan_in(),
+                                 layer.bias < 0 || is_dense(c) ? nullptr : variance_ + layer.bias + first, spread);
+        add_noise(kAlignment * first_counters_[number] + place, n * c.out_size(), mean, spread);
+        if (!layer.pooled) return;
+        const int64_t pooled = first * (layer.out_size / c.out_channels);
+        pool_noisy<real_t, kBytes>(some, mean, spread, y + pooled, slope + pooled,
+                                   reinterpret_cast<I*>(maps_ + layer.extra) + pooled);
+      };
+      if (layer.pooled)  // a few channels at a time, whose maps stay in cache until they are pooled
+        for_channels(c.out_channels, [&]<int n>(int64_t first) { run(first, n); });
+      else
+        run(0, c.out_channels);
       ++number;
     }
   }
@@ -312,6 +323,11 @@ class VariationalGroup : public Maps<real_t, kBytes> {
 
   static bool is_dense(const Convolution& c) { return c.in_height == 1 && c.in_width == 1; }
 
+  static Convolution channels(Convolution c, int64_t count) {
+    c.out_channels = count;
+    return c;
+  }
+
   // A convolution with the outputs that pooling leaves out.
   static Convolution full(const Layer& layer) {
     Convolution c = layer.shape;
@@ -320,19 +336,22 @@ class VariationalGroup : public Maps<real_t, kBytes> {
     return c;
   }
 
-  void add_noise(int64_t first_counter, int64_t size, V* mean, V* spread) {
+  // The next outputs of a convolution: `size` from number `first` of those of a sample on.
+  void add_noise(int64_t first, int64_t size, V* mean, V* spread) {
     constexpr int kDrawn = Recipes<real_t, kBytes>::kDrawn;
     uint32_t words[4 * kChunk * kDrawn];
-    V normals[8 * kChunk];
+    V normals[kAlignment * kChunk];
     real_t* z = reinterpret_cast<real_t*>(normals);
-    const int64_t begin = sample_ * counters_ + first_counter;
-    for (int64_t unit = 0; unit < size; unit += 8 * kChunk) {
-      const int64_t count = std::min(8 * kChunk, size - unit), counters = (count + 7) / 8;
+    for (int64_t done = 0; done < size;) {
+      const int64_t skip = (first + done) % kAlignment, count = std::min(kAlignment * kChunk - skip, size - done);
+      const int64_t counter = sample_ * counters_ + (first + done) / kAlignment;
+      const int64_t counters = (skip + count + kAlignment - 1) / kAlignment;
       for (int lane = 0; lane < kDrawn; lane += kDrawLanes)
-        draw_lanes(Base::recipes.seed + lane, 2 * step_ + 1, begin + unit / 8, counters, words + lane, kDrawn);
+        draw_lanes(Base::recipes.seed + lane, 2 * step_ + 1, counter, counters, words + lane, kDrawn);
       draw_normals<real_t, kCount, kDrawn>(words, 4 * counters, z);
-      perturb<real_t>(z, count * kCount, reinterpret_cast<real_t*>(mean + unit),
-                      reinterpret_cast<real_t*>(spread + unit));
+      perturb<real_t>(z + skip * kCount, count * kCount, reinterpret_cast<real_t*>(mean + done),
+                      reinterpret_cast<real_t*>(spread + done));
+      done += count;
     }
   }
 
