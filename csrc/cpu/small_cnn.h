@@ -42,15 +42,15 @@ FASTWS_INLINE void convolve_block(const Convolution& c, const V* x, const V* wei
   const int64_t fan_in = c.fan_in(), down = c.stride_height * c.in_width, right = c.stride_width;
   for (int64_t channel = 0; channel < c.in_channels; ++channel)
     for (int64_t i = 0; i < c.kernel_height; ++i) {
-      const V* row = x + (channel * c.in_height + i) * c.in_width;
-      const V* w = weight + (channel * c.kernel_height + i) * c.kernel_width;
-      for (int64_t j = 0; j < c.kernel_width; ++j) {
+      const V* input = x + (channel * c.in_height + i) * c.in_width;
+#pragma GCC unroll 1  // unrolled, the loop would load its operands several times
+      for (int64_t j = 0; j < c.kernel_width; ++j, ++input, ++weight) {
         V inputs[ROWS * COLUMNS];
 #pragma GCC unroll 8
-        for (int p = 0; p < ROWS * COLUMNS; ++p) inputs[p] = row[p / COLUMNS * down + p % COLUMNS * right + j];
+        for (int p = 0; p < ROWS * COLUMNS; ++p) inputs[p] = input[p / COLUMNS * down + p % COLUMNS * right];
 #pragma GCC unroll 8
         for (int m = 0; m < CHANNELS; ++m) {
-          const V factor = w[m * fan_in + j];
+          const V factor = weight[m * fan_in];
 #pragma GCC unroll 8
           for (int p = 0; p < ROWS * COLUMNS; ++p) sums[m][p] += factor * inputs[p];
         }
@@ -283,7 +283,7 @@ FASTWS_CLONES void add_weight_gradient(const Convolution& c, const typename Lane
         add_row_of_taps<n>(c, inputs, grad + first * c.out_size(), to);
       }
   };
-  if (c.kernel_width > 3 && c.kernel_width != 6)  // 2 x 5 or 2 x 4 sums
+  if (c.kernel_width > 3)  // 2 x 5 sums; 3 x 5 would not leave registers for their factors
     for (int64_t first = 0; first < c.out_channels; first += 2)
       first + 1 < c.out_channels ? add.template operator()<2>(first) : add.template operator()<1>(first);
   else
@@ -319,10 +319,11 @@ FASTWS_INLINE void give_back(const Convolution& c, const V* weight, const V* gra
   for (int m = 0; m < CHANNELS; ++m)
 #pragma GCC unroll 8
     for (int s = 0; s < kSpan; ++s) sums[m][s] = to[m * map + s];
-  for (int64_t i = row % c.stride_height; i < c.kernel_height && i <= row; i += c.stride_height) {
-    const int64_t from = (row - i) / c.stride_height;
-    if (from >= c.out_height) continue;
-    const V* g = grad + from * c.out_width + column;
+  const int64_t past = std::max<int64_t>(row / c.stride_height - c.out_height + 1, 0);  // outputs below the map
+  const int64_t begin = row % c.stride_height + past * c.stride_height, end = std::min(row + 1, c.kernel_height);
+  grad += (row / c.stride_height - past) * c.out_width + column;
+  for (int64_t i = begin; i < end; i += c.stride_height, grad -= c.out_width) {
+    const V* g = grad;
     const V* w = weight + i * c.kernel_width;
     for (int64_t channel = 0; channel < c.out_channels; ++channel, g += c.out_size(), w += fan_in) {
       V factors[COLUMNS];
@@ -348,8 +349,10 @@ template <int CHANNELS, int TAPS, typename V>
 FASTWS_INLINE void give_back_taps(const Convolution& c, const V* weight, const V* grad, V* grad_x) {
   for (int64_t row = 0; row < c.in_height; ++row) {
     int64_t column = 0;
-    if (c.stride_width == 1)
+    if (c.stride_width == 1) {
+      for (; column + 4 <= c.out_width; column += 4) give_back<CHANNELS, 4, TAPS>(c, weight, grad, row, column, grad_x);
       for (; column + 2 <= c.out_width; column += 2) give_back<CHANNELS, 2, TAPS>(c, weight, grad, row, column, grad_x);
+    }
     for (; column < c.out_width; ++column) give_back<CHANNELS, 1, TAPS>(c, weight, grad, row, column, grad_x);
   }
 }
