@@ -15,6 +15,7 @@ LATER = {
     "Tokens": "fastws.tokens",
     "Zoo": "fastws.zoo",
     "detokenize": "fastws.ops.tokenize",
+    "kernel_order": "fastws.ops.kernel_order",
     "layer_statistics": "fastws.ops.layer_statistics",
     "layer_table": "fastws.small_cnn",
     "masked_mse": "fastws.ops.masked_mse",
