@@ -142,7 +142,7 @@ def test_small_cnn_step_is_training_of_each_network_alone(name, dtype, tolerance
     args, recipe = example(name, G=13, S=50, dtype=dtype, device=device)
     weights, _, _, losses, correct = fastws.small_cnn_step(*args, **recipe)
     errors = []
-    for g in range(0, 13, 3):
+    for g in range(0, 13, 6 if name == "cnn-l" else 3):
         expected = train_alone(name, args, recipe, g)
         errors.append(max((weights[g] - expected[0]).abs().max(), (losses[g] - expected[1]).abs().max()).item())
         assert (weights[g] - args[0][g]).abs().max() > 1e-2
@@ -150,7 +150,7 @@ def test_small_cnn_step_is_training_of_each_network_alone(name, dtype, tolerance
     # where rounding decides which of two equal entries a pooling takes, or the sign of a gradient that is almost 0 and
     # that Adam divides by its size, two right ways to compute in fp32 go apart; they seldom do, and never in fp64
     errors = sorted(errors)
-    assert errors[2] < tolerance and errors[-1] < (0.05 if dtype == torch.float32 else tolerance), errors
+    assert errors[len(errors) // 2] < tolerance and errors[-1] < (0.05 if dtype == torch.float32 else tolerance), errors
 
 
 @pytest.mark.parametrize("name, function, device", implementations("small_cnn_step"))
