@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RATES = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}
 NOT_RIVALS = ("kernel", "compiled", "Triton", "triton", "reference", "copy")
 
 
@@ -28,9 +29,9 @@ def tables() -> str:
 
 
 def table(races: dict) -> str:
-    lines = ["| op | case | time | GB/s | of a copy | compiled reference | reference | others |"]
+    lines = ["| op | case | time | rate | of a copy | compiled reference | reference | others |"]
     lines.append("| --- | --- | --: | --: | --: | --: | --: | --- |")
-    for (op, case), rows in races.items():
+    for (op, case), rows in sorted(races.items(), key=lambda race: race[0][0]):
         ours = next((rows[name] for name in ("kernel", "Triton", "triton") if name in rows), None)
         if ours is None:
             for row in rows.values():
@@ -40,10 +41,15 @@ def table(races: dict) -> str:
         times = [times_slower(rows.get(name), ours) for name in ("compiled", "reference")]
         others = [name for name in rows if not name.startswith(NOT_RIVALS)]
         others = ", ".join(f"{name}: {times_slower(rows[name], ours)}" for name in others)
-        copies = f"{ours['of copy']:.2f} ({ours['of copy in place']:.2f} in place)"
-        rate = f"{ours['gb_per_s']:.1f}"
-        lines.append(f"| {op} | {case} | {time(ours['us'])} | {rate} | {copies} | {' | '.join(times)} | {others} |")
+        copies = f"{ours['of copy']:.2f} ({ours['of copy in place']:.2f} in place)" if "of copy" in ours else ""
+        lines.append(
+            f"| {op} | {case} | {time(ours['us'])} | {rate(ours)} | {copies} | {' | '.join(times)} | {others} |"
+        )
     return "\n".join(lines)
+
+
+def rate(row: dict) -> str:
+    return next((f"{row[name]:.1f} {unit}" for name, unit in RATES.items() if name in row), "")
 
 
 def times_slower(row: dict | None, ours: dict) -> str:
@@ -51,7 +57,8 @@ def times_slower(row: dict | None, ours: dict) -> str:
 
 
 def time(us: float) -> str:
-    return f"{us / 1e3:.3g} ms" if us >= 1000 else f"{us:.3g} us"
+    value, unit = (us / 1e6, "s") if us >= 1e6 else (us / 1e3, "ms") if us >= 1e3 else (us, "us")
+    return f"{value:.3g} {unit}"
 
 
 if __name__ == "__main__":
