@@ -1,0 +1,410 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "philox.h"
+
+// Small CNNs, one per block, whose threads run a tile of samples through it layer by layer. Each sample has its maps in
+// one stretch of memory, [channels][height][width] of every layer. What is no longer needed makes room: where the input
+// of an activation was are its slopes, and on the way back the gradient of a map takes the place of the map.
+
+namespace fastws {
+namespace {
+
+enum Kind { kConvolution, kPooling, kElements };
+
+constexpr int kThreads = 256;
+constexpr int kMaxLayers = 40;  // tables travel as arguments of kernels, which have room for 4 KB
+constexpr int kChannels = 4;    // outputs or inputs of a convolution that one thread computes at a place
+constexpr int kTaps = 5;        // weights of which one thread sums the gradients
+
+// A row of the table of layers or several in one: a convolution with the pooling behind it, an activation with its
+// dropout. A dense layer is a convolution of a map of 1 x 1.
+struct Layer {
+  int kind;
+  int in_channels, in_height, in_width, out_channels, out_height, out_width;  // out: behind the pooling
+  int kernel_height, kernel_width, stride_height, stride_width;
+  int pool_height, pool_width;  // 1 x 1 without pooling
+  int weight, bias, unit;       // the first of each, or -1
+  int activates;                // else there is dropout only
+  int input, output, extra;     // where the maps of a sample begin; extra: which entries of pooling blocks are largest
+
+  C10_HOST_DEVICE int in_area() const { return in_height * in_width; }
+  C10_HOST_DEVICE int out_area() const { return out_height * out_width; }
+  C10_HOST_DEVICE int in_size() const { return in_channels * in_area(); }
+  C10_HOST_DEVICE int out_size() const { return out_channels * out_area(); }
+  C10_HOST_DEVICE int fan_in() const { return in_channels * kernel_height * kernel_width; }
+  C10_HOST_DEVICE bool pooled() const { return pool_height * pool_width > 1; }
+};
+
+struct Network {
+  Layer layers[kMaxLayers];
+  int num_layers, first_convolution, num_weights, image_size, num_classes;
+  int units;    // of all dropout layers
+  int numbers;  // of all maps of a sample, odd: then the same place of several samples is in different banks
+};
+
+// Cross-entropies and hits of the samples that one thread looked at.
+struct Score {
+  double loss;
+  int64_t correct;
+};
+
+// Reads a table; maps are counted in numbers of so many bytes.
+inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_weights, int number_size) {
+  constexpr int64_t kColumns = 12, kSpan = 256, kRowPooling = 1, kRowActivation = 2;  // convolutions are 0
+  Network network{};
+  network.num_weights = int(num_weights);
+  for (int64_t r = 0; r < num_rows; ++r, row += kColumns) {
+    const int height = int((row[2] - row[5]) / row[7]) + 1, width = int((row[3] - row[6]) / row[8]) + 1;
+    Layer* before = network.num_layers ? &network.layers[network.num_layers - 1] : nullptr;
+    if (row[11] >= 0) network.units = int(row[11] + row[4] * height * width);
+    if (row[0] == kRowPooling && before && before->kind == kConvolution && !before->pooled() &&
+        row[5] * before->stride_height <= kSpan && row[6] * before->stride_width <= kSpan) {
+      before->pool_height = int(row[5]), before->pool_width = int(row[6]);
+      before->out_height = height, before->out_width = width;
+    } else if (row[0] > kRowActivation && before && before->kind == kElements && before->unit < 0) {
+      before->unit = int(row[11]);
+    } else {
+      Layer& layer = network.layers[network.num_layers++];
+      layer = {
+          std::min(int(row[0]), int(kElements)), int(row[1]), int(row[2]), int(row[3]), int(row[4]), height, width};
+      layer.kernel_height = int(row[5]), layer.kernel_width = int(row[6]);
+      layer.stride_height = int(row[7]), layer.stride_width = int(row[8]);
+      layer.pool_height = layer.pool_width = 1;
+      layer.weight = int(row[9]), layer.bias = int(row[10]), layer.unit = int(row[11]);
+      layer.activates = row[0] == kRowActivation;
+    }
+  }
+  int first = 0;
+  while (network.layers[first].kind != kConvolution) ++first;
+  network.first_convolution = first;
+  network.image_size = network.numbers = network.layers[0].in_size();
+  int input = 0;
+  for (int l = 0; l < network.num_layers; ++l) {
+    Layer& layer = network.layers[l];
+    const int place_size = layer.kind == kPooling ? sizeof(int32_t) : layer.pooled() ? sizeof(uint16_t) : 0;
+    layer.input = input, layer.output = input = network.numbers;
+    layer.extra = network.numbers += layer.out_size();
+    network.numbers += (layer.out_size() * place_size + number_size - 1) / number_size;
+  }
+  network.num_classes = network.layers[network.num_layers - 1].out_size();
+  network.numbers |= 1;
+  return network;
+}
+
+template <typename real_t>
+__device__ void activate(int activation, real_t x, real_t& y, real_t& slope) {
+  constexpr real_t kSqrtHalf = 0.70710678118654752, kInverseSqrtTau = 0.39894228040143268;
+  if (activation == 0) {
+    y = std::tanh(x), slope = 1 - y * y;
+  } else if (activation == 1) {
+    y = x < 0 ? real_t(0) : x, slope = x > 0;
+  } else if (activation == 2) {
+    y = 1 / (1 + std::exp(-x)), slope = y * (1 - y);
+  } else {
+    const real_t share = real_t(0.5) * (1 + std::erf(x * kSqrtHalf));
+    y = x * share, slope = share + x * kInverseSqrtTau * std::exp(real_t(-0.5) * x * x);
+  }
+}
+
+// Memory of one block: weights, the maps of samples, gradients of the weights, and sums of parts of them.
+template <typename real_t>
+struct Tile {
+  const Network& network;
+  Score* scores;  // of each sample
+  real_t *weights, *maps, *grad, *sums;
+  int samples;  // at hand
+
+  static int64_t size_of(const Network& network, int64_t samples, bool training) {
+    const int64_t numbers = network.num_weights + samples * network.numbers;
+    return samples * sizeof(Score) + sizeof(real_t) * (numbers + training * (network.num_weights + kThreads * kTaps));
+  }
+
+  __device__ Tile(const Network& network, char* memory, int samples)
+      : network(network),
+        scores(reinterpret_cast<Score*>(memory)),
+        weights(reinterpret_cast<real_t*>(scores + samples)),
+        maps(weights + network.num_weights),
+        grad(maps + int64_t(samples) * network.numbers),
+        sums(grad + network.num_weights),
+        samples(samples) {}
+
+  __device__ real_t* map(int sample, int place) const { return maps + int64_t(sample) * network.numbers + place; }
+
+  template <typename T>
+  __device__ T* extra(int sample, const Layer& layer) const {
+    return reinterpret_cast<T*>(map(sample, layer.extra));
+  }
+
+  __device__ void load(int sample, const real_t* image) {
+    for (int i = threadIdx.x; i < network.image_size; i += blockDim.x) map(sample, 0)[i] = image[i];
+  }
+
+  // From images to logits. Draw `offset` of the seed says what dropout drops; the tile begins at sample `begin`.
+  __device__ void forward(int activation, double dropout, uint64_t seed, uint64_t offset, int64_t begin) {
+    for (int l = 0; l < network.num_layers; ++l) {
+      const Layer& layer = network.layers[l];
+      __syncthreads();
+      if (layer.kind == kPooling) {
+        pool(layer);
+      } else if (layer.kind == kElements) {
+        apply(layer, activation);
+        if (layer.unit < 0 || dropout == 0) continue;
+        __syncthreads();
+        drop(layer, dropout, seed, offset, begin);
+      } else if (layer.pool_height == 2 && layer.pool_width == 2) {
+        convolve<2>(layer);
+      } else {
+        convolve<1>(layer);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Adds the gradients of the weights, given those of the logits in their place.
+  __device__ void backward() {
+    for (int l = network.num_layers - 1; l >= network.first_convolution; --l) {
+      const Layer& layer = network.layers[l];
+      __syncthreads();
+      if (layer.kind == kPooling) {
+        pool_back(layer);
+      } else if (layer.kind == kElements) {
+        for (int sample = 0; sample < samples; ++sample)
+          for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x)
+            map(sample, layer.input)[i] *= map(sample, layer.output)[i];
+      } else {
+        add_weight_gradient(layer);
+        if (l == network.first_convolution) break;
+        __syncthreads();
+        input_gradient(layer);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Makes the logits of a sample the gradient of its share of the mean cross-entropy.
+  __device__ void classify(int sample, int64_t label, int64_t batch_size, Score& score) {
+    real_t* const logits = map(sample, network.layers[network.num_layers - 1].output);
+    int best = 0;
+    for (int k = 1; k < network.num_classes; ++k)
+      if (logits[k] > logits[best]) best = k;
+    const real_t largest = logits[best], of_label = logits[label] - largest;
+    real_t sum = 0;
+    for (int k = 0; k < network.num_classes; ++k) {
+      logits[k] = std::exp(logits[k] - largest);
+      sum += logits[k];
+    }
+    for (int k = 0; k < network.num_classes; ++k)
+      logits[k] = (logits[k] / sum - real_t(k == label)) / real_t(batch_size);
+    score.loss += std::log(double(sum)) - double(of_label);
+    score.correct += best == label;
+  }
+
+ private:
+  // Each output, or the largest of each block of them and where in its block it is, in steps of the input.
+  template <int kSide>
+  __device__ void convolve(const Layer& layer) {
+    const int groups = (layer.out_channels + kChannels - 1) / kChannels, area = layer.out_area();
+    for (int item = threadIdx.x; item < samples * area * groups; item += blockDim.x) {
+      const int sample = item % samples, place = item / samples % area, group = item / samples / area;
+      const int top = place / layer.out_width * layer.pool_height * layer.stride_height;
+      const int left = place % layer.out_width * layer.pool_width * layer.stride_width;
+      const real_t* const x = map(sample, layer.input) + top * layer.in_width + left;
+      real_t largest[kChannels];
+      int winner[kChannels];
+      for (int a = 0; a < layer.pool_height; a += kSide)
+        for (int b = 0; b < layer.pool_width; b += kSide) {
+          real_t sums[kChannels][kSide * kSide];
+          const int down = a * layer.stride_height, right = b * layer.stride_width;
+          convolve_block<kSide>(layer, x + down * layer.in_width + right, group, groups, sums);
+          for (int m = 0; m < kChannels; ++m)
+            for (int p = 0; p < kSide * kSide; ++p)
+              if (a + b + p == 0 || sums[m][p] > largest[m]) {
+                largest[m] = sums[m][p];
+                winner[m] = (down + p / kSide * layer.stride_height) << 8 | (right + p % kSide * layer.stride_width);
+              }
+        }
+      for (int m = 0; m < kChannels && group + m * groups < layer.out_channels; ++m) {
+        const int to = (group + m * groups) * area + place;
+        map(sample, layer.output)[to] = largest[m];
+        if (layer.pooled()) extra<uint16_t>(sample, layer)[to] = uint16_t(winner[m]);
+      }
+    }
+  }
+
+  // Outputs of channels group, group + groups, ... at a square of places. Each weight serves all places, each input all
+  // channels; where there are fewer channels the last one is computed again.
+  template <int kSide>
+  __device__ void convolve_block(const Layer& layer, const real_t* x, int group, int groups,
+                                 real_t (&sums)[kChannels][kSide * kSide]) {
+    const real_t* weight[kChannels];
+    for (int m = 0; m < kChannels; ++m) {
+      const int channel = min(group + m * groups, layer.out_channels - 1);
+      weight[m] = weights + layer.weight + channel * layer.fan_in();
+      const real_t bias = layer.bias < 0 ? real_t(0) : weights[layer.bias + channel];
+      for (int p = 0; p < kSide * kSide; ++p) sums[m][p] = bias;
+    }
+    const int down = layer.stride_height * layer.in_width, right = layer.stride_width;
+    int tap = 0;
+    for (int channel = 0; channel < layer.in_channels; ++channel, x += layer.in_area())
+      for (int i = 0; i < layer.kernel_height; ++i)
+        for (int j = 0; j < layer.kernel_width; ++j, ++tap) {
+          real_t inputs[kSide * kSide];
+          for (int p = 0; p < kSide * kSide; ++p)
+            inputs[p] = x[i * layer.in_width + j + p / kSide * down + p % kSide * right];
+          for (int m = 0; m < kChannels; ++m) {
+            const real_t factor = weight[m][tap];
+            for (int p = 0; p < kSide * kSide; ++p) sums[m][p] += factor * inputs[p];
+          }
+        }
+  }
+
+  // Adds sums over samples and places of the map, of which each row has `width`, to grad[target], ... A thread computes
+  // kTaps of a row at once, in a part of the places if there are more threads than rows.
+  template <typename Body>
+  __device__ void add_sums(int rows, int width, int area, int target, const Body& body) {
+    const int chunks = (width + kTaps - 1) / kTaps, items = rows * chunks;
+    const int parts = max(1, min(int(blockDim.x) / items, area));
+    for (int item = threadIdx.x; item < items * parts; item += blockDim.x) {
+      const int row = item / parts / chunks, first = item / parts % chunks * kTaps;
+      real_t found[kTaps] = {};
+      body(row, first, item % parts, parts, found);
+      for (int tap = 0; tap < kTaps; ++tap)
+        if (parts > 1)
+          sums[item * kTaps + tap] = found[tap];
+        else if (first + tap < width)
+          grad[target + row * width + first + tap] += found[tap];
+    }
+    if (parts == 1) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+      const real_t* const of_parts = sums + (i / width * chunks + i % width / kTaps) * parts * kTaps;
+      real_t sum = 0;
+      for (int part = 0; part < parts; ++part) sum += of_parts[part * kTaps + i % width % kTaps];
+      grad[target + i] += sum;
+    }
+    __syncthreads();
+  }
+
+  __device__ void add_weight_gradient(const Layer& layer) {
+    const int area = layer.out_area(), height = layer.kernel_height, width = layer.kernel_width;
+    const int down = layer.pool_height * layer.stride_height, right = layer.pool_width * layer.stride_width;
+    add_sums(layer.out_channels * layer.in_channels * height, width, area, layer.weight,
+             [&](int row, int first, int part, int parts, real_t(&found)[kTaps]) {
+               const int channel = row / height % layer.in_channels, out = row / height / layer.in_channels * area;
+               const int offset = layer.input + channel * layer.in_area() + row % height * layer.in_width + first;
+               for (int sample = 0; sample < samples; ++sample) {
+                 const real_t* const grad_y = map(sample, layer.output) + out;
+                 const uint16_t* const winner = extra<uint16_t>(sample, layer) + out;
+                 const real_t* const x = map(sample, offset);
+                 int y = part / layer.out_width, z = part % layer.out_width;
+                 for (int place = part; place < area; place += parts, z += parts) {
+                   for (; z >= layer.out_width; z -= layer.out_width) ++y;
+                   const int at = layer.pooled() ? winner[place] : 0;
+                   const real_t* const inputs = x + (y * down + (at >> 8)) * layer.in_width + z * right + (at & 255);
+                   for (int tap = 0; tap < kTaps; ++tap)
+                     if (first + tap < width) found[tap] += grad_y[place] * inputs[tap];
+                 }
+               }
+             });
+    if (layer.bias < 0) return;
+    add_sums(layer.out_channels, 1, area, layer.bias,
+             [&](int channel, int, int part, int parts, real_t(&found)[kTaps]) {
+               for (int sample = 0; sample < samples; ++sample)
+                 for (int place = part; place < area; place += parts)
+                   found[0] += map(sample, layer.output)[channel * area + place];
+             });
+  }
+
+  // Each thread looks for the outputs that have seen its inputs, one place in kChannels channels.
+  __device__ void input_gradient(const Layer& layer) {
+    const int groups = (layer.in_channels + kChannels - 1) / kChannels, area = layer.in_area();
+    const int down = layer.pool_height * layer.stride_height, right = layer.pool_width * layer.stride_width;
+    const int taps = layer.kernel_height * layer.kernel_width;
+    for (int item = threadIdx.x; item < samples * area * groups; item += blockDim.x) {
+      const int sample = item % samples, place = item / samples % area, group = item / samples / area;
+      const int row = place / layer.in_width, column = place % layer.in_width;
+      // what an output sees begins in rows top * down, ..., top * down + down - stride
+      const int first_top = max(0, row - layer.kernel_height + layer.stride_height) / down;
+      const int first_left = max(0, column - layer.kernel_width + layer.stride_width) / right;
+      const int last_top = min(layer.out_height - 1, row / down);
+      const int last_left = min(layer.out_width - 1, column / right);
+      real_t found[kChannels] = {};
+      for (int channel = 0; channel < layer.out_channels; ++channel)
+        for (int top = first_top; top <= last_top; ++top)
+          for (int left = first_left; left <= last_left; ++left) {
+            const int output = (channel * layer.out_height + top) * layer.out_width + left;
+            const int at = layer.pooled() ? extra<uint16_t>(sample, layer)[output] : 0;
+            const int i = row - top * down - (at >> 8), j = column - left * right - (at & 255);
+            if (i < 0 || j < 0 || i >= layer.kernel_height || j >= layer.kernel_width) continue;
+            const real_t grad_y = map(sample, layer.output)[output];
+            const real_t* const weight = weights + layer.weight + channel * layer.fan_in() + i * layer.kernel_width + j;
+            for (int m = 0; m < kChannels; ++m)
+              found[m] += grad_y * weight[min(group + m * groups, layer.in_channels - 1) * taps];
+          }
+      for (int m = 0; m < kChannels && group + m * groups < layer.in_channels; ++m)
+        map(sample, layer.input)[(group + m * groups) * area + place] = found[m];
+    }
+  }
+
+  __device__ void pool(const Layer& layer) {
+    for (int item = threadIdx.x; item < samples * layer.out_size(); item += blockDim.x) {
+      const int sample = item / layer.out_size(), output = item % layer.out_size();
+      const int row = output / layer.out_width, column = output % layer.out_width;  // the row counts through channels
+      const int channel = row / layer.out_height, top = row % layer.out_height * layer.kernel_height;
+      const real_t* const x = map(sample, layer.input);
+      const int corner = (channel * layer.in_height + top) * layer.in_width + column * layer.kernel_width;
+      int winner = corner;
+      for (int i = 0; i < layer.kernel_height; ++i)
+        for (int j = 0; j < layer.kernel_width; ++j)
+          if (x[corner + i * layer.in_width + j] > x[winner]) winner = corner + i * layer.in_width + j;
+      map(sample, layer.output)[output] = x[winner];
+      extra<int32_t>(sample, layer)[output] = winner;
+    }
+  }
+
+  __device__ void pool_back(const Layer& layer) {
+    for (int sample = 0; sample < samples; ++sample)
+      for (int i = threadIdx.x; i < layer.in_size(); i += blockDim.x) map(sample, layer.input)[i] = 0;
+    __syncthreads();
+    for (int sample = 0; sample < samples; ++sample)
+      for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x)
+        map(sample, layer.input)[extra<int32_t>(sample, layer)[i]] = map(sample, layer.output)[i];
+  }
+
+  // y = activation of x, if there is one, and the slopes in the place of x.
+  __device__ void apply(const Layer& layer, int activation) {
+    for (int sample = 0; sample < samples; ++sample)
+      for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x) {
+        real_t& x = map(sample, layer.input)[i];
+        real_t y = x, slope = 1;
+        if (layer.activates) activate(activation, x, y, slope);
+        map(sample, layer.output)[i] = y, x = slope;
+      }
+  }
+
+  // Multiplies what a layer puts out and its slopes by the factors of dropout; a thread draws four words.
+  __device__ void drop(const Layer& layer, double dropout, uint64_t seed, uint64_t offset, int64_t begin) {
+    const uint64_t threshold = std::rint(dropout * 0x1p32);
+    const real_t scale = 1 / (1 - dropout);
+    const int size = layer.out_size(), quads = size / 4 + 2;
+    for (int item = threadIdx.x; item < samples * quads; item += blockDim.x) {
+      const int sample = item / quads;
+      const int64_t first = (begin + sample) * network.units + layer.unit, quad = first / 4 + item % quads;
+      const Words words = philox(seed, offset, quad);
+      for (int k = 0; k < 4; ++k) {
+        const int64_t i = 4 * quad + k - first;
+        if (i < 0 || i >= size) continue;
+        const real_t factor = words.word[k] >= threshold ? scale : real_t(0);
+        map(sample, layer.output)[i] *= factor;
+        map(sample, layer.input)[i] *= factor;
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastws
