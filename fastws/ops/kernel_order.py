@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastws import _native  # noqa: F401  loads the compiled kernels
 from fastws.philox import philox_reference
 
 MAX_KERNELS = 2**31 - 2  # kernels are counted in int32
