@@ -6,11 +6,11 @@ MFLOP; CNN-l on 32 x 32: 61. Predicted for one core with AVX2 at 3.4 GHz, 109 GF
 four fifths of that, activations, pooling, spreading of gradients, gathering of images and the optimizer take a sixth of
 the time more: 70 GFLOP/s, 0.13 ms for CNN-s. Ordinary PyTorch: some 100 operations of 10 to 20 us, 1.9 ms.
 
-Predicted for an H200 and 1,000 networks at once, not measured: 9.3 TFLOP of CNN-s per 1,000 joint steps take 0.14 s at
-67 TFLOP/s, but numbers come from shared memory, 32 a cycle and multiprocessor. Forward, a thread reads 8 numbers, half
-of them in bank conflicts of two, for 16 products; sums for weight gradients read 7 for 5, input gradients 6 for 4 of
-which two thirds count, though only for the winners of pooling, a quarter of the outputs. That is some 160,000 cycles
-per network and step, two blocks hiding the latency of each other: 0.8 us at 1.7 GHz on 132 multiprocessors, 12 TFLOP/s.
+Predicted for an H200 and 1,000 networks, never run: 9.3 GFLOP of CNN-s in one joint step are 0.14 ms at 67 TFLOP/s. The
+bound is shared memory, of which a multiprocessor reads 32 numbers a cycle: forward, a thread reads 8 numbers, half of
+them in bank conflicts of two, for 16 products; 7 numbers for 5 products of weight gradients and 6 for 4 of input
+gradients, which only the winners of pooling need. That is some 160,000 cycles per network and step, while two blocks
+hide each other's latency: 0.8 us at 1.7 GHz on 132 multiprocessors, 12 TFLOP/s, 160 times a core of a CPU.
 
 Every row is one network and one step; the others train fewer networks where they would take too long.
 

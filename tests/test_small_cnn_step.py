@@ -18,6 +18,7 @@ ODD = {  # name: layers and image shape; corner cases of kernels, strides, pooli
     "wide": ([nn.Conv2d(2, 5, (3, 1), (2, 3)), nn.MaxPool2d((1, 2)), nn.Tanh(), nn.Flatten(), nn.Linear(60, 3)], 13),
     "bare": ([nn.Conv2d(2, 7, 3), nn.Flatten(), nn.Dropout(), nn.Linear(343, 2)], 9),
     "last": ([nn.Tanh(), nn.MaxPool2d(3), nn.Conv2d(2, 4, 2, bias=False), nn.Flatten(), nn.Linear(16, 5, False)], 10),
+    "late": ([nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Dropout(), nn.MaxPool2d((3, 2)), nn.Flatten(), nn.Linear(18, 4)], 9),
     "deep": ([nn.Conv2d(2, 3, 1), nn.Tanh(), nn.Conv2d(3, 1, 5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 4)], 10),
 }
 

@@ -16,9 +16,11 @@ namespace {
 enum Kind { kConvolution, kPooling, kElements };
 
 constexpr int kThreads = 256;
-constexpr int kMaxLayers = 40;  // tables travel as arguments of kernels, which have room for 4 KB
-constexpr int kChannels = 4;    // outputs or inputs of a convolution that one thread computes at a place
-constexpr int kTaps = 5;        // weights of which one thread sums the gradients
+constexpr int kMaxLayers = 40;   // tables travel as arguments of kernels, which have room for 4 KB
+constexpr int kChannels = 4;     // outputs or inputs of a convolution that one thread computes at a place
+constexpr int kTaps = 5;         // weights of which one thread sums the gradients
+constexpr int kAlignment = 8;    // normals of one counter
+constexpr double kTiny = 1e-15;  // keeps logarithms and roots of zero away
 
 // A row of the table of layers or several in one: a convolution with the pooling behind it, an activation with its
 // dropout. A dense layer is a convolution of a map of 1 x 1.
@@ -30,12 +32,18 @@ struct Layer {
   int weight, bias, unit;       // the first of each, or -1
   int activates;                // else there is dropout only
   int input, output, extra;     // where the maps of a sample begin; extra: which entries of pooling blocks are largest
+  int slope, normal;            // of a noisy layer: map of the slopes of its noise, number of its first normal
 
   C10_HOST_DEVICE int in_area() const { return in_height * in_width; }
   C10_HOST_DEVICE int out_area() const { return out_height * out_width; }
   C10_HOST_DEVICE int in_size() const { return in_channels * in_area(); }
   C10_HOST_DEVICE int out_size() const { return out_channels * out_area(); }
+  // a convolution without its pooling
+  C10_HOST_DEVICE int full_height() const { return (in_height - kernel_height) / stride_height + 1; }
+  C10_HOST_DEVICE int full_width() const { return (in_width - kernel_width) / stride_width + 1; }
+  C10_HOST_DEVICE int full_size() const { return out_channels * full_height() * full_width(); }
   C10_HOST_DEVICE int fan_in() const { return in_channels * kernel_height * kernel_width; }
+  C10_HOST_DEVICE bool is_dense() const { return in_area() == 1; }
   C10_HOST_DEVICE bool pooled() const { return pool_height * pool_width > 1; }
 };
 
@@ -43,17 +51,28 @@ struct Network {
   Layer layers[kMaxLayers];
   int num_layers, first_convolution, num_weights, image_size, num_classes;
   int units;    // of all dropout layers
+  int normals;  // that a noisy network needs for a sample
   int numbers;  // of all maps of a sample, odd: then the same place of several samples is in different banks
 };
 
-// Cross-entropies and hits of the samples that one thread looked at.
+// What one thread found: cross-entropies and hits of samples, divergences of weights.
 struct Score {
   double loss;
   int64_t correct;
+  double divergence;
+};
+
+// What one way through a network needs: dropout is draw `offset` of the seed, noise the one after it; the tile begins
+// at sample `begin`.
+struct Pass {
+  int activation;
+  double dropout;
+  uint64_t seed, offset;
+  int64_t begin;
 };
 
 // Reads a table; maps are counted in numbers of so many bytes.
-inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_weights, int number_size) {
+inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_weights, int number_size, bool noisy) {
   constexpr int64_t kColumns = 12, kSpan = 256, kRowPooling = 1, kRowActivation = 2;  // convolutions are 0
   Network network{};
   network.num_weights = int(num_weights);
@@ -89,6 +108,10 @@ inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_we
     layer.input = input, layer.output = input = network.numbers;
     layer.extra = network.numbers += layer.out_size();
     network.numbers += (layer.out_size() * place_size + number_size - 1) / number_size;
+    if (!noisy || layer.kind != kConvolution) continue;
+    layer.slope = network.numbers, layer.normal = network.normals;
+    network.numbers += layer.out_size();
+    network.normals += (layer.full_size() + kAlignment - 1) / kAlignment * kAlignment;
   }
   network.num_classes = network.layers[network.num_layers - 1].out_size();
   network.numbers |= 1;
@@ -110,26 +133,43 @@ __device__ void activate(int activation, real_t x, real_t& y, real_t& slope) {
   }
 }
 
-// Memory of one block: weights, the maps of samples, gradients of the weights, and sums of parts of them.
+// Normals by Box and Muller's method; fastws/philox.py has the formula.
 template <typename real_t>
+__device__ real_t normal_of(const Words& words, int number) {
+  const uint32_t word = words.word[number / 2];
+  const real_t radius = std::sqrt(-std::log((real_t(word & 0xFFFF) + real_t(0.5)) * real_t(0x1p-16)));
+  real_t sine, cosine;
+  sincospi((real_t(word >> 16 & 0x3FFF) - real_t(8191.5)) * real_t(0x1p-15), &sine, &cosine);
+  const real_t factor = number % 2 ? cosine + sine : cosine - sine;
+  return word >> (31 - number % 2) & 1 ? -radius * factor : radius * factor;
+}
+
+// Memory of one block: weights, the maps of samples, gradients of the weights, and sums of parts of them. In a noisy
+// network weights are normal variables: variances stand behind the weights, their gradients behind those of the
+// weights.
+template <typename real_t, bool kNoisy = false>
 struct Tile {
+  static constexpr int kSets = kNoisy ? 2 : 1;
+
   const Network& network;
-  Score* scores;  // of each sample
+  Score* scores;  // of the threads that have one
   real_t *weights, *maps, *grad, *sums;
   int samples;  // at hand
 
+  C10_HOST_DEVICE static int64_t num_scores(int64_t samples) { return kNoisy ? kThreads : samples; }
+
   static int64_t size_of(const Network& network, int64_t samples, bool training) {
-    const int64_t numbers = network.num_weights + samples * network.numbers;
-    return samples * sizeof(Score) + sizeof(real_t) * (numbers + training * (network.num_weights + kThreads * kTaps));
+    const int64_t values = kSets * network.num_weights, numbers = values + samples * network.numbers;
+    return num_scores(samples) * sizeof(Score) + sizeof(real_t) * (numbers + training * (values + kThreads * kTaps));
   }
 
   __device__ Tile(const Network& network, char* memory, int samples)
       : network(network),
         scores(reinterpret_cast<Score*>(memory)),
-        weights(reinterpret_cast<real_t*>(scores + samples)),
-        maps(weights + network.num_weights),
+        weights(reinterpret_cast<real_t*>(scores + num_scores(samples))),
+        maps(weights + kSets * network.num_weights),
         grad(maps + int64_t(samples) * network.numbers),
-        sums(grad + network.num_weights),
+        sums(grad + kSets * network.num_weights),
         samples(samples) {}
 
   __device__ real_t* map(int sample, int place) const { return maps + int64_t(sample) * network.numbers + place; }
@@ -143,22 +183,22 @@ struct Tile {
     for (int i = threadIdx.x; i < network.image_size; i += blockDim.x) map(sample, 0)[i] = image[i];
   }
 
-  // From images to logits. Draw `offset` of the seed says what dropout drops; the tile begins at sample `begin`.
-  __device__ void forward(int activation, double dropout, uint64_t seed, uint64_t offset, int64_t begin) {
+  // From images to logits.
+  __device__ void forward(const Pass& pass) {
     for (int l = 0; l < network.num_layers; ++l) {
       const Layer& layer = network.layers[l];
       __syncthreads();
       if (layer.kind == kPooling) {
         pool(layer);
       } else if (layer.kind == kElements) {
-        apply(layer, activation);
-        if (layer.unit < 0 || dropout == 0) continue;
+        apply(layer, pass.activation);
+        if (layer.unit < 0 || pass.dropout == 0) continue;
         __syncthreads();
-        drop(layer, dropout, seed, offset, begin);
+        drop(layer, pass);
       } else if (layer.pool_height == 2 && layer.pool_width == 2) {
-        convolve<2>(layer);
+        convolve<2>(layer, pass);
       } else {
-        convolve<1>(layer);
+        convolve<1>(layer, pass);
       }
     }
     __syncthreads();
@@ -176,7 +216,8 @@ struct Tile {
           for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x)
             map(sample, layer.input)[i] *= map(sample, layer.output)[i];
       } else {
-        add_weight_gradient(layer);
+        add_weight_gradient<false>(layer);
+        if constexpr (kNoisy) add_weight_gradient<true>(layer);
         if (l == network.first_convolution) break;
         __syncthreads();
         input_gradient(layer);
@@ -206,24 +247,30 @@ struct Tile {
  private:
   // Each output, or the largest of each block of them and where in its block it is, in steps of the input.
   template <int kSide>
-  __device__ void convolve(const Layer& layer) {
+  __device__ void convolve(const Layer& layer, const Pass& pass) {
     const int groups = (layer.out_channels + kChannels - 1) / kChannels, area = layer.out_area();
     for (int item = threadIdx.x; item < samples * area * groups; item += blockDim.x) {
       const int sample = item % samples, place = item / samples % area, group = item / samples / area;
       const int top = place / layer.out_width * layer.pool_height * layer.stride_height;
       const int left = place % layer.out_width * layer.pool_width * layer.stride_width;
       const real_t* const x = map(sample, layer.input) + top * layer.in_width + left;
-      real_t largest[kChannels];
+      real_t largest[kChannels], slope[kChannels] = {};
       int winner[kChannels];
       for (int a = 0; a < layer.pool_height; a += kSide)
         for (int b = 0; b < layer.pool_width; b += kSide) {
-          real_t sums[kChannels][kSide * kSide];
+          real_t sums[kChannels][kSide * kSide], slopes[kChannels][kSide * kSide] = {};
           const int down = a * layer.stride_height, right = b * layer.stride_width;
-          convolve_block<kSide>(layer, x + down * layer.in_width + right, group, groups, sums);
+          convolve_block<kSide>(layer, x + down * layer.in_width + right, group, groups, sums, slopes);
+          if constexpr (kNoisy) {
+            const int64_t first = (pass.begin + sample) * network.normals + layer.normal;
+            const int row = place / layer.out_width * layer.pool_height + a;
+            const int column = place % layer.out_width * layer.pool_width + b;
+            add_noise<kSide>(layer, pass, first + row * layer.full_width() + column, group, groups, sums, slopes);
+          }
           for (int m = 0; m < kChannels; ++m)
             for (int p = 0; p < kSide * kSide; ++p)
               if (a + b + p == 0 || sums[m][p] > largest[m]) {
-                largest[m] = sums[m][p];
+                largest[m] = sums[m][p], slope[m] = slopes[m][p];
                 winner[m] = (down + p / kSide * layer.stride_height) << 8 | (right + p % kSide * layer.stride_width);
               }
         }
@@ -231,6 +278,7 @@ struct Tile {
         const int to = (group + m * groups) * area + place;
         map(sample, layer.output)[to] = largest[m];
         if (layer.pooled()) extra<uint16_t>(sample, layer)[to] = uint16_t(winner[m]);
+        if constexpr (kNoisy) map(sample, layer.slope)[to] = slope[m];
       }
     }
   }
@@ -239,13 +287,18 @@ struct Tile {
   // channels; where there are fewer channels the last one is computed again.
   template <int kSide>
   __device__ void convolve_block(const Layer& layer, const real_t* x, int group, int groups,
-                                 real_t (&sums)[kChannels][kSide * kSide]) {
+                                 real_t (&sums)[kChannels][kSide * kSide],
+                                 real_t (&variances)[kChannels][kSide * kSide]) {
     const real_t* weight[kChannels];
     for (int m = 0; m < kChannels; ++m) {
       const int channel = min(group + m * groups, layer.out_channels - 1);
       weight[m] = weights + layer.weight + channel * layer.fan_in();
       const real_t bias = layer.bias < 0 ? real_t(0) : weights[layer.bias + channel];
       for (int p = 0; p < kSide * kSide; ++p) sums[m][p] = bias;
+      if constexpr (kNoisy) {
+        const real_t variance = layer.bias < 0 ? real_t(0) : weights[network.num_weights + layer.bias + channel];
+        for (int p = 0; p < kSide * kSide; ++p) variances[m][p] = variance;
+      }
     }
     const int down = layer.stride_height * layer.in_width, right = layer.stride_width;
     int tap = 0;
@@ -258,8 +311,34 @@ struct Tile {
           for (int m = 0; m < kChannels; ++m) {
             const real_t factor = weight[m][tap];
             for (int p = 0; p < kSide * kSide; ++p) sums[m][p] += factor * inputs[p];
+            if constexpr (kNoisy) {
+              const real_t variance = weight[m][tap + network.num_weights];
+              for (int p = 0; p < kSide * kSide; ++p) variances[m][p] += variance * (inputs[p] * inputs[p]);
+            }
           }
         }
+  }
+
+  // Adds noise to sums; slopes = its derivatives by the variances, which they replace. `first` is the number of the
+  // normal of the corner in channel 0.
+  template <int kSide>
+  __device__ void add_noise(const Layer& layer, const Pass& pass, int64_t first, int group, int groups,
+                            real_t (&sums)[kChannels][kSide * kSide], real_t (&slopes)[kChannels][kSide * kSide]) {
+    Words words{};
+    int64_t counter = -1;
+    for (int m = 0; m < kChannels; ++m)
+      for (int p = 0; p < kSide * kSide; ++p) {
+        const int row = (group + m * groups) * layer.full_height() + p / kSide;
+        const int64_t number = first + row * layer.full_width() + p % kSide;
+        if (number / kAlignment != counter) {
+          counter = number / kAlignment;
+          words = philox(pass.seed, pass.offset + 1, counter);
+        }
+        const real_t normal = normal_of<real_t>(words, number % kAlignment);
+        const real_t deviation = std::sqrt(slopes[m][p] + real_t(kTiny));
+        sums[m][p] += deviation * normal;
+        slopes[m][p] = real_t(0.5) * normal / deviation;
+      }
   }
 
   // Adds sums over samples and places of the map, of which each row has `width`, to grad[target], ... A thread computes
@@ -289,10 +368,13 @@ struct Tile {
     __syncthreads();
   }
 
+  // Of the weights, or of their variances.
+  template <bool kVariance>
   __device__ void add_weight_gradient(const Layer& layer) {
+    const int set = kVariance ? network.num_weights : 0;
     const int area = layer.out_area(), height = layer.kernel_height, width = layer.kernel_width;
     const int down = layer.pool_height * layer.stride_height, right = layer.pool_width * layer.stride_width;
-    add_sums(layer.out_channels * layer.in_channels * height, width, area, layer.weight,
+    add_sums(layer.out_channels * layer.in_channels * height, width, area, layer.weight + set,
              [&](int row, int first, int part, int parts, real_t(&found)[kTaps]) {
                const int channel = row / height % layer.in_channels, out = row / height / layer.in_channels * area;
                const int offset = layer.input + channel * layer.in_area() + row % height * layer.in_width + first;
@@ -305,17 +387,21 @@ struct Tile {
                    for (; z >= layer.out_width; z -= layer.out_width) ++y;
                    const int at = layer.pooled() ? winner[place] : 0;
                    const real_t* const inputs = x + (y * down + (at >> 8)) * layer.in_width + z * right + (at & 255);
+                   const real_t grad =
+                       kVariance ? grad_y[place] * map(sample, layer.slope)[out + place] : grad_y[place];
                    for (int tap = 0; tap < kTaps; ++tap)
-                     if (first + tap < width) found[tap] += grad_y[place] * inputs[tap];
+                     if (first + tap < width)
+                       found[tap] += grad * (kVariance ? inputs[tap] * inputs[tap] : inputs[tap]);
                  }
                }
              });
     if (layer.bias < 0) return;
-    add_sums(layer.out_channels, 1, area, layer.bias,
+    add_sums(layer.out_channels, 1, area, layer.bias + set,
              [&](int channel, int, int part, int parts, real_t(&found)[kTaps]) {
                for (int sample = 0; sample < samples; ++sample)
                  for (int place = part; place < area; place += parts)
-                   found[0] += map(sample, layer.output)[channel * area + place];
+                   found[0] += map(sample, layer.output)[channel * area + place] *
+                               (kVariance ? map(sample, layer.slope)[channel * area + place] : real_t(1));
              });
   }
 
@@ -332,7 +418,7 @@ struct Tile {
       const int first_left = max(0, column - layer.kernel_width + layer.stride_width) / right;
       const int last_top = min(layer.out_height - 1, row / down);
       const int last_left = min(layer.out_width - 1, column / right);
-      real_t found[kChannels] = {};
+      real_t found[kChannels] = {}, of_squares[kChannels] = {};
       for (int channel = 0; channel < layer.out_channels; ++channel)
         for (int top = first_top; top <= last_top; ++top)
           for (int left = first_left; left <= last_left; ++left) {
@@ -344,9 +430,17 @@ struct Tile {
             const real_t* const weight = weights + layer.weight + channel * layer.fan_in() + i * layer.kernel_width + j;
             for (int m = 0; m < kChannels; ++m)
               found[m] += grad_y * weight[min(group + m * groups, layer.in_channels - 1) * taps];
+            if constexpr (kNoisy) {
+              const real_t of_variance = grad_y * map(sample, layer.slope)[output];
+              const real_t* const variance = weight + network.num_weights;
+              for (int m = 0; m < kChannels; ++m)
+                of_squares[m] += of_variance * variance[min(group + m * groups, layer.in_channels - 1) * taps];
+            }
           }
-      for (int m = 0; m < kChannels && group + m * groups < layer.in_channels; ++m)
-        map(sample, layer.input)[(group + m * groups) * area + place] = found[m];
+      for (int m = 0; m < kChannels && group + m * groups < layer.in_channels; ++m) {
+        real_t& x = map(sample, layer.input)[(group + m * groups) * area + place];
+        x = kNoisy ? found[m] + 2 * x * of_squares[m] : found[m];
+      }
     }
   }
 
@@ -387,14 +481,14 @@ struct Tile {
   }
 
   // Multiplies what a layer puts out and its slopes by the factors of dropout; a thread draws four words.
-  __device__ void drop(const Layer& layer, double dropout, uint64_t seed, uint64_t offset, int64_t begin) {
-    const uint64_t threshold = std::rint(dropout * 0x1p32);
-    const real_t scale = 1 / (1 - dropout);
+  __device__ void drop(const Layer& layer, const Pass& pass) {
+    const uint64_t threshold = std::rint(pass.dropout * 0x1p32);
+    const real_t scale = 1 / (1 - pass.dropout);
     const int size = layer.out_size(), quads = size / 4 + 2;
     for (int item = threadIdx.x; item < samples * quads; item += blockDim.x) {
       const int sample = item / quads;
-      const int64_t first = (begin + sample) * network.units + layer.unit, quad = first / 4 + item % quads;
-      const Words words = philox(seed, offset, quad);
+      const int64_t first = (pass.begin + sample) * network.units + layer.unit, quad = first / 4 + item % quads;
+      const Words words = philox(pass.seed, pass.offset, quad);
       for (int k = 0; k < 4; ++k) {
         const int64_t i = 4 * quad + k - first;
         if (i < 0 || i >= size) continue;

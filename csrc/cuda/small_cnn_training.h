@@ -8,6 +8,8 @@ namespace fastws {
 namespace {
 
 constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+constexpr double kK1 = 0.63576, kK2 = 1.8732, kK3 = 1.48695;  // of the divergence
+constexpr double kConvolutionBound = 8, kDenseBound = 10;     // of log alpha
 enum Optimizer { kSgd, kHeavyBall, kAdam, kAdamW };
 
 // The formulas of torch.optim.
@@ -40,10 +42,25 @@ struct Optimization {
   }
 };
 
-// Training steps and their arguments, which are on the device.
+// Variational dropout of one weight: log alpha in its bounds, and whether it is not at one of them.
 template <typename real_t>
+struct LogAlpha {
+  real_t value;
+  bool inside;
+
+  __device__ LogAlpha(real_t theta, real_t log_sigma, real_t bound) {
+    const real_t free = log_sigma - 2 * std::log(std::abs(theta) + real_t(kTiny));
+    inside = std::abs(free) <= bound;
+    value = free < -bound ? -bound : free > bound ? bound : free;
+  }
+};
+
+// Training steps and their arguments, which are on the device. Noisy networks have two parameters per weight: theta,
+// then log sigma^2.
+template <typename real_t, bool kNoisy>
 struct Training {
-  using number_t = real_t;
+  using tile_t = Tile<real_t, kNoisy>;
+  static constexpr bool kTraining = true;
   Network network;
   const real_t *images, *weights, *first, *second;
   real_t *new_weights, *new_first, *new_second, *losses;
@@ -54,44 +71,106 @@ struct Training {
   const void* batches;
   bool wide;  // int64 batches
   int64_t count, steps, batch_size, step;
+  real_t* divergences;
+  double kl_weight;
   int samples;  // of a tile
 
-  // Makes all steps of network g. Moments stay in global memory: they are needed once a step.
+  // Makes all steps of network g. What is needed once a step stays in global memory: moments and log sigma^2.
   __device__ void run(int64_t g, int64_t, int64_t, char* memory) const {
-    Tile<real_t> tile(network, memory, samples);
-    const int64_t size = network.num_weights, begin = g * size;
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
-      tile.weights[i] = weights[begin + i], tile.grad[i] = 0;
+    tile_t tile(network, memory, samples);
+    const int64_t size = network.num_weights, begin = g * size * tile_t::kSets;
+    for (int64_t i = threadIdx.x; i < size * tile_t::kSets; i += blockDim.x) {
+      new_weights[begin + i] = weights[begin + i], tile.grad[i] = 0;
       new_first[begin + i] = first[begin + i], new_second[begin + i] = second[begin + i];
+      tile.weights[i] = i < size ? weights[begin + i] : real_t(0);
     }
+    __syncthreads();
     for (int64_t s = 0; s < steps; ++s) {
       Score score{};
+      if constexpr (kNoisy) find_variances(tile, new_weights + begin + size);
       for (int64_t sample = 0; sample < batch_size; sample += samples) learn(tile, g, s, sample, score);
-      if (threadIdx.x < samples) tile.scores[threadIdx.x] = score;
+      if constexpr (kNoisy) complete_gradient(tile, new_weights + begin + size, score);
+      if (threadIdx.x < tile_t::num_scores(samples)) tile.scores[threadIdx.x] = score;
+      __syncthreads();
       const Optimization<real_t> optimization(optimizer[g], lr[g], weight_decay[g], step + s + 1);
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
         optimization.update(tile.grad[i], tile.weights[i], new_first[begin + i], new_second[begin + i]);
         tile.grad[i] = 0;
       }
+      if constexpr (kNoisy)
+        for_variances([&](int i, real_t) {
+          const int64_t place = begin + size + i;
+          optimization.update(tile.grad[size + i], new_weights[place], new_first[place], new_second[place]);
+          tile.grad[size + i] = 0;
+        });
+      if (threadIdx.x == 0) record(tile, g * steps + s);
       __syncthreads();
-      if (threadIdx.x > 0) continue;
-      for (int sample = 1; sample < samples; ++sample)
-        score.loss += tile.scores[sample].loss, score.correct += tile.scores[sample].correct;
-      losses[g * steps + s] = real_t(score.loss / batch_size), correct[g * steps + s] = score.correct;
     }
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) new_weights[begin + i] = tile.weights[i];
   }
 
  private:
   // Adds the gradients of the tile of step s that begins at sample `begin`.
-  __device__ void learn(Tile<real_t>& tile, int64_t g, int64_t s, int64_t begin, Score& score) const {
+  __device__ void learn(tile_t& tile, int64_t g, int64_t s, int64_t begin, Score& score) const {
     const int64_t place = (g * steps + s) * batch_size + begin;
     tile.samples = int(min(int64_t(samples), batch_size - begin));
     for (int sample = 0; sample < tile.samples; ++sample)
       tile.load(sample, images + image(place + sample) * network.image_size);
-    tile.forward(activation[g], dropout[g], seed[g], step + s, begin);
+    const uint64_t offset = kNoisy ? 2 * (step + s) : step + s;
+    tile.forward({activation[g], dropout[g], uint64_t(seed[g]), offset, begin});
     if (threadIdx.x < tile.samples) tile.classify(threadIdx.x, labels[image(place + threadIdx.x)], batch_size, score);
     tile.backward();
+  }
+
+  __device__ void record(const tile_t& tile, int64_t place) const {
+    Score sum{};
+    for (int thread = 0; thread < tile_t::num_scores(samples); ++thread) {
+      const Score& score = tile.scores[thread];
+      sum.loss += score.loss, sum.correct += score.correct, sum.divergence += score.divergence;
+    }
+    losses[place] = real_t(sum.loss / batch_size), correct[place] = sum.correct;
+    if constexpr (kNoisy) divergences[place] = real_t(sum.divergence);
+  }
+
+  // Calls body(i, bound of log alpha) for all weights that have a variance: not for biases of dense layers.
+  template <typename Body>
+  __device__ void for_variances(const Body& body) const {
+    for (int l = 0; l < network.num_layers; ++l) {
+      const Layer& layer = network.layers[l];
+      if (layer.kind != kConvolution) continue;
+      const real_t bound = layer.is_dense() ? kDenseBound : kConvolutionBound;
+      for (int i = threadIdx.x; i < layer.out_channels * layer.fan_in(); i += blockDim.x) body(layer.weight + i, bound);
+      if (layer.bias < 0 || layer.is_dense()) continue;
+      for (int i = threadIdx.x; i < layer.out_channels; i += blockDim.x) body(layer.bias + i, bound);
+    }
+  }
+
+  __device__ void find_variances(tile_t& tile, const real_t* log_sigma) const {
+    for_variances([&](int i, real_t bound) {
+      const real_t theta = tile.weights[i];
+      const LogAlpha<real_t> alpha(theta, log_sigma[i], bound);
+      tile.weights[network.num_weights + i] = std::exp(alpha.value) * theta * theta;
+    });
+  }
+
+  // From the gradients of means and variances to those of theta and log sigma^2.
+  __device__ void complete_gradient(tile_t& tile, const real_t* log_sigma, Score& score) const {
+    for_variances([&](int i, real_t bound) {
+      const real_t theta = tile.weights[i];
+      const LogAlpha<real_t> alpha(theta, log_sigma[i], bound);
+      real_t& of_variance = tile.grad[network.num_weights + i];
+      const real_t share = 1 / (1 + std::exp(-(real_t(kK2) + real_t(kK3) * alpha.value)));
+      score.divergence += real_t(kK1) - real_t(kK1) * share + real_t(0.5) * std::log1p(std::exp(-alpha.value));
+      if (alpha.inside) {  // there alpha * theta^2 is sigma^2 and does not depend on theta
+        const real_t slope = -real_t(kK1 * kK3) * share * (1 - share) - real_t(0.5) / (1 + std::exp(alpha.value));
+        const real_t sign = real_t(theta > 0) - real_t(theta < 0);
+        tile.grad[i] -= real_t(kl_weight) * slope * 2 * sign / (std::abs(theta) + real_t(kTiny));
+        of_variance = tile.weights[network.num_weights + i] * of_variance + real_t(kl_weight) * slope;
+      } else {
+        tile.grad[i] += 2 * std::exp(alpha.value) * theta * of_variance;
+        of_variance = 0;
+      }
+    });
   }
 
   __device__ int64_t image(int64_t place) const {
@@ -102,7 +181,8 @@ struct Training {
 // An evaluation and its arguments.
 template <typename real_t>
 struct Evaluation {
-  using number_t = real_t;
+  using tile_t = Tile<real_t>;
+  static constexpr bool kTraining = false;
   Network network;
   const real_t *images, *weights;
   const int32_t* activation;
@@ -114,13 +194,13 @@ struct Evaluation {
   __device__ void run(int64_t g, int64_t part, int64_t parts, char* memory) const {
     const int64_t size = network.num_weights;
     const int num_classes = network.num_classes, output = network.layers[network.num_layers - 1].output;
-    Tile<real_t> tile(network, memory, samples);
+    tile_t tile(network, memory, samples);
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) tile.weights[i] = weights[g * size + i];
     for (int64_t begin = part * samples; begin < num_images; begin += parts * samples) {
       tile.samples = int(min(int64_t(samples), num_images - begin));
       for (int sample = 0; sample < tile.samples; ++sample)
         tile.load(sample, images + (begin + sample) * network.image_size);
-      tile.forward(activation[g], 0, 0, 0, begin);
+      tile.forward({activation[g], 0, 0, 0, begin});
       for (int i = threadIdx.x; i < tile.samples * num_classes; i += blockDim.x)
         logits[(g * num_images + begin) * num_classes + i] = tile.map(i / num_classes, output)[i % num_classes];
     }
@@ -135,11 +215,11 @@ struct Plan {
 
 // Two blocks of a multiprocessor share its memory, so that one computes while the other waits. A network too large for
 // that gets all of what a block can have; one too large for this is in global memory, that is in caches.
-template <typename real_t>
-Plan make_plan(const Network& network, int64_t batch_size, bool training, int64_t half, int64_t whole) {
+template <typename Work>
+Plan make_plan(const Network& network, int64_t batch_size, int64_t half, int64_t whole) {
   constexpr int64_t kSamplesOutside = 8;
-  const int64_t fixed = Tile<real_t>::size_of(network, 0, training);
-  const int64_t each = Tile<real_t>::size_of(network, 1, training) - fixed;
+  const int64_t fixed = Work::tile_t::size_of(network, 0, Work::kTraining);
+  const int64_t each = Work::tile_t::size_of(network, 1, Work::kTraining) - fixed;
   const int64_t limit = fixed + each <= half ? half : whole;
   const bool shared = fixed + each <= limit;
   const int64_t most = std::min<int64_t>(shared ? (limit - fixed) / each : kSamplesOutside, kThreads);
