@@ -1,11 +1,13 @@
-"""ResNets with the names of their published checkpoints: those of the zoos (3 x 3 stem) and of ImageNet."""
+"""ResNets with the names of their published checkpoints: those of the zoos (3 x 3 stem), of ImageNet and of CIFAR."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
@@ -89,3 +91,60 @@ class ResNet(nn.Module):
         x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
+
+
+class CIFARBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, option: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, 1 if inputs == width else 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        self.padding = (width - inputs) // 2  # channels of zeros before and behind those of the input
+        if option == "b" and self.padding:
+            self.padding = 0
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+        return torch.relu(y + self.shortcut(x))
+
+
+class CIFARResNet(nn.Module):
+    """The ResNets for images ``[B, 3, 32, 32]`` (arXiv 1512.03385, section 4.2); gives logits ``[B, num_classes]``.
+
+    Args:
+        depth: 20, 32, 44, 56 or 110.
+        option: Of the shortcuts where the width changes: ``"a"`` takes every other pixel and pads channels with zeros;
+            ``"b"`` is a 1 x 1 convolution.
+        num_classes: Width of the output.
+
+    Raises:
+        ValueError: If depth or option are not one of these.
+    """
+
+    def __init__(self, depth: int, option: Literal["a", "b"] = "a", num_classes: int = 10):
+        super().__init__()
+        if depth not in CIFAR_DEPTHS or option not in ("a", "b"):
+            raise ValueError(
+                f"resnet: depth must be one of {CIFAR_DEPTHS} and option a or b, got {depth} and {option!r}"
+            )
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        inputs = 16
+        for stage, width in enumerate((16, 32, 64)):
+            widths = [inputs] + [width] * ((depth - 2) // 6)
+            blocks = [CIFARBlock(before, width, option) for before in widths[:-1]]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            inputs = width
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))

@@ -1,0 +1,150 @@
+"""Networks to be stored, by the name of their architecture, and the feature maps that are compared in distillation."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fastws.files import load_checkpoint
+from fastws.nn.resnet import CIFAR_DEPTHS, CIFARResNet, ResNet
+
+# networks of this package: name, and how to make one for a number of classes
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    **{
+        f"cifar-resnet{depth}-{option}": partial(CIFARResNet, depth, option)
+        for depth in CIFAR_DEPTHS
+        for option in "ab"
+    },
+    **{f"resnet{depth}": partial(ResNet, depth, stem="imagenet") for depth in (18, 34, 50, 101, 152)},
+}
+LIBRARIES = ("torchvision", "timm")  # that may be installed, and have more
+
+
+def load_teacher(architecture: str, weights: str | Path, num_classes: int | None = None) -> nn.Module:
+    """A trained network, in evaluation mode, without gradients.
+
+    Args:
+        architecture: A name in ``ARCHITECTURES``, as ``"cifar-resnet20-a"`` or ``"resnet18"``; or, where they are
+            installed, ``"torchvision:vgg16"`` or ``"timm:resnet10t"``.
+        weights: Checkpoint, safetensors or torch; nothing in it is executed.
+        num_classes: Of the network; by default the length of the last vector of the checkpoint, its last bias.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the architecture is unknown, or the weights are not finite or of another network.
+    """
+    state = load_checkpoint(weights)
+    if num_classes is None:
+        vectors = [tensor for tensor in state.values() if tensor.dim() == 1]
+        num_classes = len(vectors[-1]) if vectors else len(list(state.values())[-1])
+    teacher = make_architecture(architecture, num_classes)
+    load_weights(teacher, state, f"{weights}")
+    return teacher.eval().requires_grad_(False)
+
+
+def make_architecture(name: str, num_classes: int) -> nn.Module:
+    library, _, model = name.rpartition(":")
+    if not library and name in ARCHITECTURES:
+        return ARCHITECTURES[name](num_classes)
+    if library not in LIBRARIES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"nern: architecture must be {known}, torchvision:<name> or timm:<name>, got {name!r}")
+    if find_spec(library) is None:
+        raise ValueError(f"nern: {library} must be installed for {name!r}, got none; pip install {library}")
+    # imported when it is wanted: either takes seconds
+    if library == "timm":
+        make = partial(import_module("timm").create_model, pretrained=False)
+    else:
+        make = partial(import_module("torchvision.models").get_model, weights=None)
+    try:
+        return make(model, num_classes=num_classes)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"nern: architecture must be one of {library}, got {model!r}: {error}") from error
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Loads a state dict; steps counted by batch norms, which old checkpoints do not have, stay as they are."""
+    expected = network.state_dict()
+    counters = {name: steps for name, steps in expected.items() if name.endswith("num_batches_tracked")}
+    state = counters | state
+    for name in expected | state:
+        ours, theirs = (list(one[name].shape) if name in one else "nothing" for one in (expected, state))
+        if ours != theirs:
+            raise ValueError(f"{where}: {name!r} must be {ours}, got {theirs}; it is of another architecture")
+        bad = (~state[name].isfinite()).sum()
+        if bad:
+            raise ValueError(f"{where}: {name!r} must be finite, got {bad} values that are NaN or infinite")
+    network.load_state_dict(state)
+
+
+# --- feature maps
+
+PLAIN = (functional.relu, torch.relu, Tensor.relu, functional.relu6, functional.hardtanh, functional.leaky_relu)
+PLAIN += (functional.elu, functional.gelu, functional.silu, functional.mish, functional.hardswish)
+IN_PLACE = (functional.relu_, torch.relu_, Tensor.relu_, functional.hardtanh_, functional.leaky_relu_, functional.elu_)
+ACTIVATIONS = {*PLAIN, *IN_PLACE}
+SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+
+
+class FeatureTaps(TorchFunctionMode):
+    """Records the feature maps of a network that runs inside: those that go into its activations.
+
+    No names are needed, so it works on any module. A map is any ``[B, C, H, W]`` that an activation meets.
+
+    Args:
+        after: Record what comes out of activations instead, as the published code does, unwillingly, on networks
+            whose activations are in place (ResNet-18 of torchvision).
+        doubled: Give sums of a block and its shortcut the weight 2. In the published code they take the place of what
+            the block computes before the sum, because the sum is in place, and so count twice.
+
+    Attributes:
+        maps: Of the last run, in order.
+        weights: Of each map, 1 or 2.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(inplace=True))
+        >>> with FeatureTaps() as taps:
+        ...     outputs = network(torch.zeros(1, 3, 8, 8))
+        >>> [list(x.shape) for x in taps.maps], taps.weights
+        ([[1, 8, 6, 6], [1, 4, 4, 4]], [1, 1])
+    """
+
+    def __init__(self, *, after: bool = False, doubled: bool = False):
+        super().__init__()
+        self.after, self.doubled = after, doubled
+        self.clear()
+
+    def clear(self) -> None:
+        self.maps: list[Tensor] = []
+        self.weights: list[int] = []
+        self.last_sum: Tensor | None = None
+
+    def __enter__(self):
+        self.clear()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.last_sum = None
+        return super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in ACTIVATIONS or args[0].dim() != 4:
+            result = function(*args, **kwargs)
+            if function in SUMS:
+                self.last_sum = result
+            return result
+        before = args[0]
+        self.weights.append(2 if self.doubled and before is self.last_sum else 1)
+        in_place = function in IN_PLACE or kwargs.get("inplace")
+        if in_place and not self.after:
+            before = before.clone()  # the activation overwrites its argument
+        result = function(*args, **kwargs)
+        self.maps.append(result if self.after else before)
+        return result
