@@ -65,14 +65,20 @@ class ImageSet:
 
         Each epoch visits every image once, in an order of its own.
         """
+        return self.labelled_batch(size, seed, step, device)[0]
+
+    def labelled_batch(self, size: int, seed: int, step: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+        """The same images and their labels, ``[size]`` int64."""
         part = self.parts.get("train")
         if part is None:
             raise ValueError("nern images: data must have training images, got none; train without data instead")
         chosen = take(part, choose(len(part.labels), size, seed, step))
         words = philox_reference(seed, AUGMENT + step, 5 * size, CPU).view(5, size)
         if isinstance(chosen, Files):
-            return self.normalise(decode(chosen.paths, self.shape[1], words), device)
-        return self.normalise(flip_and_crop(chosen.images, words), device)
+            images = decode(chosen.paths, self.shape[1], words)
+        else:
+            images = flip_and_crop(chosen.images, words)
+        return self.normalise(images, device), chosen.labels.to(device)
 
     def batches(self, part: str, size: int, device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """Images ``[<= size, C, H, W]`` of a part as they are, normalised, and their labels, in order."""
