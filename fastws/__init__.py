@@ -10,11 +10,15 @@ from fastws.version import __version__
 
 # what is imported at first use, and from where: registering all ops with torch would take longer than all the rest
 LATER = {
+    "AliasTable": "fastws.ops.weighted_sample",
     "Layout": "fastws.layout",
     "Symmetry": "fastws.symmetry",
     "Tokens": "fastws.tokens",
     "Zoo": "fastws.zoo",
+    "complement": "fastws.ops.random_subset",
+    "coordinate_mlp": "fastws.ops.coordinate_mlp",
     "detokenize": "fastws.ops.tokenize",
+    "feature_distance": "fastws.ops.feature_distance",
     "kernel_order": "fastws.ops.kernel_order",
     "layer_statistics": "fastws.ops.layer_statistics",
     "layer_table": "fastws.small_cnn",
@@ -22,11 +26,13 @@ LATER = {
     "nt_xent": "fastws.ops.nt_xent",
     "permute": "fastws.ops.permute",
     "random_permutations": "fastws.ops.permute",
+    "random_subset": "fastws.ops.random_subset",
     "small_cnn_logits": "fastws.ops.small_cnn_step",
     "small_cnn_step": "fastws.ops.small_cnn_step",
     "token_views": "fastws.ops.token_views",
     "tokenize": "fastws.ops.tokenize",
     "variational_cnn_step": "fastws.ops.variational_cnn_step",
+    "weighted_sample": "fastws.ops.weighted_sample",
 }
 PACKAGES = ("downstream", "nn", "ops", "zoo")
 __all__ = ["__version__", *LATER, *PACKAGES]

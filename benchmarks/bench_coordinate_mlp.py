@@ -1,0 +1,154 @@
+"""fastws.coordinate_mlp against the published evaluation, its reference and the compiled reference.
+
+The published evaluation takes the rows of a matrix of embeddings, [n, 240], in a random order, puts batches of 4,096 of
+them through five linear layers, and writes the results to their places; with gradients, one batch.
+
+Predicted, for one core of 32 FLOPs per cycle at 3.4 GHz, 109 GFLOP/s, in fp32. Forward, n rows of width h: the first
+layer is a sum of table rows, so that 2n(3h^2 + 9h) FLOPs are left; activations stay in cache. ResNet-20 at h = 180:
+5.9 GFLOP, at least 54 ms, at 90 % of peak 60 ms. ResNet-56 at h = 320: 58.4 GFLOP, at least 536 ms, at 90 % 595 ms.
+The published form has 8.4 and 72.9 GFLOP and moves each activation and embedding through memory: at 75 % of peak
+103 + 30 ms and 890 + 200 ms, so that 2.2 and 1.8 times its speed is what fp32 has to give here. Forward and backward of
+4,096 rows at h = 180: the backward pass computes the forward pass again, 4 products instead of 3, 3.2 GFLOP, 33 ms at
+90 %; the published form has 3.1 GFLOP, 38 ms at 75 % and 10 ms of memory: 1.5 times. bf16 without instructions for it
+is computed in fp32 and takes as long; AVX512-BF16 has twice the FLOPs of AVX-512.
+
+Run: python benchmarks/bench_coordinate_mlp.py
+"""
+
+import statistics
+
+import torch
+from harness import DEVICE, implementation_name, record, time_all
+from torch import nn
+
+from fastws.ops.coordinate_mlp import coordinate_mlp_reference, coordinates
+from fastws.testing import implementations
+
+BATCH = 4096
+NETWORKS = {  # blocks per stage of a CIFAR ResNet, and the width of its NeRN
+    "ResNet-20, h = 180": (3, 180),
+    "ResNet-56, h = 320": (9, 320),
+}
+
+
+def grid_of(blocks: int) -> list[tuple[int, int]]:
+    """Filters and channels of the 3 x 3 convolutions of a CIFAR ResNet."""
+    stages = [(16, 16), (32, 16), (64, 32)]
+    return [(16, 3)] + [
+        (width, before if block + convolution == 0 else width)
+        for width, before in stages
+        for block in range(blocks)
+        for convolution in range(2)
+    ]
+
+
+class Published(nn.Module):
+    """Five linear layers on rows of embeddings."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        sizes = [240, width, width, width, width, 9]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def arguments(model: Published, axes: list[torch.Tensor], grid: torch.Tensor, rows: torch.Tensor) -> tuple:
+    """Arguments of the op, in the dtype and for the parameters of ``model``."""
+    first, *rest = model.layers
+    tables = [axis @ weight.T for axis, weight in zip(axes, first.weight.split(80, dim=1), strict=True)]
+    tables[0] = tables[0] + first.bias
+    hidden = torch.stack([x.weight for x in rest[:-1]]), torch.stack([x.bias for x in rest[:-1]])
+    return *tables, grid, rows, *hidden, rest[-1].weight, rest[-1].bias, 0
+
+
+def prepare(blocks: int, width: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = Published(width).to(DEVICE, dtype)
+    layers = grid_of(blocks)
+    frequencies = torch.pi * 0.76 ** torch.arange(40)
+    sizes = len(layers), max(f for f, _ in layers), max(c for _, c in layers)
+    phases = [torch.arange(size)[:, None] * frequencies for size in sizes]
+    axes = [torch.stack([phase.sin(), phase.cos()], dim=2).flatten(1).to(DEVICE, dtype) for phase in phases]
+    places = coordinates(torch.tensor(layers), torch.arange(sum(f * c for f, c in layers)))
+    embeddings = torch.cat([axis[place.to(DEVICE)] for axis, place in zip(axes, places, strict=True)], dim=1)
+    return model, axes, torch.tensor(layers, device=DEVICE), embeddings
+
+
+def measure(case: str, runs: dict, flops: float) -> None:
+    for name, seconds in time_all(runs, ()).items():
+        us = statistics.median(seconds) * 1e6
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0, 0, 0]
+        spread = (quartiles[2] - quartiles[0]) * 1e6
+        record(op="coordinate_mlp", implementation=name, case=case, us=us, iqr=spread, gflop_per_s=flops / us / 1e3)
+
+
+def ways(with_reference=True) -> dict:
+    """Name: function, of every implementation that can be timed here."""
+    runs = {}
+    for name, function, device in implementations("coordinate_mlp"):
+        if device == DEVICE and not (name == "triton" and DEVICE == "cpu"):
+            runs[implementation_name("coordinate_mlp", name)] = function
+    compiled = torch.compile(coordinate_mlp_reference)
+    return runs | ({"reference": coordinate_mlp_reference, "compiled": compiled} if with_reference else {})
+
+
+def forward(network: str, dtype: torch.dtype) -> None:
+    blocks, width = NETWORKS[network]
+    with torch.no_grad():
+        model, axes, grid, embeddings = prepare(blocks, width, dtype)
+        count = len(embeddings)
+        args = arguments(model, axes, grid, torch.arange(count, device=DEVICE))
+
+        def published():
+            order, y = torch.randperm(count, device=DEVICE), torch.zeros(count, 9, device=DEVICE, dtype=dtype)
+            rest = embeddings[order]
+            y[order] = torch.vstack([model(rest[i : i + BATCH]) for i in range(0, count, BATCH)])
+            return y
+
+        runs = {name: lambda function=function: function(*args) for name, function in ways().items()}
+        runs["published"] = published
+        expected = published().double()
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for name, run in runs.items():  # no speed without correctness
+            torch.testing.assert_close(run().double(), expected, rtol=0, atol=tolerance, msg=name)
+        measure(f"{network}, {str(dtype)[6:]}", runs, count * 2 * (3 * width**2 + 9 * width))
+
+
+def with_gradients(network: str) -> None:
+    blocks, width = NETWORKS[network]
+    model, axes, grid, embeddings = prepare(blocks, width, torch.float32)
+    rows, parameters = torch.randperm(len(embeddings), device=DEVICE)[:BATCH], list(model.parameters())
+    grad = torch.randn(BATCH, 9, device=DEVICE)
+
+    def published():
+        return torch.autograd.grad(model(embeddings[rows]), parameters, grad)
+
+    def autograd(function):
+        return torch.autograd.grad(function(*arguments(model, axes, grid, rows)), parameters, grad)
+
+    def plain(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, weight, bias, _):
+        layer, f, c = coordinates(grid, rows)
+        x = (layer_table[layer] + filter_table[f] + channel_table[c]).relu()
+        for w, b in zip(hidden_weights, hidden_biases, strict=True):
+            x = nn.functional.linear(x, w, b).relu()
+        return nn.functional.linear(x, weight, bias)
+
+    functions = ways(with_reference=False) | {"plain autograd": plain, "compiled": torch.compile(plain)}
+    runs = {name: lambda function=function: autograd(function) for name, function in functions.items()}
+    runs["published"] = published
+    for name, run in runs.items():
+        for actual, expected in zip(run(), published(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item(), msg=name)
+    measure(f"{network}, 4,096 rows, forward and backward", runs, BATCH * 6 * (3 * width**2 + 9 * width))
+
+
+if __name__ == "__main__":
+    for network in NETWORKS:
+        forward(network, torch.float32)
+    with_gradients("ResNet-20, h = 180")
+    for network in NETWORKS:
+        forward(network, torch.bfloat16)

@@ -1,0 +1,246 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastws
+from fastws import _native
+from fastws.ops.coordinate_mlp import ACTIVATIONS, coordinate_mlp_backward_reference, coordinate_mlp_reference
+from fastws.testing import assert_as_accurate, devices, implementations
+
+GRID = [(3, 2), (1, 1), (4, 3), (2, 70), (5, 1)]
+KERNELS = sum(filters * channels for filters, channels in GRID)
+CASES = [  # rows, h, hidden layers, outputs
+    (1, 1, 0, 1),
+    (0, 8, 1, 9),
+    (50, 33, 3, 9),
+    (261, 180, 3, 9),
+    (100, 320, 1, 25),
+    (37, 513, 2, 1),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def example(count, width, depth, outputs, dtype=torch.float32, device="cpu", activation=0):
+    """Arguments of the op; what can be strided is."""
+    rng = torch.Generator().manual_seed(0)
+
+    def strided(*shape, scale=1.0):
+        x = torch.randn(*shape, 2, generator=rng) * scale
+        return x.to(device, dtype)[..., 0]
+
+    tables = strided(len(GRID) + 1, width), strided(5, width), strided(70, width)
+    grid = torch.tensor(GRID).T.contiguous().T.to(device)
+    rows = torch.randint(KERNELS, (count, 2), generator=rng).to(device)[:, 0]
+    hidden = strided(depth, width, width, scale=(2 / width) ** 0.5), strided(depth, width)
+    last = strided(outputs, width, scale=width**-0.5), strided(outputs)
+    return *tables, grid, rows, *hidden, *last, activation
+
+
+def from_embeddings(embeddings, first_weight, grid, layers, activation):
+    """The published form: a row of joined embeddings per kernel, then linear layers."""
+    function = ACTIVATIONS[activation][0]
+    places = [(i, f, c) for i, size in enumerate(grid) for f in range(size[0]) for c in range(size[1])]
+    x = torch.stack([torch.cat([table[i] for table, i in zip(embeddings, place, strict=True)]) for place in places])
+    x = x @ first_weight.T
+    for weight, bias in layers:
+        x = torch.nn.functional.linear(function(x), weight, bias)
+    return x
+
+
+def nth(function, output):
+    return lambda *args: function(*args)[output]
+
+
+@pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_coordinate_mlp_is_the_reference(name, function, device, dtype, case):
+    args = example(*case, dtype, device)
+    actual = function(*args)
+    assert actual.shape == (case[0], case[3]) and actual.dtype == dtype
+    if case[0]:
+        assert_as_accurate(actual, coordinate_mlp_reference, *args)
+
+
+@pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp_backward"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_coordinate_mlp_backward_is_the_reference(name, function, device, dtype, case):
+    args = example(*case, dtype, device, activation=list(ACTIVATIONS).index("gelu"))
+    grad = torch.randn(case[0], case[3], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    actual = function(grad, *args)
+    for output, (x, like) in enumerate(zip(actual, [*args[:3], *args[5:9]], strict=True)):
+        assert x.shape == like.shape and x.dtype == dtype
+        if x.numel():
+            assert_as_accurate(x, nth(coordinate_mlp_backward_reference, output), grad, *args)
+
+
+@pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coordinate_mlp_activations(name, function, device, activation, dtype):
+    args = example(64, 40, 2, 9, dtype, device, list(ACTIVATIONS).index(activation))
+    args = 3 * args[0], *args[1:]  # so that all branches are taken
+    assert_as_accurate(function(*args), coordinate_mlp_reference, *args)
+    grad = torch.ones(64, 9, dtype=dtype, device=device)
+    backward = dict((n, f) for n, f, d in implementations("coordinate_mlp_backward") if d == device)
+    for output, x in enumerate(backward[name](grad, *args)):
+        assert_as_accurate(x, nth(coordinate_mlp_backward_reference, output), grad, *args)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_by_hand(device):
+    tables = [torch.tensor(t, device=device) for t in ([[1.0], [-10.0]], [[0.0], [2.0]], [[0.0], [1.0]])]
+    grid = torch.tensor([[1, 2], [2, 2]], device=device)
+    rows = torch.tensor([1, 5, 0, 0], device=device)
+    weights = [torch.tensor([[2.0]], device=device), torch.tensor([[3.0], [-1.0]], device=device)]
+    biases = [torch.tensor([1.0], device=device), torch.tensor([0.0, 4.0], device=device)]
+    y = fastws.coordinate_mlp(tables, grid, rows, weights, biases)  # 1 + 1, -10 + 2 + 1, 1, 1, then 2x + 1
+    assert y.tolist() == [[15.0, -1.0], [3.0, 3.0], [9.0, 1.0], [9.0, 1.0]]
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_coordinate_mlp_is_the_published_predictor(device, activation):
+    rng = torch.Generator().manual_seed(0)
+    sizes = len(GRID), 5, 70
+    embeddings = [torch.randn(size, 4, generator=rng, dtype=torch.float64).to(device) for size in sizes]
+    shapes = (7, 12), (7, 7), (7,), (9, 7), (9,)
+    parameters = [torch.randn(*s, generator=rng, dtype=torch.float64).to(device).requires_grad_() for s in shapes]
+    first, *rest = parameters
+    tables = [e @ w.T for e, w in zip(embeddings, first.split(4, dim=1), strict=True)]
+    rows, grid = torch.arange(KERNELS, device=device), torch.tensor(GRID, device=device)
+    y = fastws.coordinate_mlp(tables, grid, rows, rest[::2], rest[1::2], activation=activation)
+    expected = from_embeddings(embeddings, first, GRID, [rest[:2], rest[2:]], activation)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(z.pow(2).sum(), parameters) for z in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_rows_do_not_depend_on_each_other(device):
+    *tables, grid, rows, weights, biases, weight, bias, activation = example(261, 65, 2, 9, device=device)
+    network = weights, biases, weight, bias, activation
+    y = torch.ops.fastws.coordinate_mlp(*tables, grid, rows, *network)
+    for part in (slice(3, 4), slice(10, 37), slice(40, 250)):
+        alone = torch.ops.fastws.coordinate_mlp(*tables, grid, rows[part], *network)
+        exact = device == "cpu" and "coordinate_mlp" in _native.COMPILED["cpu"]  # libraries choose by the size
+        torch.testing.assert_close(alone, y[part], **({"rtol": 0, "atol": 0} if exact else {}))
+    swapped = torch.ops.fastws.coordinate_mlp(*tables[:2], tables[2].roll(1, 0), grid, rows, *network)
+    assert (swapped - y).abs().max() > 0.1  # a wrong coordinate is noticed
+
+
+@pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_of_nan_is_nan(device):
+    for activation in range(len(ACTIVATIONS)):
+        args = example(30, 20, 2, 9, device=device, activation=activation)
+        args[0][2, 5] = float("nan")
+        bad = fastws.ops.coordinate_mlp.coordinates(args[3], args[4])[0] == 2
+        y = torch.ops.fastws.coordinate_mlp(*args)
+        assert y[bad].isnan().all() and not y[~bad].isnan().any()
+
+
+@pytest.mark.skipif("coordinate_mlp" not in _native.COMPILED["cpu"], reason="PyTorch's own sums depend on the threads")
+def test_coordinate_mlp_does_not_depend_on_the_threads():
+    args = example(1500, 33, 2, 9)
+    grad, threads = torch.randn(1500, 9), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y = torch.ops.fastws.coordinate_mlp(*args)
+        results.append((y, *torch.ops.fastws.coordinate_mlp_backward(grad, *args)))
+    torch.set_num_threads(threads)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_coordinate_mlp_gradients(device, activation):
+    *arguments, grid, rows, weights, biases, weight, bias, _ = example(6, 5, 2, 4, torch.float64, device)
+    inputs = [x.clone().requires_grad_() for x in (*arguments, *weights, weight, *biases, bias)]
+
+    def function(*x):
+        return fastws.coordinate_mlp(x[:3], grid, rows, x[3:6], x[6:], activation=activation)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_coordinate_mlp_is_differentiable_once():
+    *tables, grid, rows, _, _, weight, bias, _ = example(6, 5, 0, 4)
+    y = fastws.coordinate_mlp([tables[0].clone().requires_grad_(), *tables[1:]], grid, rows, [weight], [bias])
+    (grad,) = torch.autograd.grad(y.sum(), y.grad_fn.next_functions[0][0].variable, create_graph=True)
+    with pytest.raises(NotImplementedError, match="coordinate_mlp: differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_opcheck(device):
+    args = example(20, 9, 2, 3, device=device)
+    grad = torch.randn(20, 3, device=device)
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp_backward.default, (grad, *args))
+    args = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp.default, tuple(args))
+
+
+@pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_compiles(device):
+    *tables, grid, rows, weights, biases, weight, bias, _ = example(20, 9, 2, 3, device=device)
+    weight = weight.clone().requires_grad_()
+
+    def function(weight):
+        return fastws.coordinate_mlp(tables, grid, rows, [*weights, weight], [*biases, bias]).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    losses = function(weight), compiled(weight)
+    assert losses[0] == losses[1]
+    assert torch.equal(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
+MEMORY = """
+import resource, torch, fastws
+torch.set_num_threads(1)
+def train(rows):
+    h, grid = 512, torch.tensor([[256, 256]])
+    tables = [torch.randn(256, h, requires_grad=True) for _ in range(3)]
+    weights = [torch.randn(h, h, requires_grad=True) for _ in range(3)] + [torch.randn(9, h, requires_grad=True)]
+    biases = [torch.randn(h) for _ in range(3)] + [torch.randn(9)]
+    fastws.coordinate_mlp(tables, grid, torch.arange(rows), weights, biases).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = train(2048)
+print(train(10240) - small)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
+def test_coordinate_mlp_stores_no_activations():
+    output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout
+    # four inputs and four outputs of activations of 8,192 rows would be 128 MiB, rows and predictions are 0.4
+    assert float(output) < 40
+
+
+def test_coordinate_mlp_names_the_wrong_argument():
+    *tables, grid, rows, weights, biases, weight, bias, _ = example(20, 9, 2, 3)
+
+    def call(tables=tables, grid=grid, rows=rows, weights=(*weights, weight), biases=(*biases, bias), **activation):
+        return fastws.coordinate_mlp(tables, grid, rows, weights, biases, **activation)
+
+    for arguments, message in [
+        ({"activation": "tanh"}, "activation must be one of relu, leaky_relu, .*, got 'tanh'"),
+        ({"tables": tables[:2]}, r"tables must be three of \[indices, h\], not empty, got \[\[6, 9\], \[5, 9\]\]"),
+        (
+            {"tables": [t[:, :0] for t in tables]},
+            "tables must be .*, not empty, got .*70, 0",
+        ),
+        ({"biases": biases}, "weights and biases must be of as many layers, at least 1, got 3 and 2"),
+        ({"weights": (*weights, weight[:, 1:])}, r"weights\[2\] must be \[3, 9\] torch.float32 on cpu, got \[3, 8\]"),
+        ({"biases": (*biases, bias.double())}, r"biases\[2\] must be \[3\] torch.float32 .*, got \[3\] torch.float64"),
+        ({"rows": rows.int()}, r"rows must be \[n\] int64 on cpu, got \[20\] torch.int32"),
+        ({"rows": rows + KERNELS}, rf"rows must be kernels of the grid, 0 to {KERNELS - 1}, got "),
+        ({"grid": 0 * grid}, "grid must hold at least 1 filter and 1 channel, got 0"),
+        ({"tables": (*tables[:2], tables[2][:69])}, r"tables\[2\] must have a row for each of 70 channels, got 69"),
+    ]:
+        with pytest.raises(ValueError, match=f"coordinate_mlp: {message}"):
+            call(**arguments)
