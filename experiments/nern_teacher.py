@@ -7,7 +7,7 @@ images bring most of them back. With --smoothness 1e-4 neighbouring kernels are 
 regularisation of originals.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,11 @@ class Config(loop.Config):
     eval_every: int = 704
 
 
+SMOKE = {"steps": 2, "batch_size": 4, "eval_every": 2}
+
+
 def run(config: Config) -> dict[str, float]:
+    config = replace(config, **SMOKE) if config.smoke else config
     with processes.join(config.device) as device:
         images = open_images(config.data, limit=64 if config.smoke else None)
         network = load_teacher(config.architecture, config.weights).requires_grad_(True).to(device)

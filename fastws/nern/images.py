@@ -4,6 +4,7 @@ What a step sees is a function of seed and step: a resumed run goes on with the 
 for evaluation only.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,7 +30,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; the pub
 MARGIN = 4  # pixels of black around CIFAR's images before they are cropped
 CENTER = 0.875  # part of a file's shorter side that is evaluated
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops of files, relative to the image
-THREADS = 4  # that decode files
 
 
 class Pixels(NamedTuple):
@@ -208,7 +208,7 @@ def flip_and_crop(images: Tensor, words: Tensor) -> Tensor:
 def decode(paths: list[Path], size: int, words: Tensor | None = None) -> Tensor:
     """Images ``[B, 3, size, size]`` uint8: random parts with ``words`` ``[5, B]``, else the middle."""
     draws = [None] * len(paths) if words is None else (words * UNIT).T.tolist()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.from_numpy(numpy.stack(list(pool.map(decode_one, paths, [size] * len(paths), draws))))
 
 
