@@ -208,8 +208,8 @@ def test_lists_that_do_not_fit_are_refused():
         losses.rmse([torch.zeros(4, 3, 3, 3)], [torch.zeros(5, 3, 3, 3)])
     with pytest.raises(ValueError, match=r"layer_mse: .* got 2 and 1 tensors"):
         losses.layer_mse([torch.zeros(1)] * 2, [torch.zeros(1)])
-    with pytest.raises(ValueError, match=r"image_distance: .* got 0 and 0 tensors"):
-        losses.image_distance([], [], [])
+    with pytest.raises(ValueError, match=r"similarity_distance: .* got 0 and 0 tensors"):
+        losses.similarity_distance([], [], [])
 
 
 # --- the maps that are compared

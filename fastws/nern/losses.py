@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, softmax
 
+from fastws.ops.feature_distance import feature_distance
+
 EPSILON = 1e-3  # added to the norms of feature maps
 STABLE = 1e-4  # added to probabilities
 TEMPERATURE = 2.0
@@ -101,11 +103,10 @@ def temperature_kl(student: Tensor, teacher: Tensor) -> Tensor:
 # --- feature maps
 
 
-def image_distance(student: Maps, teacher: Maps, weights: Sequence[float]) -> Tensor:
-    """Squared distance of feature maps that are divided by their norms image by image.
+def batch_distance(student: Maps, teacher: Maps, weights: Sequence[float]) -> Tensor:
+    """As ``fastws.feature_distance``, but with one norm for all images; published ``L2AttentionLoss``.
 
-    ``sum(weight * |F / (|F| + 1e-3) - G / (|G| + 1e-3)|**2) / B`` over maps and images. The published
-    ``L2BatchedAttentionLoss``.
+    ``sum(weight * |F / |F| - G / (|G| + 1e-3)|**2)`` over maps, F of the teacher and G of the student.
 
     Args:
         student: Feature maps, ``[B, ...]`` each, floating point.
@@ -114,21 +115,6 @@ def image_distance(student: Maps, teacher: Maps, weights: Sequence[float]) -> Te
 
     Returns:
         ``[]``.
-    """
-    check("image_distance", student, teacher)
-
-    def normalised(x: Tensor) -> Tensor:
-        rows = x.flatten(1)
-        return rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + EPSILON)
-
-    terms = [(normalised(x) - normalised(y)).square().sum() for x, y in zip(student, teacher, strict=True)]
-    return weighted(terms, weights) / len(student[0])
-
-
-def batch_distance(student: Maps, teacher: Maps, weights: Sequence[float]) -> Tensor:
-    """As ``image_distance``, but with one norm for all images and no division by B; published ``L2AttentionLoss``.
-
-    ``sum(weight * |F / |F| - G / (|G| + 1e-3)|**2)`` over maps, F of the teacher and G of the student.
     """
     check("batch_distance", student, teacher)
     norm = torch.linalg.vector_norm
@@ -140,7 +126,7 @@ def similarity_distance(student: Maps, teacher: Maps, weights: Sequence[float]) 
     """Squared distance of the similarities between images (arXiv 1907.09682); published ``SPAttentionLoss``.
 
     ``sum(weight * |S(F) - S(G)|**2) / B**2`` over maps, where ``S(F) = F F^T``, of F as ``[B, C * H * W]``, with each
-    row divided by its norm plus 1e-3.
+    row divided by its norm plus 1e-3. Arguments are those of ``batch_distance``.
     """
     check("similarity_distance", student, teacher)
 
@@ -216,7 +202,7 @@ DISTILLATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "temperature_kl": temperature_kl,
 }
 FEATURES: dict[str, Callable[[Maps, Maps, Sequence[float]], Tensor]] = {
-    "image": image_distance,
+    "image": feature_distance,  # the published L2BatchedAttentionLoss
     "batch": batch_distance,
     "similarity": similarity_distance,
 }
