@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+
+from fastws.nern.export import (
+    PRECISIONS,
+    compare,
+    compress,
+    decompress,
+    measure,
+    order_bytes,
+    reconstruct,
+    relative_rmse,
+)
+from fastws.nern.layers import StoredLayers, find_layers, rows_of
+from fastws.nern.orders import network_orders
+from fastws.nern.prune import prune
+from fastws.nn import CIFARResNet
+from fastws.nn.nern import NeRN, NeRNConfig
+
+SHAPES = [(4, 3, 3, 3), (6, 4, 3, 3), (6, 4, 1, 1)]
+
+
+def layers(seed, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+# --- pruning, as a direct statement: a list of units, sorted
+
+
+def units(shape, unit):
+    """Indices of the units of a layer."""
+    axes = {"weight": 4, "kernel": 2, "filter": 1}[unit]
+    return list(torch.cartesian_prod(*[torch.arange(size) for size in shape[:axes]]).view(-1, axes).tolist())
+
+
+def expected(original, reconstructed, share, unit, criterion):
+    scored = []
+    for number, (x, y) in enumerate(zip(original, reconstructed, strict=True)):
+        error = x.abs() if criterion == "magnitude" else -((x - y).abs() / x.abs())
+        scored.append([(error[tuple(place)].mean().item(), number, tuple(place)) for place in units(x.shape, unit)])
+    groups = scored if unit == "filter" else [sum(scored, [])]
+    pruned = [x.clone() for x in original]
+    for group in groups:
+        for _, number, place in sorted(group)[: int(share * len(group))]:
+            pruned[number][place] = 0
+    return pruned
+
+
+@pytest.mark.parametrize("unit", ["weight", "kernel", "filter"])
+@pytest.mark.parametrize("criterion", ["reconstruction", "magnitude"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_prune_takes_the_worst(unit, criterion, share):
+    original, reconstructed = layers(0), layers(1)
+    found = prune(original, share, criterion, reconstructed=reconstructed, unit=unit)
+    for x, y in zip(found, expected(original, reconstructed, share, unit, criterion), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_random_pruning_is_uniform_and_repeats():
+    original = [torch.ones(40, 25, 3, 3)]
+    (first,), (again,), (other,) = (prune(original, 0.25, "random", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert (first == 0).sum() == 2250 and 150 < (first == 0)[:10, :, 0].sum() < 225
+    (kernels,) = prune(original, 0.5, "random", unit="kernel")
+    assert (kernels == 0).all((2, 3)).sum() == 500 and (kernels == 0).any((2, 3)).sum() == 500
+
+
+def test_weights_that_are_zero_go_first():
+    original = [torch.tensor([[0.0, 1.0, 2.0, 0.0]])]
+    pruned = prune(original, 0.75, reconstructed=[torch.tensor([[0.0, 1.5, 2.1, 1.0]])])
+    assert pruned[0].tolist() == [[0.0, 0.0, 2.0, 0.0]]
+
+
+def test_linear_layers_can_be_pruned():
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    assert (prune([x], 0.5, reconstructed=[y], unit="kernel")[0] == 0).sum() == 12
+    assert ((prune([x], 0.5, "magnitude", unit="filter")[0] == 0).all(1)).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
+        ({"unit": "layer"}, "unit must be one of .* got 'layer'"),
+        ({"criterion": "taylor"}, "criterion must be reconstruction, magnitude or random, got 'taylor'"),
+        ({}, "reconstructed must be there for the criterion reconstruction, got None"),
+        ({"reconstructed": layers(0)[:2]}, "both lists must hold tensors of the same shapes, got 2 and 3 tensors"),
+    ],
+)
+def test_prune_refuses(options, message):
+    with pytest.raises(ValueError, match=f"prune: {message}"):
+        prune(layers(0), **{"share": 0.5, **options})
+
+
+# --- size and precision
+
+
+def store(network, mode=None, hidden=16):
+    """A NeRN, untrained, for the convolutions of a network in an order."""
+    layers = tuple(find_layers(network))
+    weights = [network.get_parameter(layer.name) for layer in layers]
+    orders = network_orders(weights, mode) if mode else None
+    stored = StoredLayers(layers, 3, "center", rows_of(layers, orders))
+    torch.manual_seed(1)
+    return NeRN(NeRNConfig(hidden=hidden), stored.grid), stored
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return CIFARResNet(20, "b").eval()
+
+
+def test_precisions_keep_what_they_can(network):
+    nern, _ = store(network)
+    state = nern.state_dict()
+    errors = {}
+    for precision in PRECISIONS:
+        found = decompress(compress(state, precision))
+        assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in state.items()}
+        errors[precision] = max(float((found[name] - x).abs().max() / x.abs().max()) for name, x in state.items())
+    assert errors["fp32"] == 0 and 0 < errors["fp16"] < 2**-11 and 0 < errors["int8"] <= 0.5001 / 127
+    for name, x in state.items():
+        if x.dim() == 2:
+            kept = compress(state, "int8")
+            assert kept[name].dtype == torch.int8 and (kept[name].abs().amax(1) == 127).all()
+            rounding = (decompress(kept)[name] - x).abs().amax(1)
+            assert (rounding <= 0.5001 * x.abs().amax(1) / 127).all()
+
+
+def test_rows_of_zeros_stay_zero():
+    state = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    assert all(not x.any() for x in decompress(compress(state, "int8")).values())
+
+
+def test_predictors_have_their_published_sizes(network):  # 142,749 parameters at h = 180
+    nern, stored = store(network, hidden=180)
+    assert len(stored.rows) == 32_304 and stored.num_weights == 270_256
+    sizes = {precision: measure(nern, stored, precision) for precision in PRECISIONS}
+    assert sizes["fp32"] == (4 * 142_749, 0, 4 * 270_256)
+    assert sizes["fp16"].predictor == 2 * 142_749
+    biases, rows = 4 * 180 + 9, 4 * 180 + 9
+    assert sizes["int8"].predictor == 142_749 - biases + 2 * biases + 4 * rows
+
+
+@pytest.mark.parametrize("mode", [None, "crossfilter", "infilter"])
+def test_orders_take_as_many_bits_as_numbers_need(network, mode):
+    _, stored = store(network, mode)
+    bits = 0
+    for layer in stored.layers:
+        filters, channels = layer.shape[:2]
+        if mode == "crossfilter":
+            bits += layer.kernels * math.ceil(math.log2(layer.kernels))
+        if mode == "infilter":
+            bits += layer.kernels * math.ceil(math.log2(channels)) + filters * math.ceil(math.log2(filters))
+    assert order_bytes(stored) == math.ceil(bits / 8)
+
+
+# --- the network
+
+
+@pytest.mark.parametrize("mode", [None, "crossfilter", "infilter"])
+def test_reconstructed_networks_have_the_predicted_kernels(network, mode):
+    nern, stored = store(network, mode)
+    found = reconstruct(nern, stored, network).state_dict()
+    with torch.no_grad():
+        predictions = nern()[stored.rows]
+    first = 0
+    for layer in stored.layers:
+        kernels = predictions[first : first + layer.kernels].view(*layer.shape[:2], 3, 3)
+        kernels = kernels if layer.kernel == (3, 3) else kernels[:, :, 1:2, 1:2]
+        assert torch.equal(found[layer.name], kernels)
+        first += layer.kernels
+    names = {layer.name for layer in stored.layers}
+    for name, x in network.state_dict().items():
+        assert name in names or torch.equal(found[name], x)
+    assert relative_rmse(network, network, stored) == 0
+
+
+def test_relative_rmse(network):
+    _, stored = store(network)
+    halved = CIFARResNet(20, "b")
+    halved.load_state_dict({name: x / 2 if x.dim() == 4 else x for name, x in network.state_dict().items()})
+    assert relative_rmse(halved, network, stored) == pytest.approx(0.5)
+
+
+def test_compare_counts():
+    class Says(torch.nn.Module):
+        def __init__(self, answers):
+            super().__init__()
+            self.answers = torch.tensor(answers)
+
+        def forward(self, x):
+            return torch.nn.functional.one_hot(self.answers[x.long()], 3).float()
+
+    images, labels = torch.arange(5.0), torch.tensor([0, 1, 2, 0, 1])
+    batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    found = compare(Says([0, 1, 2, 1, 2]), Says([0, 1, 0, 1, 0]), batches)
+    assert found == pytest.approx({"accuracy": 0.6, "original_accuracy": 0.4, "agreement": 0.6})
