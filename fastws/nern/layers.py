@@ -51,13 +51,14 @@ def find_layers(
     modules = [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
     if not modules:
         raise ValueError("nern: network must have 2-d convolutions, got none; linear layers are stored if you ask")
-    layers = []
+    layers, seen = [], set()
     for name, module in modules:
         layer = Layer(f"{name}.weight".lstrip("."), tuple(module.weight.shape))
         wanted = not sizes or all(size in sizes for size in layer.kernel)
-        if wanted and not any(fnmatchcase(name, pattern) for pattern in exclude):
+        if wanted and id(module.weight) not in seen and not any(fnmatchcase(name, pattern) for pattern in exclude):
             check(layer, module.weight)
             layers.append(layer)
+            seen.add(id(module.weight))
     if not layers:
         raise ValueError(f"nern: sizes and exclude must leave a layer to store, got none of {len(modules)}")
     return layers
@@ -128,8 +129,7 @@ class StoredLayers:
 
     def originals(self, network: nn.Module) -> dict[str, Tensor]:
         """The tensors of a network that are stored, by name."""
-        parameters = dict(network.named_parameters(remove_duplicate=False))
-        return {layer.name: parameters[layer.name].detach() for layer in self.layers}
+        return {layer.name: network.get_parameter(layer.name).detach() for layer in self.layers}
 
     def norms(self, network: nn.Module) -> Tensor:
         """The norm of each kernel of a network, ``[N]`` float64."""

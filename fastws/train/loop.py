@@ -64,6 +64,10 @@ def train(
     loss: Callable[[nn.Module, Any], Metrics],
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     extra: dict[str, Any] | None = None,
+    memory: dict[str, Tensor] | None = None,
+    schedule: Callable[[torch.optim.Optimizer, Config, int], None] | None = None,
+    early: Callable[[int, Metrics], bool] | None = None,
+    skip: Callable[[Metrics], bool] | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` in place and returns its last metrics.
 
@@ -76,6 +80,12 @@ def train(
         evaluate: Computes scalars from the model in evaluation mode.
         extra: Tensors and plain containers that are saved with the model, for those who use it. A run is resumed
             only if the plain ones are what they were.
+        memory: Tensors that callbacks change as steps go by; they are saved, and come back when a run is resumed.
+        schedule: Sets the rates of a step; ``one_cycle`` by default.
+        early: Whether to evaluate after a step, from the number of steps done and its metrics, beside those that
+            ``eval_every`` asks for; the same in all processes.
+        skip: Whether to leave model, optimizer and log as they are in a step, from its metrics; the same in all
+            processes.
 
     Raises:
         SystemExit: If SIGINT or SIGTERM asked to stop; the run can be resumed.
@@ -84,7 +94,8 @@ def train(
         FloatingPointError: If the loss is not finite.
     """
     folder, device = files.make_folder(config.out), next(model.parameters()).device
-    done = restore(folder, config, extra or {}, model, optimizer)
+    memory, set_rates = memory or {}, schedule or one_cycle
+    done = restore(folder, config, extra or {}, model, optimizer, memory)
     processes.require_equal("step to resume from", done, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
     if config.compile:
@@ -92,25 +103,28 @@ def train(
     parallel = DistributedDataParallel(model) if processes.world() > 1 else model
     with processes.stop_requests() as stop, Recorder(folder, config, done, device) as recorder:
         while done < config.steps:
-            one_cycle(optimizer, config, done)
+            set_rates(optimizer, config, done)
             with autocast:
                 metrics = loss(parallel, batch(done))
-            metrics |= update(metrics["loss"], model, optimizer, config.clip)
+            skipped = skip is not None and skip(metrics)
+            if not skipped:
+                metrics |= update(metrics["loss"], model, optimizer, config.clip)
             done += 1
             last = done == config.steps
             stopping = processes.agree_to_stop(stop.is_set(), done, device)
             saving = last or stopping or done % config.save_every == 0
             recorder.step(done)
-            if saving or done % config.log_every == 0:
+            if not skipped and (saving or done % config.log_every == 0):
                 recorder.write("train", metrics)
-            if evaluate and (last or done % config.eval_every == 0):
+            wanted = early is not None and not skipped and early(done, metrics)
+            if evaluate and (last or wanted or done % config.eval_every == 0):
                 parallel.eval()
                 with torch.no_grad(), autocast:
                     recorder.write("val", evaluate(parallel))
                 parallel.train()
             if saving and processes.rank() == 0:
                 state = {"config": plain(config), "step": done, "extra": extra or {}}
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory}
                 files.save(folder / "checkpoint.pt", state)
             if stopping and not last:
                 sys.exit(f"stopped after step {done} of {config.steps}; run the same command again to resume")
@@ -160,7 +174,12 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def restore(
-    folder: Path, config: Config, extra: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    config: Config,
+    extra: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: dict[str, Tensor],
 ) -> int:
     """Loads the checkpoint of a run, if there is one; returns the number of steps done."""
     path = folder / "checkpoint.pt"
@@ -176,6 +195,8 @@ def restore(
             raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for name, tensor in memory.items():
+        tensor.copy_(state["memory"][name])
     return state["step"]
 
 

@@ -1,0 +1,44 @@
+"""What a checkpoint of a NeRN says beside its weights: enough to make the stored layers from it alone."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastws.files import DAMAGED
+from fastws.nern.layers import StoredLayers
+from fastws.nn.nern import NeRN, NeRNConfig, load
+
+
+def describe(nern: NeRN, stored: StoredLayers) -> dict[str, Any]:
+    """Plain containers, and the rows of the kernels."""
+    config = asdict(nern.config) | {"gauss_scale": list(nern.config.gauss_scale)}
+    return {"nern": config, "stored": stored.to_dict(), "rows": stored.rows.cpu()}
+
+
+def load_nern(path: str | Path) -> tuple[NeRN, StoredLayers, dict[str, Tensor]]:
+    """The NeRN in a ``checkpoint.pt`` or ``best.pt`` of ``fastws train nern``; nothing in the file is executed.
+
+    Returns:
+        The NeRN, the layers it stores, and the tensors of the network that were learned with it as they are, by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not such a checkpoint.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: file must be there, got none")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, extra = content["model"], content["extra"]
+        config = NeRNConfig(**extra["nern"] | {"gauss_scale": tuple(extra["nern"]["gauss_scale"])})
+        stored = StoredLayers.from_dict(extra["stored"], extra["rows"])
+        learned = {extra["learned"]: state["classifier"]} if extra["learned"] else {}
+    except DAMAGED as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: file must be a checkpoint of fastws train nern, got {first}") from error
+    nern = NeRN(config, stored.grid)
+    load(nern, state)
+    return nern, stored, learned
