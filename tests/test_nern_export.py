@@ -11,7 +11,7 @@ from fastws.nern.export import (
     measure,
     order_bytes,
     reconstruct,
-    relative_rmse,
+    relative_error,
 )
 from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import network_orders
@@ -177,14 +177,14 @@ def test_reconstructed_networks_have_the_predicted_kernels(network, mode):
     names = {layer.name for layer in stored.layers}
     for name, x in network.state_dict().items():
         assert name in names or torch.equal(found[name], x)
-    assert relative_rmse(network, network, stored) == 0
+    assert relative_error(network, network, stored) == 0
 
 
-def test_relative_rmse(network):
+def test_relative_error(network):
     _, stored = store(network)
     halved = CIFARResNet(20, "b")
     halved.load_state_dict({name: x / 2 if x.dim() == 4 else x for name, x in network.state_dict().items()})
-    assert relative_rmse(halved, network, stored) == pytest.approx(0.5)
+    assert relative_error(halved, network, stored) == pytest.approx(0.5)
 
 
 def test_compare_counts():

@@ -1,20 +1,50 @@
 """The network that a NeRN stores, as an ordinary checkpoint; and how small and how good it is."""
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from math import ceil, log2
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from fastws.nern.checkpoint import load_nern
+from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers
+from fastws.nern.teachers import load_teacher
 from fastws.nn.nern import NeRN
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS = ("fp32", "fp16", "int8")
 LARGEST = 127  # of int8
 SMALLEST = 1e-30  # scale of a row of zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writes the network that a NeRN stores as an ordinary checkpoint, and says how small and how good it is."""
+
+    model: str  # best.pt or checkpoint.pt of fastws train nern
+    out: str  # file to write, a safetensors file with the names of the original network; a report goes beside it
+
+    weights: str | None = None  # checkpoint of the original network; by default the one of training
+    images: str | None = None  # data set, on whose test images original and stored network are compared
+    precision: Precision = "fp32"  # of the predictor whose kernels are written; the report has all
+    image_size: int | None = None  # of folders of large images; by default that of training
+    batch_size: int = 256  # images
+    device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+
+    def __post_init__(self):
+        if Path(self.out).suffix != ".safetensors":
+            raise ValueError(f"nern export: out must end in .safetensors, got {self.out!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"nern export: batch_size must be at least 1, got {self.batch_size}")
 
 
 class Size(NamedTuple):
@@ -27,6 +57,61 @@ class Size(NamedTuple):
     @property
     def share(self) -> float:
         return (self.predictor + self.order) / self.original
+
+
+def run(config: Config) -> None:
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    nern, stored, learned = load_nern(config.model)
+    training = read_training(config.model)
+    original = load_teacher(training["architecture"], config.weights or training["weights"])
+    images = None
+    if config.images is not None:
+        images = open_images(config.images, size=config.image_size or training["image_size"])
+    report = {"model": config.model, "layers": len(stored.layers), "kernels": len(stored.rows)}
+    report |= {"weights": stored.num_weights, "precisions": {}}
+    for precision in PRECISIONS:
+        network = reconstruct(nern, stored, original, precision, learned)
+        size = measure(nern, stored, precision)
+        row = size._asdict() | {"share": size.share, "relative_error": relative_error(network, original, stored)}
+        if images is not None:
+            networks = [one.to(device) for one in (network, deepcopy(original))]
+            row |= compare(*networks, show(images, config.batch_size, precision, device))
+        report["precisions"][precision] = row
+        if precision == config.precision:
+            write(Path(config.out), network.cpu())
+    beside = Path(config.out).with_suffix(".json")
+    beside.write_text(json.dumps(report, indent=1))
+    print_report(report)
+    print(f"network: {config.out}, report: {beside}")
+
+
+def read_training(path: str) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, which ``load_nern`` has read before."""
+    return torch.load(path, map_location="cpu", weights_only=True)["config"]
+
+
+def show(images: ImageSet, size: int, precision: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    total = -(-len(images.parts["test"].labels) // size)
+    return tqdm(images.batches("test", size, device), total=total, desc=precision, unit=" batches")
+
+
+def write(path: Path, network: nn.Module) -> None:
+    """Writes a temporary file, and renames it when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(f"{report['kernels']:,} kernels, {report['weights']:,} weights in {report['layers']} layers")
+    columns = {"predictor": "predictor, bytes", "order": "order, bytes", "share": "of fp32", "relative_error": "error"}
+    columns |= {"accuracy": "accuracy", "original_accuracy": "original", "agreement": "agreement"}
+    shown = {name: title for name, title in columns.items() if name in report["precisions"]["fp32"]}
+    print(" " * 6 + "".join(f"{title:>18}" for title in shown.values()))
+    for precision, row in report["precisions"].items():
+        cells = (f"{row[name]:>18,}" if isinstance(row[name], int) else f"{row[name]:>18.4f}" for name in shown)
+        print(f"{precision:6}" + "".join(cells))
 
 
 # --- precision of the predictor
@@ -98,33 +183,53 @@ def measure(nern: NeRN, stored: StoredLayers, precision: Precision) -> Size:
 
 
 @torch.no_grad()
-def reconstruct(nern: NeRN, stored: StoredLayers, network: nn.Module, precision: Precision = "fp32") -> nn.Module:
-    """A copy of a network with the kernels that a NeRN predicts in the place of its own."""
+def reconstruct(
+    nern: NeRN,
+    stored: StoredLayers,
+    network: nn.Module,
+    precision: Precision = "fp32",
+    learned: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """A copy of a network with the kernels that a NeRN predicts in the place of its own.
+
+    Args:
+        nern: The predictor.
+        stored: Which layers it stores; the others remain.
+        network: The original.
+        precision: That the predictor is kept in.
+        learned: Tensors that were trained beside it, by name.
+
+    Raises:
+        ValueError: If the network has not the stored layers.
+    """
+    expected = network.state_dict()
+    for layer in stored.layers:
+        found = list(expected[layer.name].shape) if layer.name in expected else "nothing"
+        if found != list(layer.shape):
+            must = f"{list(layer.shape)}, as the NeRN stores it"
+            raise ValueError(f"nern export: {layer.name} of the original must be {must}, got {found}")
     kept = deepcopy(nern)
     kept.load_state_dict(decompress(compress(nern.state_dict(), precision)))
-    weights = stored.weights(kept()[stored.rows.to(kept.grid.device)])
+    predictions = kept()[stored.rows.to(kept.grid.device)]
     copy = deepcopy(network)
-    copy.load_state_dict(weights, strict=False)
+    copy.load_state_dict(expected | stored.weights(predictions) | (learned or {}))
     return copy
 
 
 @torch.no_grad()
 def compare(network: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Accuracy of both on labelled images, and the share of images that both say the same of."""
-    right = torch.zeros(3, dtype=torch.float64)
+    """Accuracy of both on labelled images, and the share of images of which both say the same."""
+    right = torch.zeros(3, dtype=torch.int64)
     count = 0
     for images, labels in batches:
         ours, theirs = network(images).argmax(1), teacher(images).argmax(1)
-        right += torch.tensor([(x == y).sum() for x, y in ((ours, labels), (theirs, labels), (ours, theirs))])
+        right += torch.tensor([int((x == y).sum()) for x, y in ((ours, labels), (theirs, labels), (ours, theirs))])
         count += len(labels)
     return dict(zip(("accuracy", "original_accuracy", "agreement"), (right / count).tolist(), strict=True))
 
 
-def relative_rmse(network: nn.Module, original: nn.Module, stored: StoredLayers) -> float:
-    """Root mean squared error of the stored weights over their root mean square."""
-    pairs = list(zip(*(list(stored.originals(one).values()) for one in (network, original)), strict=True))
-    error, whole = (
-        sum(float(x.double().square().sum()) for x in tensors)
-        for tensors in ([x - y for x, y in pairs], [y for _, y in pairs])
-    )
-    return (error / whole) ** 0.5
+def relative_error(network: nn.Module, original: nn.Module, stored: StoredLayers) -> float:
+    """The norm of the differences of the stored weights over the norm of the original ones."""
+    ours, theirs = (list(stored.originals(one).values()) for one in (network, original))
+    error = sum((x.double() - y.double()).square().sum() for x, y in zip(ours, theirs, strict=True))
+    return float((error / sum(y.double().square().sum() for y in theirs)).sqrt())
