@@ -108,16 +108,16 @@ Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count,
   std::vector<int64_t> numbers, left;  // those that can be drawn; all at first, which is not written down
   for (int64_t first = 0; count > 0; first += kRound) {
     const int64_t wanted = std::min(count, (population + 1) / 2);
-    if (population > kDense * wanted) {  // then there is no other round
+    if (population > kDense * wanted) {  // then this is the last round
       Table taken(wanted);
       draw_distinct(taken, seed, offset, first, population, wanted, out);
-      break;
-    }
-    Bits taken(population);
-    draw_distinct(taken, seed, offset, first, population, wanted, out);
-    if (wanted < count) {
-      left.resize(population - wanted);
-      list_all_left(taken.words(), population, chunk_starts(taken.words(), population), left.data());
+    } else {
+      Bits taken(population);
+      draw_distinct(taken, seed, offset, first, population, wanted, out);
+      if (wanted < count) {
+        left.resize(population - wanted);
+        list_all_left(taken.words(), population, chunk_starts(taken.words(), population), left.data());
+      }
     }
     if (first > 0) {
       for (int64_t i = 0; i < wanted; ++i) out[i] = numbers[out[i]];

@@ -1,0 +1,130 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "cpu/clones.h"
+#include "cpu/memory.h"
+#include "dispatch.h"
+
+namespace fastws {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr double kEpsilon = 1e-3;
+constexpr int64_t kLanes = 32;   // partial sums side by side: the result does not depend on the vector length
+constexpr int64_t kBlock = 512;  // entries that are added up in float32 before they are in float64
+
+// What entries are multiplied in.
+template <typename scalar_t>
+using sum_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// The sums of a * a, t * t and (a - t)^2 over an image.
+struct Sums {
+  double student, teacher, apart;
+};
+
+template <typename scalar_t>
+FASTWS_CLONES void add_up(const scalar_t* student, const scalar_t* teacher, int64_t size, int64_t begin, int64_t end,
+                          Sums* sums) {
+  using sum_t = sum_type<scalar_t>;
+  for (int64_t b = begin; b < end; ++b) {
+    Sums all = {};
+    for (int64_t first = 0; first < size; first += kBlock) {
+      const scalar_t *a = student + b * size + first, *t = teacher + b * size + first;
+      const int64_t count = std::min(kBlock, size - first), whole = count / kLanes * kLanes;
+      sum_t squares_a[kLanes] = {}, squares_t[kLanes] = {}, apart[kLanes] = {};
+      for (int64_t k = 0; k < whole; k += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const sum_t x = sum_t(a[k + lane]), y = sum_t(t[k + lane]);
+          squares_a[lane] += x * x, squares_t[lane] += y * y, apart[lane] += (x - y) * (x - y);
+        }
+      for (int64_t k = whole; k < count; ++k) {
+        const sum_t x = sum_t(a[k]), y = sum_t(t[k]);
+        squares_a[k - whole] += x * x, squares_t[k - whole] += y * y, apart[k - whole] += (x - y) * (x - y);
+      }
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        all.student += squares_a[lane], all.teacher += squares_t[lane], all.apart += apart[lane];
+    }
+    sums[b] = all;
+  }
+}
+
+// gradient = of_student * a - of_teacher * t.
+template <typename scalar_t>
+FASTWS_CLONES void combine(const scalar_t* a, const scalar_t* t, double of_student, double of_teacher, int64_t size,
+                           scalar_t* gradient) {
+  using sum_t = sum_type<scalar_t>;
+  const sum_t x = sum_t(of_student), y = sum_t(of_teacher);
+  for (int64_t k = 0; k < size; ++k) gradient[k] = scalar_t(x * sum_t(a[k]) - y * sum_t(t[k]));
+}
+
+// |a * scale_a - t * scale_t|^2, without the difference of numbers near one.
+double distance_of(const Sums& sums) {
+  const double length_a = std::sqrt(sums.student), length_t = std::sqrt(sums.teacher);
+  const double scale_a = 1 / (length_a + kEpsilon), scale_t = 1 / (length_t + kEpsilon);
+  const double longer = (length_a - length_t) * (sums.student * scale_a - sums.teacher * scale_t);
+  return scale_a * scale_t * (sums.apart - longer);
+}
+
+std::tuple<Tensor, Tensor> feature_distance_cpu(const Tensor& student_, const Tensor& teacher_, double weight) {
+  using torch::headeronly::ScalarType;
+  const Tensor student = torch::stable::contiguous(student_), teacher = torch::stable::contiguous(teacher_);
+  const int64_t batch = student.size(0), size = student.size(1);
+  const bool is_double = student.scalar_type() == ScalarType::Double;
+  const Tensor distance = torch::stable::new_empty(student, {}, is_double ? ScalarType::Double : ScalarType::Float);
+  const Tensor sums = torch::stable::new_empty(student, {batch, 3}, ScalarType::Double);
+
+  dispatch_floating(student.scalar_type(), "feature_distance", [&]<typename scalar_t>() {
+    const scalar_t *a = student.const_data_ptr<scalar_t>(), *t = teacher.const_data_ptr<scalar_t>();
+    Sums* of = reinterpret_cast<Sums*>(sums.mutable_data_ptr<double>());
+    torch::stable::parallel_for(0, batch, 1 + (1 << 15) / (size + 1),
+                                [=](int64_t begin, int64_t end) { add_up<scalar_t>(a, t, size, begin, end, of); });
+    double total = 0;  // added in order: the result does not depend on the threads
+    for (int64_t b = 0; b < batch; ++b) total += distance_of(of[b]);
+    *distance.mutable_data_ptr<sum_type<scalar_t>>() = sum_type<scalar_t>(weight * total);
+  });
+  return {distance, sums};
+}
+
+Tensor feature_distance_backward_cpu(const Tensor& grad, const Tensor& student_, const Tensor& teacher_,
+                                     const Tensor& sums_, double weight) {
+  const Tensor student = torch::stable::contiguous(student_), teacher = torch::stable::contiguous(teacher_);
+  const Tensor sums = torch::stable::contiguous(sums_);
+  const int64_t batch = student.size(0), size = student.size(1);
+  const Tensor gradient = new_empty(student, {batch, size});
+
+  dispatch_floating(student.scalar_type(), "feature_distance_backward", [&]<typename scalar_t>() {
+    const scalar_t *a = student.const_data_ptr<scalar_t>(), *t = teacher.const_data_ptr<scalar_t>();
+    scalar_t* out = gradient.mutable_data_ptr<scalar_t>();
+    const Sums* all = reinterpret_cast<const Sums*>(sums.const_data_ptr<double>());
+    const double scale = 2 * weight * double(*grad.const_data_ptr<sum_type<scalar_t>>());
+    torch::stable::parallel_for(0, batch, 1 + (1 << 15) / (size + 1), [=](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const Sums& of = all[b];
+        const double length_a = std::sqrt(of.student), length_t = std::sqrt(of.teacher);
+        const double scale_a = 1 / (length_a + kEpsilon), scale_t = 1 / (length_t + kEpsilon);
+        const double product = (of.student + of.teacher - of.apart) / 2;
+        const double along = length_a > 0 ? (scale_a * of.student - scale_t * product) / length_a : 0;
+        const double outer = scale * scale_a, of_student = outer * scale_a * (1 - along), of_teacher = outer * scale_t;
+        combine<scalar_t>(a + b * size, t + b * size, of_student, of_teacher, size, out + b * size);
+      }
+    });
+  });
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastws, CPU, m) {
+  m.impl("feature_distance", TORCH_BOX(&feature_distance_cpu));
+  m.impl("feature_distance_backward", TORCH_BOX(&feature_distance_backward_cpu));
+}
+
+}  // namespace fastws
