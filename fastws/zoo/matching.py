@@ -43,8 +43,8 @@ def match(
         reference: ``[P]``, on the device of ``flat``.
         symmetry: Of their architecture.
         sweeps: Most visits of a group.
-        tolerance: Smallest gain that counts, as a share of the reference's sum of squares; where the dtype is less
-            exact, its rounding error.
+        tolerance: Smallest gain that counts, as a share of the reference's sum of squares; where the similarities are
+            less exact, their rounding error.
         norms: ``"exclude"`` leaves running means and variances out of the objective, which they would dominate because
             they have another scale than weights; ``"include"`` is what the published code does. Weights and biases of
             norm layers take part.
@@ -109,8 +109,6 @@ class Matcher:
     def __init__(self, reference: Tensor, symmetry: Symmetry, norms: Norms, sweeps: int, tolerance: float):
         self.symmetry, self.sweeps, self.device = symmetry, sweeps, reference.device
         self.dtype = torch.promote_types(reference.dtype, torch.float32)  # of the similarities
-        # sums of products carry rounding errors: what they say of a smaller gain is noise
-        tolerance = max(tolerance, torch.finfo(self.dtype).eps)
         self.least_gain = tolerance * float(reference.double().norm()) ** 2
         layout = layout_of(symmetry)
         self.entries = [entry for entry in layout.entries if entry.numel]
@@ -155,14 +153,17 @@ class Matcher:
         first_visit = group not in state.similarities
         similarity, current = self.refresh(state, group, active), state.rows[active, own]
         best = solve(similarity.cpu(), None if first_visit else current.cpu(), pool).to(self.device)
-        gain = (chosen(similarity, best) - chosen(similarity, current)).sum(1)
+        after = chosen(similarity, best)
+        gain = (after - chosen(similarity, current)).sum(1)
         proposed = state.rows[active, : self.symmetry.starts[-1]]
         proposed[:, own] = best
         proposed = self.symmetry.expand(proposed)
         if self.neighbours[group, group]:  # then similarities are only a tangent of the objective
             gain = self.value(state.flat, proposed, group, active)
             gain -= self.value(state.flat, state.rows[active], group, active)
-        helped = gain > self.least_gain
+        # similarities are rounded: what they say of a smaller gain is noise
+        noise = torch.finfo(self.dtype).eps * after.norm(dim=1)
+        helped = gain > noise.clamp(min=self.least_gain)
         state.rows[active[helped]] = proposed[helped]
         return active[helped]
 
