@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastws.nn import CIFARResNet
+from fastws.nn import CIFARResNet, ResNet
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -28,7 +29,7 @@ def experiment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
-    """A folder of 40 images of 32 x 32 pixels, and untrained networks."""
+    """A folder of 40 images of 32 x 32 pixels, and an untrained network."""
     folder = tmp_path_factory.mktemp("cifar")
     random = numpy.random.default_rng(0)
     for part, count in {"train": 32, "test": 8}.items():
@@ -37,8 +38,7 @@ def cifar(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=numpy.uint8)).save(path)
     torch.manual_seed(0)
-    for depth in (20, 56):
-        save_file(CIFARResNet(depth, "a").state_dict(), folder / f"resnet{depth}.safetensors")
+    save_file(CIFARResNet(20, "a").state_dict(), folder / "resnet20.safetensors")
     return folder
 
 
@@ -54,3 +54,37 @@ def test_teacher(experiment, cifar, tmp_path, smoothness):
     found, before = load_file(tmp_path / "teacher.safetensors"), load_file(cifar / "resnet20.safetensors")
     assert found.keys() == before.keys() and not torch.equal(found["conv1.weight"], before["conv1.weight"])
     assert {"test accuracy before", "test accuracy", "val accuracy"} <= results(tmp_path).keys()
+
+
+def test_resnet20(experiment, cifar, tmp_path):
+    module = experiment("nern_resnet20_cifar10")
+    orders = ("infilter", "none")
+    paths = {"weights": str(cifar / "resnet20.safetensors"), "images": str(cifar / "images"), "out": str(tmp_path)}
+    config = replace(module.PRESET, **paths, smoke=True, curve_orders=orders)
+    module.run(config)
+    found = results(tmp_path)
+    assert [len(found["curves"][order]) for order in orders] == [2] * len(orders)
+    (row,) = found["stored"]
+    assert row["hidden"] == config.hidden[0] and row["precisions"].keys() == {"fp32", "fp16", "int8"}
+    assert {"accuracy", "original_accuracy", "agreement", "share"} <= row["precisions"]["int8"].keys()
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "accuracy.png").exists()
+    module.run(config)  # everything is done
+    assert results(tmp_path)["stored"][0]["precisions"] == row["precisions"]
+
+
+def test_resnet56(experiment, cifar, tmp_path):
+    """With ResNet-20 in its place: an untrained ResNet-56 has no finite loss."""
+    module = experiment("nern_resnet56_cifar10")
+    paths = {"weights": str(cifar / "resnet20.safetensors"), "images": str(cifar / "images"), "out": str(tmp_path)}
+    module.run(replace(module.PRESET, **paths, architecture="cifar-resnet20-a", smoke=True, curve_orders=()))
+    assert results(tmp_path)["stored"][0]["hidden"] == module.PRESET.hidden[0]
+
+
+def test_imagenet_without_images(experiment, tmp_path):
+    module = experiment("nern_resnet18_imagenet")
+    torch.manual_seed(0)
+    save_file(ResNet(18, 1000, stem="imagenet").state_dict(), tmp_path / "resnet18.safetensors")
+    paths = {"weights": str(tmp_path / "resnet18.safetensors"), "out": str(tmp_path / "out")}
+    module.run(replace(module.PRESET, **paths, smoke=True, curve_orders=("none",), image_size=32))
+    (row,) = results(tmp_path / "out")["stored"]
+    assert row["precisions"]["fp32"]["relative_error"] > 0 and "accuracy" not in row["precisions"]["fp32"]

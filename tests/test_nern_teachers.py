@@ -43,6 +43,12 @@ def test_weights_of_other_networks_are_refused(tmp_path, state, change, message)
         load_teacher("cifar-resnet20-a", tmp_path / "changed.safetensors", num_classes=7)
 
 
+def test_files_of_another_kind_of_network_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors: 'conv1.weight' must be \[16, 3, 3, 3\], got nothing"):
+        load_teacher("cifar-resnet20-a", tmp_path / "other.safetensors")
+
+
 def test_unknown_architectures_are_refused():
     with pytest.raises(ValueError, match="nern: architecture must be cifar-resnet20-a, .* got 'resnet19'"):
         make_architecture("resnet19", 10)

@@ -33,7 +33,7 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
         architecture: A name in ``ARCHITECTURES``, as ``"cifar-resnet20-a"`` or ``"resnet18"``; or, where they are
             installed, ``"torchvision:vgg16"`` or ``"timm:resnet10t"``.
         weights: Checkpoint, safetensors or torch; nothing in it is executed.
-        num_classes: Of the network; by default the length of the last vector of the checkpoint, its last bias.
+        num_classes: Of the network; by default what the last parameter of the checkpoint says, which is a bias.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -41,8 +41,9 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
     """
     state = load_checkpoint(weights)
     if num_classes is None:
-        vectors = [tensor for tensor in state.values() if tensor.dim() == 1]
-        num_classes = len(vectors[-1]) if vectors else len(list(state.values())[-1])
+        with torch.device("meta"):
+            last = list(make_architecture(architecture, 2).state_dict())[-1]
+        num_classes = len(state.get(last, (None, None)))  # what else is wrong is said below
     teacher = make_architecture(architecture, num_classes)
     load_weights(teacher, state, f"{weights}")
     return teacher.eval().requires_grad_(False)
