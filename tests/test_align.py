@@ -145,6 +145,16 @@ def test_no_group_alone_can_gain():
     assert tried == 5  # stem, 3 growths, transition
 
 
+def test_small_gains_beside_large_weights():
+    """A gain that float32 can tell from rounding counts, however large weights of other layers are."""
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    symmetry, layout = Symmetry.trace(mlp, torch.randn(1, 4)), Layout.from_checkpoint(mlp)
+    reference = layout.flatten(mlp)
+    reference[-3:] = 1e5  # biases of the output, which belong to no group
+    moved = symmetry.permute(reference, symmetry.random(5, seed=0))
+    assert torch.equal(symmetry.permute(moved, match(moved, reference, symmetry)), reference.expand(5, -1))
+
+
 def test_wide_layers_whose_units_have_unlike_scales():
     """Assignment problems that are hard, and large enough to be solved with prices."""
 
