@@ -20,6 +20,7 @@ IMAGENET = {
     "eval_every": 4000,
     "greedy_window": 100,
     "greedy_every": 20,
+    "maps": "doubled_after",
 }
 
 
@@ -41,7 +42,7 @@ GROUPS = {  # name: widths, orders, and what the group shares
     "imagenet-resnet18": ((1024, 1140, 1256, 1372), ("infilter", "crossfilter"), IMAGENET),
 }
 PRESETS = {  # name: fields of fastws.train.nern.Config
-    f"{group}-{hidden}-{order}": {**shared, "hidden": hidden, "order": order, "maps": "published"}
+    f"{group}-{hidden}-{order}": {"maps": "doubled", **shared, "hidden": hidden, "order": order}
     for group, (widths, orders, shared) in GROUPS.items()
     for hidden in widths
     for order in orders

@@ -30,6 +30,7 @@ from fastws.train import files, loop, processes
 from fastws.zoo.format import write_json
 
 SMALLEST_LR = 1e-6  # where schedules end
+FEW_CHANNELS = 16
 CLASSIFIER = "classifier"  # name of the one weight of the student that may be learned as it is
 MOST_SKIPPED = 100  # batches in a row
 
@@ -75,7 +76,7 @@ class Config(loop.Config):
     reconstruction_weight: float = 1.0
     feature_weight: float | None = None  # 0: off
     distillation_weight: float | None = None  # 0: off
-    maps: Literal["clean", "published"] | None = None  # published: sums of blocks count twice; ImageNet: behind ReLU
+    maps: Literal["clean", "doubled", "doubled_after"] | None = None  # sums of blocks count twice; after activations
 
     optimizer: Name = "ranger"
     lr: float = 5e-3  # at the beginning
@@ -121,6 +122,7 @@ class Job(NamedTuple):
     kernels: KernelBatches
     images: ImageSet | None
     shape: tuple[int, int, int]  # of an image
+    format: torch.memory_format  # of images and maps
     learned: str | None  # name of the weight of the student that is learned as it is
     answers: dict[str, list[Tensor]]  # of the teacher to the batches of a part of the images
 
@@ -272,7 +274,7 @@ def run_networks(
     config: Config, job: Job, weights: dict[str, Tensor], images: Tensor, maps: bool
 ) -> tuple[Outputs, Outputs]:
     """Teacher and student on the same images."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=job.format)
     with torch.no_grad():
         teacher = run_network(config, job.teacher, {}, images, maps)
     return teacher, run_network(config, job.teacher, weights, images, maps)
@@ -281,9 +283,7 @@ def run_networks(
 def run_network(config: Config, network: nn.Module, weights: dict[str, Tensor], images: Tensor, maps: bool) -> Outputs:
     if not maps:
         return Outputs(functional_call(network, weights, images).float(), [], [])
-    published = config.maps == "published"
-    after = published and not config.architecture.startswith("cifar")  # there activations are in place
-    with FeatureTaps(after=after, doubled=published) as taps:
+    with FeatureTaps(after=config.maps == "doubled_after", doubled=config.maps != "clean") as taps:
         logits = functional_call(network, weights, images)
     return Outputs(logits.float(), taps.maps, taps.weights)
 
@@ -312,7 +312,7 @@ def evaluate_part(job: Job, model: nn.Module, part: str | None, size: int) -> lo
     sums = torch.zeros(5, dtype=torch.float64, device=squares[0].device)
     for number, (images, labels) in enumerate(job.images.batches(part, size, sums.device)):
         if number % processes.world() == processes.rank():
-            logits = functional_call(job.teacher, student, images.contiguous(memory_format=torch.channels_last)).float()
+            logits = functional_call(job.teacher, student, images.contiguous(memory_format=job.format)).float()
             said, original = logits.argmax(1), answers[number]
             right = [(x == y).sum() for x, y in ((said, labels), (said, original), (original, labels))]
             entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -406,7 +406,8 @@ def make_job(config: Config, teacher: nn.Module, images: ImageSet | None, device
     kernel = max(max(layer.kernel) for layer in layers)
     stored = StoredLayers(tuple(layers), kernel, config.reduction, rows)
     folded, factors = fold(teacher)
-    folded = folded.to(device, memory_format=torch.channels_last)
+    format = fast_format(teacher)
+    folded = folded.to(device, memory_format=format)
     norms = stored.norms(teacher).to(device)
     kernels = KernelBatches(
         config.batching, config.kernel_batch, [layer.kernels for layer in layers], norms, config.seed
@@ -417,7 +418,19 @@ def make_job(config: Config, teacher: nn.Module, images: ImageSet | None, device
     factors = {name: factor.to(device) for name, factor in factors.items()}
     learned = classifier_name(teacher) if config.learn_classifier else None
     originals = [weight.to(device) for weight in weights]
-    return Job(folded, factors, stored, originals, kernels, images, shape, learned, {})
+    return Job(folded, factors, stored, originals, kernels, images, shape, format, learned, {})
+
+
+def fast_format(network: nn.Module) -> torch.memory_format:
+    """Channels last, but where oneDNN's strided 1x1 convolutions of few channels write past their memory in it.
+
+    See https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    for module in network.modules():
+        strided = isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride)
+        if strided and module.in_channels // module.groups < FEW_CHANNELS:
+            return torch.contiguous_format
+    return torch.channels_last
 
 
 def read_orders(config: Config, weights: list[Tensor]):

@@ -1,0 +1,489 @@
+"""Storing networks in NeRNs. ``python tests/test_nern_train.py OUT`` takes ten steps; ``... golden`` writes losses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from test_nern import encode_position
+from torch import nn
+from torch.nn import functional as F
+
+from fastws.nern.checkpoint import load_nern
+from fastws.nern.images import ImageSet, Pixels
+from fastws.nern.layers import find_layers
+from fastws.nern.orders import network_orders, save_orders
+from fastws.nern.teachers import load_teacher
+from fastws.nn.resnet import CIFARBlock, CIFARResNet
+from fastws.testing import devices
+from fastws.train import nern
+
+GOLDEN = Path(__file__).parent / "golden/nern.txt"
+CPU = torch.device("cpu")
+CONFIG = nern.Config(
+    out="unset", weights="given", architecture="small", images="given", hidden=24, steps=10, batch_size=8,
+    kernel_batch=64, feature_weight=1e-2, distillation_weight=1e-2, log_every=1, eval_every=5, device="cpu",
+)  # fmt: skip
+NOTHING = {"feature_weight": 0.0, "distillation_weight": 0.0}
+
+
+class Small(nn.Module):
+    """A ResNet with two blocks, the second with a 1x1 convolution in its shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
+        self.layer1, self.layer2 = CIFARBlock(4, 4, "b"), CIFARBlock(4, 8, "b")
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.linear(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))).mean((2, 3)))
+
+
+def make_teacher():
+    torch.manual_seed(0)
+    teacher = Small().eval().requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return teacher
+
+
+def make_images():
+    """Images of random pixels; most labels are what the teacher says."""
+    generator = torch.Generator().manual_seed(1)
+    parts = {}
+    for name, count in (("train", 60), ("val", 24), ("test", 16)):
+        parts[name] = Pixels(
+            torch.randint(256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(count) % 5
+        )
+    images = ImageSet(parts, (3, 8, 8), (0.5,) * 3, (0.25,) * 3)
+    for name, part in parts.items():
+        said = torch.cat([make_teacher()(batch).argmax(1) for batch, _ in images.batches(name, 8)])
+        said[::7] = (said[::7] + 1) % 5
+        images.parts[name] = Pixels(part.images, said)
+    return images
+
+
+@pytest.fixture(autouse=True)
+def one_thread():  # sums depend on their number
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(out, **changes):
+    return nern.train(replace(CONFIG, out=str(out), **changes), make_teacher(), make_images(), CPU)
+
+
+def read_log(out, name):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()[1:]]
+    return [record[name] for record in records if name in record]
+
+
+def load_weights(out, name="checkpoint.pt"):
+    return torch.load(Path(out) / name, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ten_steps")
+    torch.set_num_threads(1)
+    train(out)
+    return out
+
+
+def test_ten_steps_are_the_golden_ones(ten_steps):
+    expected = [float(line) for line in GOLDEN.read_text().split()]
+    assert len(expected) == 10
+    assert read_log(ten_steps, "train/loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_stores_the_network(tmp_path):
+    _, metrics = train(tmp_path, steps=600, hidden=64, batching="all", warmup=550, log_every=100, eval_every=200)
+    assert metrics["val/relative_error"] < 0.4 and metrics["val/agreement"] > 0.8
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["best"]["agreement"] > 0.7 and results["best"]["original_accuracy"] == pytest.approx(13 / 16)
+
+
+# --- one step, in the published way
+
+
+def published_gradients(config, job, model, teacher, batch):
+    """The published step: all kernels from encoded coordinates, two copies of the network, two backward passes.
+
+    Both networks run whether or not their losses count.
+    """
+    layers = job.stored.layers
+    coordinates = [
+        (i, f, c) for i, layer in enumerate(layers) for f in range(layer.shape[0]) for c in range(layer.shape[1])
+    ]
+    encodings = torch.stack([torch.cat([encode_position(p) for p in coordinate]) for coordinate in coordinates])
+    x = encodings[job.stored.rows]
+    for layer in model.layers:
+        x = F.relu(layer(x))
+    predictions = model.final_linear_layer(x)
+    learned = predictions[batch.chosen]
+    everything = predictions.detach().clone()
+    student, first, leaves = deepcopy(teacher), 0, []
+    for layer in layers:
+        weight = everything[first : first + layer.kernels].reshape(*layer.shape[:2], 3, 3)
+        weight = weight[..., 1:2, 1:2] if layer.kernel == (1, 1) else weight
+        parameter = student.get_parameter(layer.name)
+        parameter.data, parameter.requires_grad = weight.clone(), True
+        leaves.append(parameter)
+        first += layer.kernels
+    error = sum((x - y).square().sum() for x, y in zip(leaves, job.originals, strict=True)) / job.stored.num_weights
+    maps, logits = zip(*(feature_maps(network, batch.images) for network in (student, teacher)), strict=True)
+    normalised = [[x / (x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-3) for x in some] for some in maps]
+    distances = [(x - y).square().sum() for x, y in zip(*normalised, strict=True)]
+    if config.maps == "doubled":  # sums of blocks
+        distances += distances[2::2]
+    features = sum(distances) / len(batch.images)
+    p, q = logits[1].softmax(1), logits[0].softmax(1)
+    distillation = (p * (p.log() - (q + 1e-4).log())).sum(1).mean()
+    terms = error.sqrt(), features, distillation
+    loss = sum(weight * term for weight, term in zip(batch.weights, terms, strict=True))
+    grads = torch.autograd.grad(loss, leaves)
+    grads = [F.pad(x, (1, 1, 1, 1)) if x.shape[2:] == (1, 1) else x for x in grads]
+    grad = torch.cat([x.reshape(-1, 9) for x in grads])[batch.chosen]
+    return terms, torch.autograd.grad(learned, list(model.parameters()), grad)
+
+
+def feature_maps(network, images):
+    x = network.bn1(network.conv1(images))
+    maps = [x]
+    for block in (network.layer1, network.layer2):
+        x = torch.relu(x)
+        y = block.bn1(block.conv1(x))
+        x = block.bn2(block.conv2(torch.relu(y))) + block.shortcut(x)
+        maps += [y, x]
+    return maps, network.linear(torch.relu(x).mean((2, 3)))
+
+
+def prepare(tmp_path, **changes):
+    config = replace(CONFIG, out=str(tmp_path), **changes)
+    teacher = make_teacher()
+    job = nern.make_job(config, teacher, make_images(), CPU)
+    torch.manual_seed(0)
+    return config, teacher, job, nern.make_model(config, job, teacher)
+
+
+@pytest.mark.parametrize("maps", ["clean", "doubled"])
+@pytest.mark.parametrize("order", ["none", "infilter", "crossfilter"])
+def test_step_is_the_published_one(tmp_path, order, maps):
+    config, teacher, job, model = prepare(tmp_path, order=order, maps=maps, kernel_batch=30)
+    batch = nern.draw(config, job, 3, CPU)
+    metrics = nern.compute_losses(config, job, model, batch)
+    terms, expected = published_gradients(config, job, model, teacher, batch)
+    for name, term in zip(("reconstruction", "features", "distillation"), terms, strict=True):
+        if name in metrics:
+            torch.testing.assert_close(metrics[name], term, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(metrics["loss"], list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_published_maps_count_sums_twice(tmp_path):
+    config, _, job, model = prepare(tmp_path, maps="doubled")
+    batch = nern.draw(config, job, 0, CPU)
+    outputs = nern.run_network(config, job.teacher, {}, batch.images, maps=True)
+    assert outputs.weights == [1, 1, 2, 1, 2] and min(x.min() for x in outputs.maps) < 0
+    behind = nern.run_network(replace(config, maps="doubled_after"), job.teacher, {}, batch.images, maps=True)
+    assert behind.weights == outputs.weights and min(x.min() for x in behind.maps) == 0
+
+
+def test_networks_rest_while_they_do_not_count(tmp_path, monkeypatch):
+    """The published code runs both in its warm-up, which changes no gradient."""
+    config, teacher, job, model = prepare(tmp_path, warmup=5)
+    batch = nern.draw(config, job, 4, CPU)
+    assert batch.images is None and batch.weights == (1.0, 0.0, 0.0)
+    with_images = nern.draw(config, job, 5, CPU)
+    expected = published_gradients(
+        config, job, model, teacher, with_images._replace(chosen=batch.chosen, weights=batch.weights)
+    )[1]
+    monkeypatch.setattr(nern, "functional_call", None)  # would be called
+    metrics = nern.compute_losses(config, job, model, batch)
+    assert set(metrics) == {"loss", "reconstruction"}
+    for ours, theirs in zip(torch.autograd.grad(metrics["loss"], list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_all_kernels_learn_with_all(tmp_path):
+    config, teacher, job, model = prepare(tmp_path, batching="all")
+    batch = nern.draw(config, job, 0, CPU)
+    assert batch.chosen is None
+    loss = nern.compute_losses(config, job, model, batch)["loss"]
+    everything = batch._replace(chosen=torch.arange(sum(job.kernels.kernels)))
+    _, expected = published_gradients(config, job, model, teacher, everything)
+    for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_phases():
+    config = replace(CONFIG, warmup=4)
+    assert [nern.loss_weights(config, step) for step in (3, 4)] == [(1, 0, 0), (1, 1e-2, 1e-2)]
+    config = replace(config, objective="phases", feature_weight=0.0)
+    assert [nern.loss_weights(config, step) for step in (3, 4)] == [(1, 0, 0), (0, 0, 1e-2)]
+
+
+def test_distillation_alone_does_without_maps(tmp_path, monkeypatch):
+    config, _, job, model = prepare(tmp_path, objective="phases", feature_weight=0.0)
+    monkeypatch.setattr(nern, "FeatureTaps", None)  # would be called
+    metrics = nern.compute_losses(config, job, model, nern.draw(config, job, 0, CPU))
+    assert set(metrics) == {"loss", "distillation"} and metrics["loss"].requires_grad
+
+
+# --- runs
+
+
+def test_resumed_run_is_the_same(ten_steps, tmp_path, monkeypatch):
+    draw = nern.draw
+
+    def interrupt(config, job, step, device):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(config, job, step, device)
+
+    monkeypatch.setattr(nern, "draw", interrupt)
+    with pytest.raises(SystemExit, match="stopped after step 4 of 10"):
+        train(tmp_path)
+    monkeypatch.undo()
+    train(tmp_path)
+    assert_same_runs(tmp_path, ten_steps)
+
+
+def test_killed_run_is_the_same(ten_steps, tmp_path):
+    """SIGKILL behind an evaluation that wrote best.pt, of which checkpoint.pt does not know yet."""
+    command = [sys.executable, __file__, str(tmp_path), "kill"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
+    assert (tmp_path / "best.pt").exists() and len(read_log(tmp_path, "train/loss")) > 4
+    train(tmp_path, save_every=4)
+    assert_same_runs(tmp_path, ten_steps)
+
+
+def assert_same_runs(out, other):
+    for name in ("checkpoint.pt", "best.pt"):
+        torch.testing.assert_close(load_weights(out, name), load_weights(other, name), rtol=0, atol=0)
+    for name in ("train/loss", "val/accuracy", "val/relative_error"):
+        assert read_log(out, name) == read_log(other, name)
+    assert (Path(out) / "results.json").read_text() == (Path(other) / "results.json").read_text()
+
+
+def test_two_processes_equal_one(ten_steps, tmp_path):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
+    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
+    command = [sys.executable, __file__, str(tmp_path)]
+    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    for name in ("train/loss", "val/accuracy", "val/relative_error"):
+        assert read_log(tmp_path, name) == pytest.approx(read_log(ten_steps, name), rel=1e-5)
+    torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_bf16_trains_everywhere(tmp_path, device):
+    config = replace(CONFIG, out=str(tmp_path), device=device, precision="bf16")
+    nern.train(config, make_teacher(), make_images(), torch.device(device))
+    exact = [float(line) for line in GOLDEN.read_text().split()]
+    assert read_log(tmp_path, "train/loss") == pytest.approx(exact, rel=0.1)
+    assert {weight.dtype for weight in load_weights(tmp_path).values()} == {torch.float32}
+
+
+def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
+    train(tmp_path, steps=30, eval_every=3, lr=0.05)
+    accuracy = read_log(tmp_path, "val/accuracy")
+    best, last = load_weights(tmp_path, "best.pt"), load_weights(tmp_path)
+    config = replace(CONFIG, out=str(tmp_path))
+    job = nern.make_job(config, make_teacher(), make_images(), CPU)
+    model = load_nern(tmp_path / "best.pt")[0]
+    with torch.no_grad():
+        found = nern.evaluate_part(job, model, "val", 8)
+    assert found["accuracy"].item() == pytest.approx(max(accuracy)) and max(accuracy) > min(accuracy)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_weights_can_be_chosen_on_the_test_images_as_published(tmp_path):
+    train(tmp_path, select="test")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["select"] == "test" and results["best"]["accuracy"] == pytest.approx(
+        max(read_log(tmp_path, "val/accuracy"))
+    )
+
+
+def test_greedy_evaluations(tmp_path):
+    config = replace(CONFIG, greedy_window=3, greedy_every=2)
+    watch = nern.Watch(config, CPU)
+    values = [5.0, 9, 4, 9, 6, 9, 4, 9, 3, 9]  # looked at in steps 1, 3, 5, 7, 9: 5 4 6 4 3
+    found = [watch.improves(done, {"distillation": torch.tensor(x)}) for done, x in enumerate(values, 1)]
+    assert found == [False, False, False, False, False, False, True, False, True, False]
+    assert not nern.Watch(replace(config, greedy_window=0), CPU).improves(1, {"distillation": torch.tensor(0.0)})
+    assert not watch.improves(11, {"reconstruction": torch.tensor(0.0)})
+
+
+def test_run_without_images_keeps_the_best_weights(tmp_path):
+    config = replace(CONFIG, out=str(tmp_path), images=None, **NOTHING)
+    _, metrics = nern.train(config, make_teacher(), None, CPU)
+    assert set(metrics) == {"train/loss", "train/reconstruction", "val/relative_error"}
+    assert (tmp_path / "best.pt").exists() and not (tmp_path / "results.json").exists()
+
+
+def test_data_free_training_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
+    draw = nern.uniform_images
+
+    def sometimes_bad(shape, size, seed, step, device):
+        images = draw(shape, size, seed, step, device)
+        assert shape == (3, 8, 8) and -2 <= images.min() < -1.9 and 1.9 < images.max() <= 2
+        return images * torch.nan if step in (2, 5) else images
+
+    monkeypatch.setattr(nern, "uniform_images", sometimes_bad)
+    train(tmp_path, data_free=True)
+    assert len(read_log(tmp_path, "train/loss")) == 8 and len(read_log(tmp_path, "val/accuracy")) == 2
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_data_free_training_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(nern, "MOST_SKIPPED", 4)
+    monkeypatch.setattr(nern, "uniform_images", lambda shape, size, *_: torch.full((size, *shape), torch.nan))
+    with pytest.raises(FloatingPointError, match="loss must be finite, got 4 batches in a row where it is not"):
+        train(tmp_path, data_free=True)
+
+
+def test_classifier_can_be_learned(tmp_path):
+    model, _ = train(tmp_path, learn_classifier=True)
+    _, _, learned = load_nern(tmp_path / "checkpoint.pt")
+    assert list(learned) == ["linear.weight"] and torch.equal(learned["linear.weight"], model.classifier)
+    assert not torch.equal(model.classifier, make_teacher().linear.weight)
+
+
+def test_checkpoint_says_what_is_stored(ten_steps):
+    model, stored, learned = load_nern(ten_steps / "checkpoint.pt")
+    assert [layer.name for layer in stored.layers] == [layer.name for layer in find_layers(make_teacher())]
+    assert learned == {} and model.config.hidden == 24
+    weights = stored.weights(model(stored.rows))
+    assert weights["layer2.shortcut.0.weight"].shape == (8, 4, 1, 1)
+
+
+def test_orders_can_be_given_and_training_begun_from_a_checkpoint(ten_steps, tmp_path):
+    weights = [make_teacher().get_parameter(layer.name) for layer in find_layers(make_teacher())]
+    save_orders(tmp_path / "orders", network_orders(weights, "crossfilter"), weights, "crossfilter")
+    torch.save(load_weights(ten_steps), tmp_path / "init.pth")
+    changes = {"orders": str(tmp_path / "orders"), "init": str(tmp_path / "init.pth"), "steps": 1}
+    config, _, job, model = prepare(tmp_path, **changes)
+    assert torch.equal(job.stored.rows, load_nern(ten_steps / "checkpoint.pt")[1].rows)
+    assert torch.equal(model.layers[0].weight, load_weights(ten_steps)["layers.0.weight"])
+
+
+def test_gradients_are_clipped_one_by_one(tmp_path, monkeypatch):
+    clip, norms = nern.clip_each, []
+
+    def record(parameters, norm, value):
+        clip(parameters, norm, value)
+        norms.append([parameter.grad.norm().item() for parameter in parameters])
+
+    monkeypatch.setattr(nern, "clip_each", record)
+    train(tmp_path, steps=2, clip_each=1e-3)
+    assert norms[0][1:] == pytest.approx([1e-3] * (len(norms[0]) - 1), rel=1e-2)
+
+
+def test_command_can_be_repeated(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(CIFARResNet(20, "a").state_dict(), tmp_path / "teacher.pt")
+    config = nern.Config(
+        out=str(tmp_path / "run"), weights=str(tmp_path / "teacher.pt"), device="cpu", steps=2, hidden=8,
+        preset="cifar10-resnet20-180-infilter", architecture="cifar-resnet20-a", kernel_batch=256, **NOTHING,
+    )  # fmt: skip
+    assert config.order == "infilter" and config.maps == "doubled" and config.hidden == 8
+    nern.run(config)
+    first = capsys.readouterr().out
+    assert "val/relative_error" in first and f"best.pt: {tmp_path}/run/best.pt" in first
+    nern.run(config)
+    assert "all 2 steps were done before" in capsys.readouterr().out
+    other = load_teacher("cifar-resnet20-a", tmp_path / "teacher.pt")
+    other.conv1.weight.data[0] += 1
+    with pytest.raises(ValueError, match="train: key must be what it was to resume"):
+        nern.train(config, other, None, CPU)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden": 0}, "train nern: hidden must be at least 1, got 0"),
+        ({"kernel_batch": 0}, "train nern: kernel_batch must be at least 1, got 0"),
+        ({"warmup": -1}, "train nern: warmup must be at least 0, got -1"),
+        ({"feature_weight": -1.0}, "train nern: feature_weight must be at least 0, got -1.0"),
+        ({"images": None}, "train nern: images must be given to distil on, or --data-free, or both weights 0"),
+        (
+            {"reconstruction_weight": 0.0, **NOTHING},
+            "reconstruction_weight must be above 0 without distillation, got 0",
+        ),
+        ({"preset": "resnet20"}, "train nern: preset must be one of cifar10-resnet20-140|160|180|200-none"),
+    ],
+)
+def test_bad_numbers_are_one_sentence(fields, message):
+    with pytest.raises(ValueError) as caught:
+        replace(CONFIG, **fields)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_architecture_or_preset_must_be_given():
+    with pytest.raises(ValueError, match="train nern: hidden must be given, or a preset, got neither"):
+        nern.Config(out="x", weights="y", architecture="resnet18", data_free=True)
+
+
+def test_bad_networks_are_one_sentence(tmp_path):
+    teacher = make_teacher()
+    teacher.conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="nern: conv1.weight must be finite, got 1 values that are NaN or infinite"):
+        nern.train(replace(CONFIG, out=str(tmp_path)), teacher, make_images(), CPU)
+    with pytest.raises(ValueError, match="network must have 2-d convolutions, got none"):
+        nern.train(replace(CONFIG, out=str(tmp_path)), nn.Linear(3, 4), make_images(), CPU)
+    weights = [torch.randn(layer.shape) for layer in find_layers(make_teacher())]
+    save_orders(tmp_path / "orders", network_orders(weights, "crossfilter"), weights, "crossfilter")
+    with pytest.raises(ValueError, match="these are orders of other weights, so make them anew"):
+        train(tmp_path / "run", orders=str(tmp_path / "orders"))
+    with pytest.raises(ValueError, match=r"NeRN: layers.0.weight must be \[24, 240\], got \[8, 240\]; was it of anoth"):
+        train(tmp_path / "run", init=str(save_other_preset(tmp_path)))
+    with pytest.raises(ValueError, match="file must be a checkpoint of fastws train nern, got"):
+        load_nern(save_other_preset(tmp_path))
+
+
+def save_other_preset(folder):
+    torch.save({"layers.0.weight": torch.zeros(8, 240)}, folder / "other.pth")
+    return folder / "other.pth"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "golden":
+        with TemporaryDirectory() as folder:
+            train(folder)
+            GOLDEN.write_text("".join(f"{loss:.9g}\n" for loss in read_log(folder, "train/loss")))
+    elif sys.argv[2:] == ["kill"]:
+        save, evaluate = nern.Watch.keep, []
+
+        def keep_and_die(self, *args, **kwargs):
+            save(self, *args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        nern.Watch.keep = keep_and_die
+        train(sys.argv[1], save_every=4)
+    else:
+        with nern.processes.join("cpu"):
+            train(sys.argv[1])
