@@ -1,10 +1,15 @@
+import json
 import math
 
+import numpy
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastws.nern.export import (
     PRECISIONS,
+    Config,
     compare,
     compress,
     decompress,
@@ -12,12 +17,15 @@ from fastws.nern.export import (
     order_bytes,
     reconstruct,
     relative_error,
+    run,
 )
 from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import network_orders
 from fastws.nern.prune import prune
+from fastws.nern.teachers import load_teacher
 from fastws.nn import CIFARResNet
 from fastws.nn.nern import NeRN, NeRNConfig
+from fastws.train import nern
 
 SHAPES = [(4, 3, 3, 3), (6, 4, 3, 3), (6, 4, 1, 1)]
 
@@ -200,3 +208,88 @@ def test_compare_counts():
     batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
     found = compare(Says([0, 1, 2, 1, 2]), Says([0, 1, 0, 1, 0]), batches)
     assert found == pytest.approx({"accuracy": 0.6, "original_accuracy": 0.4, "agreement": 0.6})
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def trained(network, tmp_path_factory):
+    """A NeRN of the first stage of a network, two steps old, and images of two classes."""
+    folder = tmp_path_factory.mktemp("trained")
+    random = numpy.random.default_rng(0)
+    for part, count in {"train": 16, "test": 24}.items():
+        for number in range(count):
+            path = folder / "images" / part / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=numpy.uint8)).save(path)
+    save_file(network.state_dict(), folder / "original.safetensors")
+    config = nern.Config(
+        weights=str(folder / "original.safetensors"),
+        architecture="cifar-resnet20-b",
+        images=str(folder / "images"),
+        out=str(folder / "run"),
+        exclude=("layer[23].*",),
+        hidden=8,
+        steps=2,
+        batch_size=4,
+        kernel_batch=64,
+        learn_classifier=True,
+        device="cpu",
+    )
+    nern.run(config)
+    return folder
+
+
+def export(trained, tmp_path, **fields):
+    fields = {
+        "model": str(trained / "run/best.pt"),
+        "out": str(tmp_path / "stored.safetensors"),
+        "device": "cpu",
+    } | fields
+    run(Config(**fields))
+    return json.loads((tmp_path / "stored.json").read_text())
+
+
+def test_exported_networks_are_as_good_as_in_training(trained, tmp_path):
+    report = export(trained, tmp_path, images=str(trained / "images"), batch_size=5)
+    best = json.loads((trained / "run/results.json").read_text())["best"]
+    row = report["precisions"]["fp32"]
+    for name in ("accuracy", "original_accuracy", "agreement", "relative_error"):
+        assert row[name] == pytest.approx(best[name], rel=1e-5)
+    assert row["share"] > report["precisions"]["fp16"]["share"] > report["precisions"]["int8"]["share"]
+    state, before = load_file(tmp_path / "stored.safetensors"), load_file(trained / "original.safetensors")
+    changed = {name for name, x in state.items() if not torch.equal(x, before[name])}
+    assert changed == {"conv1.weight", "linear.weight"} | {
+        f"layer1.{block}.conv{number}.weight" for block in range(3) for number in (1, 2)
+    }
+    load_teacher("cifar-resnet20-b", tmp_path / "stored.safetensors")
+
+
+def test_the_precision_that_is_asked_for_is_written(trained, tmp_path):
+    states = {}
+    for precision in PRECISIONS:
+        report = export(trained, tmp_path, precision=precision)
+        states[precision] = load_file(tmp_path / "stored.safetensors")
+    assert "accuracy" not in report["precisions"]["fp32"]
+    errors = [(states[one]["conv1.weight"] - states["fp32"]["conv1.weight"]).abs().max() for one in PRECISIONS]
+    assert 0 == errors[0] < errors[1] < errors[2] < 0.1
+
+
+def test_what_cannot_be_exported_is_refused(trained, tmp_path, network):
+    with pytest.raises(ValueError, match="out must end in .safetensors, got 'x.pt'"):
+        Config(model="x", out="x.pt")
+    other = CIFARResNet(20, "b", num_classes=10)
+    state = other.state_dict()
+    save_file({name: x for name, x in state.items() if name != "conv1.weight"}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="'conv1.weight' must be"):
+        export(trained, tmp_path, weights=str(tmp_path / "other.safetensors"))
+    predictor, stored = store(network)
+    with pytest.raises(
+        ValueError, match=r"nern export: layer2.0.shortcut.0.weight of the original must be .* got nothing"
+    ):
+        reconstruct(predictor, stored, CIFARResNet(20, "a"))
+    with pytest.raises(ValueError, match="nern export: bias must be below 65,504 for fp16, got 1e\\+06"):
+        compress({"bias": torch.tensor([1e6])}, "fp16")
+    with pytest.raises(ValueError, match="nern export: precision must be one of .* got 'int4'"):
+        compress({}, "int4")
