@@ -8,7 +8,7 @@ from torch import Tensor, empty_like
 EPSILON = tl.constexpr(1e-3)
 BLOCK = 1024
 CHUNK = 16 * BLOCK  # entries of an image that a program adds up
-IMAGES = 128  # whose sums are looked at side by side
+IMAGES = 32  # whose sums are looked at side by side
 
 
 @triton.jit
@@ -16,12 +16,12 @@ def _sums_kernel(student, teacher, sums, size, chunks, BLOCK: tl.constexpr, CHUN
     """sums[b, chunk] = the sums of a * a, t * t and (a - t)**2 over a chunk of image b. One program per chunk."""
     b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
-    dtype = sums.dtype.element_ty
-    squares_a, squares_t, apart = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
-    for start in range(0, CHUNK, BLOCK):
+    squares_a, squares_t = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    apart = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, tl.minimum(CHUNK, size - first), BLOCK):
         k = first + start + tl.arange(0, BLOCK)
-        a = tl.load(student + b * size + k, mask=k < size, other=0.0).to(dtype)
-        t = tl.load(teacher + b * size + k, mask=k < size, other=0.0).to(dtype)
+        a = tl.load(student + b * size + k, mask=k < size, other=0.0).to(tl.float64)
+        t = tl.load(teacher + b * size + k, mask=k < size, other=0.0).to(tl.float64)
         squares_a += a * a
         squares_t += t * t
         apart += (a - t) * (a - t)
@@ -33,7 +33,7 @@ def _sums_kernel(student, teacher, sums, size, chunks, BLOCK: tl.constexpr, CHUN
 
 @triton.jit
 def _distance_kernel(parts, sums, distance, batch, chunks, BLOCK: tl.constexpr):
-    """sums[b] = the sum of parts[b, chunk]; distance = what they say of |a * scale_a - t * scale_t|**2, added up, without
+    """sums[b] = the sum of parts[b, chunk]; distance = the sum of |a * scale_a - t * scale_t|**2, from these, without
     the difference of numbers near one. One program in all."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, batch, BLOCK):
@@ -42,9 +42,9 @@ def _distance_kernel(parts, sums, distance, batch, chunks, BLOCK: tl.constexpr):
         apart = tl.zeros([BLOCK], tl.float64)
         for chunk in range(0, chunks):
             part = parts + 3 * (b * chunks + chunk)
-            squares_a += tl.load(part, mask=b < batch, other=0.0).to(tl.float64)
-            squares_t += tl.load(part + 1, mask=b < batch, other=0.0).to(tl.float64)
-            apart += tl.load(part + 2, mask=b < batch, other=0.0).to(tl.float64)
+            squares_a += tl.load(part, mask=b < batch, other=0.0)
+            squares_t += tl.load(part + 1, mask=b < batch, other=0.0)
+            apart += tl.load(part + 2, mask=b < batch, other=0.0)
         tl.store(sums + 3 * b, squares_a, mask=b < batch)
         tl.store(sums + 3 * b + 1, squares_t, mask=b < batch)
         tl.store(sums + 3 * b + 2, apart, mask=b < batch)
@@ -63,7 +63,7 @@ def _gradient_kernel(scale, student, teacher, sums, gradient, size, chunks, BLOC
     product = (squares_a + squares_t - tl.load(sums + 3 * b + 2)) / 2
     length_a, length_t = tl.sqrt(squares_a), tl.sqrt(squares_t)
     scale_a, scale_t = 1 / (length_a + EPSILON), 1 / (length_t + EPSILON)
-    along = tl.where(length_a > 0, (scale_a * squares_a - scale_t * product) / length_a, 0.0)
+    along = (scale_a * squares_a - scale_t * product) / tl.where(length_a > 0, length_a, 1.0)
     outer = tl.load(scale) * scale_a
     k = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(student + b * size + k, mask=k < size, other=0.0)
@@ -77,7 +77,7 @@ def feature_distance(student: Tensor, teacher: Tensor, weight: float) -> tuple[T
     student, teacher = student.contiguous(), teacher.contiguous()
     (B, K), dtype = student.shape, torch.promote_types(student.dtype, torch.float32)
     chunks = triton.cdiv(K, CHUNK)
-    parts = torch.empty(B, chunks, 3, dtype=dtype, device=student.device)
+    parts = torch.empty(B, chunks, 3, dtype=torch.float64, device=student.device)
     sums = torch.empty(B, 3, dtype=torch.float64, device=student.device)
     distance = torch.empty((), dtype=torch.float64, device=student.device)
     if student.numel() > 0:

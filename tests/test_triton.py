@@ -137,19 +137,19 @@ KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and 
     "feature_distance._sums_kernel": {
         "student": "*T",
         "teacher": "*T",
-        "sums": "*fp32",
+        "sums": "*fp64",
         "size": "I",
         "chunks": "I",
         "BLOCK": 1024,
         "CHUNK": 16384,
     },
     "feature_distance._distance_kernel": {
-        "parts": "*fp32",
+        "parts": "*fp64",
         "sums": "*fp64",
         "distance": "*fp64",
         "batch": "I",
         "chunks": "I",
-        "BLOCK": 128,
+        "BLOCK": 32,
     },
     "feature_distance._gradient_kernel": {
         "scale": "*fp64",
