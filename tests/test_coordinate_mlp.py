@@ -49,8 +49,15 @@ def from_embeddings(embeddings, first_weight, grid, layers, activation):
     return x
 
 
-def nth(function, output):
-    return lambda *args: function(*args)[output]
+def assert_gradients_as_accurate(actual, grad, *args):
+    def cast(x, dtype):
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    dtypes = {grad.dtype, torch.float64}
+    expected = {d: coordinate_mlp_backward_reference(*(cast(x, d) for x in (grad, *args))) for d in dtypes}
+    for output, x in enumerate(actual):
+        if x.numel():
+            assert_as_accurate(x, lambda grad, output=output: expected[grad.dtype][output], grad)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp"))
@@ -71,10 +78,9 @@ def test_coordinate_mlp_backward_is_the_reference(name, function, device, dtype,
     args = example(*case, dtype, device, activation=list(ACTIVATIONS).index("gelu"))
     grad = torch.randn(case[0], case[3], generator=torch.Generator().manual_seed(1)).to(device, dtype)
     actual = function(grad, *args)
-    for output, (x, like) in enumerate(zip(actual, [*args[:3], *args[5:9]], strict=True)):
+    for x, like in zip(actual, [*args[:3], *args[5:9]], strict=True):
         assert x.shape == like.shape and x.dtype == dtype
-        if x.numel():
-            assert_as_accurate(x, nth(coordinate_mlp_backward_reference, output), grad, *args)
+    assert_gradients_as_accurate(actual, grad, *args)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp"))
@@ -86,8 +92,7 @@ def test_coordinate_mlp_activations(name, function, device, activation, dtype):
     assert_as_accurate(function(*args), coordinate_mlp_reference, *args)
     grad = torch.ones(64, 9, dtype=dtype, device=device)
     backward = dict((n, f) for n, f, d in implementations("coordinate_mlp_backward") if d == device)
-    for output, x in enumerate(backward[name](grad, *args)):
-        assert_as_accurate(x, nth(coordinate_mlp_backward_reference, output), grad, *args)
+    assert_gradients_as_accurate(backward[name](grad, *args), grad, *args)
 
 
 @pytest.mark.parametrize("device", devices())

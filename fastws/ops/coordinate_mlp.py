@@ -11,7 +11,7 @@ from fastws import _native
 CHUNK = 2048  # rows that the reference computes at once
 ACTIVATIONS = {  # name: the function, and its derivative
     "relu": (functional.relu, lambda x: (x > 0).to(x.dtype)),
-    "leaky_relu": (functional.leaky_relu, lambda x: torch.where(x > 0, 1.0, 0.01).to(x.dtype)),
+    "leaky_relu": (functional.leaky_relu, lambda x: torch.full_like(x, 0.01).masked_fill(x > 0, 1)),
     "hardswish": (functional.hardswish, lambda x: ((2 * x + 3) / 6).where(x > -3, 0).where(x < 3, 1)),
     "gelu": (functional.gelu, lambda x: torch.special.ndtr(x) + x * (-x * x / 2).exp() * (2 * torch.pi) ** -0.5),
     "relu6": (functional.relu6, lambda x: ((x > 0) & (x < 6)).to(x.dtype)),
@@ -124,7 +124,7 @@ def coordinates(grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Layer, filter and channel of each row."""
     sizes = grid.prod(1)
     ends = sizes.cumsum(0)
-    layer = torch.searchsorted(ends, rows, right=True)
+    layer = torch.searchsorted(ends, rows.contiguous(), right=True)
     within, channels = rows - (ends - sizes)[layer], grid[layer, 1]
     return layer, within // channels, within % channels
 
@@ -154,7 +154,7 @@ def coordinate_mlp_reference(
     function = list(ACTIVATIONS.values())[activation][0]
     predictions = layer_table.new_empty(len(rows), len(out_bias))
     for begin in range(0, len(rows), CHUNK):
-        places = coordinates(grid, rows[begin : begin + CHUNK].contiguous())
+        places = coordinates(grid, rows[begin : begin + CHUNK])
         x = hidden_layers(places, tables, hidden_weights, hidden_biases, activation)[-1]
         predictions[begin : begin + CHUNK] = functional.linear(function(x), out_weight, out_bias)
     return predictions
@@ -179,7 +179,7 @@ def coordinate_mlp_backward_reference(
     sum_dtype = torch.promote_types(grad.dtype, torch.float32)
     sums = [torch.zeros(x.shape, dtype=sum_dtype, device=x.device) for x in arguments]
     for begin in range(0, len(rows), CHUNK):
-        places = coordinates(grid, rows[begin : begin + CHUNK].contiguous())
+        places = coordinates(grid, rows[begin : begin + CHUNK])
         x = hidden_layers(places, tables, hidden_weights, hidden_biases, activation)
         grad_y = grad[begin : begin + CHUNK]
         sums[5] += grad_y.T @ function(x[-1])
