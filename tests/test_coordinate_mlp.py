@@ -64,6 +64,8 @@ def assert_gradients_as_accurate(actual, grad, *args):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_coordinate_mlp_is_the_reference(name, function, device, dtype, case):
+    if (name, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter cannot multiply bfloat16")
     args = example(*case, dtype, device)
     actual = function(*args)
     assert actual.shape == (case[0], case[3]) and actual.dtype == dtype
@@ -91,8 +93,8 @@ def test_coordinate_mlp_activations(name, function, device, activation, dtype):
     args = 3 * args[0], *args[1:]  # so that all branches are taken
     assert_as_accurate(function(*args), coordinate_mlp_reference, *args)
     grad = torch.ones(64, 9, dtype=dtype, device=device)
-    backward = dict((n, f) for n, f, d in implementations("coordinate_mlp_backward") if d == device)
-    assert_gradients_as_accurate(backward[name](grad, *args), grad, *args)
+    if name == device:
+        assert_gradients_as_accurate(torch.ops.fastws.coordinate_mlp_backward(grad, *args), grad, *args)
 
 
 @pytest.mark.parametrize("device", devices())
@@ -164,8 +166,9 @@ def test_coordinate_mlp_does_not_depend_on_the_threads():
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_coordinate_mlp_gradients(device, activation):
-    *arguments, grid, rows, weights, biases, weight, bias, _ = example(6, 5, 2, 4, torch.float64, device)
-    inputs = [x.clone().requires_grad_() for x in (*arguments, *weights, weight, *biases, bias)]
+    *tables, grid, _, weights, biases, weight, bias, _ = example(6, 3, 2, 4, torch.float64, device)
+    tables, grid, rows = [table[:4] for table in tables], grid[:3], torch.tensor([5, 18, 6, 8, 0, 18], device=device)
+    inputs = [x.clone().requires_grad_() for x in (*tables, *weights, weight, *biases, bias)]
 
     def function(*x):
         return fastws.coordinate_mlp(x[:3], grid, rows, x[3:6], x[6:], activation=activation)

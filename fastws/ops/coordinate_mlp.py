@@ -236,3 +236,4 @@ torch.library.register_autograd(
     "fastws::coordinate_mlp", coordinate_mlp_backward, setup_context=coordinate_mlp_setup_context
 )
 torch.library.register_autograd("fastws::coordinate_mlp_backward", coordinate_mlp_double_backward)
+_native.register_triton("coordinate_mlp", file="coordinate_mlp")
