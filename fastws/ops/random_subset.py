@@ -36,7 +36,7 @@ def random_subset(
 
     Example:
         >>> fastws.random_subset(10, 4, seed=0)
-        tensor([9, 4, 3, 2])
+        tensor([8, 6, 3, 0])
     """
     if not 0 <= population <= LARGEST_BOUND:
         raise ValueError(f"random_subset: population must be in [0, 2**62], got {population}")

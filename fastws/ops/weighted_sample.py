@@ -33,7 +33,7 @@ class AliasTable:
     Example:
         >>> table = fastws.AliasTable(torch.tensor([1.0, 0.0, 2.0]))
         >>> fastws.weighted_sample(table, 6, seed=0)
-        tensor([2, 0, 2, 2, 2, 2])
+        tensor([2, 2, 2, 0, 0, 0])
     """
 
     def __init__(self, weights: Tensor):
@@ -75,7 +75,7 @@ def weighted_sample(table: AliasTable, count: int, *, replacement: bool = True, 
     Example:
         >>> table = fastws.AliasTable(torch.tensor([1.0, 0.0, 2.0, 5.0]))
         >>> fastws.weighted_sample(table, 3, replacement=False, seed=0)
-        tensor([3, 0, 2])
+        tensor([3, 2, 0])
     """
     check_stream("weighted_sample", seed, offset)
     if count < 0:
