@@ -1,0 +1,182 @@
+"""One training step of NeRN against the published step, restated in plain PyTorch.
+
+ResNet-20 (29,744 kernels), width 180, 256 images, 4,096 kernels: a joint step, and one that reconstructs only, during
+which the published code runs teacher and student all the same. Images are given; both use the Ranger of this package.
+The loss and its gradients are compared before anything is timed.
+
+Predicted for one core of 109 GFLOP/s in float32. Joint: convolutions are 21 GFLOP in the teacher, 63 in the student
+with its backward pass, the predictor 8.5 for all kernels without the first layer, and 5 for the batch. At the peak that
+is 0.9 s; convolutions of 16 to 64 channels reach 40 to 90 % of it, worst for gradients of weights, so 1.4 s. Maps of
+268 MB are read twice by the feature distance and written once, and rectified and added, 2 GB or 0.2 s. The plain step
+has the same convolutions, in a layout that costs reorders, 1.9 s; batch norms and their gradients, and the feature
+distance in ten passes, 15 GB more or 1.5 s: so 3.6 s, 2.3 times as long. Four times are out of reach while the
+convolutions are those of oneDNN in float32; with bf16 convolutions, which this processor has not, they are not.
+Reconstruction only: predictor 10 GFLOP, 0.1 s, against those 3.6 s: 36 times.
+
+Run: python benchmarks/bench_nern_step.py [--threads 2]
+"""
+
+import random
+import statistics
+import time
+from copy import deepcopy
+from tempfile import TemporaryDirectory
+
+import torch
+from harness import DEVICE, OPTIONS, record
+from torch import nn
+
+from fastws.nern.optimizer import Ranger
+from fastws.nn.nern import NeRN, encode_axis
+from fastws.nn.resnet import CIFARResNet
+from fastws.train import loop, nern
+
+HIDDEN, IMAGES, KERNELS = 180, 256, 4096
+ROUNDS = 3 if OPTIONS.quick else 7
+JOINT, RECONSTRUCTION = (1.0, 1e-4, 1e-4), (1.0, 0.0, 0.0)  # weights of the losses
+
+
+class PublishedStep:
+    """What the published trainer does in a step, by its own means."""
+
+    def __init__(self, model: NeRN, teacher: nn.Module, job: nern.Job):
+        self.predictor, self.teacher, self.student = deepcopy(model), teacher, deepcopy(teacher)
+        self.layers = job.stored.layers
+        self.names = [layer.name for layer in self.layers]
+        for name in self.names:
+            self.student.get_parameter(name).requires_grad = True
+        table = encode_axis(model.config, 64).to(DEVICE)
+        grid = [(i, f, c) for i, x in enumerate(self.layers) for f in range(x.shape[0]) for c in range(x.shape[1])]
+        encodings = torch.cat([table[index] for index in torch.tensor(grid, device=DEVICE).T], 1)[job.stored.rows]
+        self.embeddings = list(encodings.split([layer.kernels for layer in self.layers]))
+        self.originals = [teacher.get_parameter(name) for name in self.names]
+        self.optimizer = Ranger(self.predictor.parameters())
+
+    def predict(self, x):
+        for layer in self.predictor.layers:
+            x = torch.relu(layer(x))
+        return self.predictor.final_linear_layer(x)
+
+    def choose(self, total):
+        norms = torch.cat([x.flatten(0, 1).flatten(1).norm(dim=1) for x in self.originals])
+        if random.uniform(0, 1) < 0.8:
+            order = torch.randperm(total, device=DEVICE)
+            return order[:KERNELS], order[KERNELS:]
+        chosen = torch.distributions.Categorical(norms).sample([KERNELS])
+        rest = set(range(total)) - set(chosen.tolist())
+        return chosen, torch.tensor(list(rest), device=DEVICE)
+
+    def __call__(self, images, weights, chosen=None):
+        self.optimizer.zero_grad()
+        embeddings = torch.vstack(self.embeddings)
+        drawn, rest = self.choose(len(embeddings))
+        if chosen is not None:
+            drawn = chosen
+            rest = torch.tensor(sorted(set(range(len(embeddings))) - set(chosen.tolist())), device=DEVICE)
+        batch = self.predict(embeddings[drawn])
+        predicted = torch.zeros(len(embeddings), batch.shape[1], device=DEVICE)
+        predicted[drawn] = batch
+        with torch.no_grad():
+            predicted[rest] = self.predict(embeddings[rest])
+        parts = predicted.split([layer.kernels for layer in self.layers])
+        parts = [x.reshape(layer.shape) for x, layer in zip(parts, self.layers, strict=True)]
+        leaves = [self.student.get_parameter(name) for name in self.names]
+        for leaf, part in zip(leaves, parts, strict=True):
+            leaf.data = part.detach().clone()
+        with torch.no_grad():
+            theirs, their_logits = feature_maps(self.teacher, images)
+        ours, logits = feature_maps(self.student, images)
+        count = sum(x.numel() for x in leaves)
+        loss = (sum(((x - y) ** 2).sum() for x, y in zip(leaves, self.originals, strict=True)) / count).sqrt()
+        features = sum(((normalise(x) - normalise(y)) ** 2).sum() for x, y in zip(ours, theirs, strict=True))
+        p = their_logits.softmax(1)
+        divergence = (p * (p.log() - (logits.softmax(1) + 1e-4).log())).sum(1).mean()
+        if weights[1]:
+            loss = weights[0] * loss + weights[1] * features / len(images) + weights[2] * divergence
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()
+        torch.autograd.backward(parts, [leaf.grad for leaf in leaves])
+        self.optimizer.step()
+        return loss
+
+
+def feature_maps(network, images):
+    """Those that the published code compares: of each block the sum twice."""
+    x = network.bn1(network.conv1(images))
+    maps, x = [x], torch.relu(x)
+    for block in (*network.layer1, *network.layer2, *network.layer3):
+        y = block.bn1(block.conv1(x))
+        z = block.bn2(block.conv2(torch.relu(y)))
+        if block.padding:
+            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, block.padding, block.padding))
+        z = z + block.shortcut(x)
+        maps += [y, z, z]
+        x = torch.relu(z)
+    return maps, network.linear(x.mean((2, 3)))
+
+
+def normalise(maps):
+    return maps / (torch.norm(maps.flatten(1), dim=1).view(-1, 1, 1, 1) + 1e-3)
+
+
+def build(folder):
+    config = nern.Config(
+        out=folder, weights="given", architecture="cifar-resnet20-a", data_free=True, hidden=HIDDEN,
+        batch_size=IMAGES, kernel_batch=KERNELS, maps="doubled", device=DEVICE,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = CIFARResNet(20, "a").to(DEVICE).eval().requires_grad_(False)
+    job = nern.make_job(config, teacher, None, torch.device(DEVICE))
+    model = nern.make_model(config, job, teacher).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.final_linear_layer.parameters():
+            parameter.mul_(0.05)  # or maps of this teacher, which nobody trained, would overflow
+    published, optimizer = PublishedStep(model, teacher, job), Ranger(model.parameters())
+    images = torch.randn(IMAGES, 3, 32, 32, device=DEVICE)
+
+    def step(weights, number, chosen=None):
+        drawn = job.kernels.draw(number) if chosen is None else chosen
+        batch = nern.Batch(drawn, images if weights[1] else None, weights)
+        loss = nern.compute_losses(config, job, model, batch)["loss"]
+        loop.update(loss, model, optimizer, None)
+        return loss
+
+    return step, lambda weights, chosen=None: published(images, weights, chosen), (model, published.predictor)
+
+
+def check(step, published, models, weights):
+    """One step of both on the same kernels: the same loss, and predictors that stay together."""
+    chosen = torch.randint(29_744, (KERNELS,), device=DEVICE)
+    torch.testing.assert_close(step(weights, 0, chosen), published(weights, chosen), rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(*(list(model.parameters()) for model in models), strict=True):
+        if float((ours.grad - theirs.grad).norm() / theirs.grad.norm()) > 1e-3:
+            raise ValueError("nern_step: gradients must be those of the published step, got others")
+
+
+def seconds(run, *args):
+    begin = time.perf_counter()
+    run(*args)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+for case, weights in (("joint", JOINT), ("reconstruction only", RECONSTRUCTION)):
+    with TemporaryDirectory() as folder:
+        step, published, models = build(folder)
+        check(step, published, models, weights)
+        times = {"fastws": [], "published": []}
+        for number in range(ROUNDS):
+            times["fastws"] += [seconds(step, weights, number) for _ in range(1 if weights[1] else 5)]
+            times["published"].append(seconds(published, weights))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        for name, values in times.items():
+            record(
+                op="nern_step",
+                implementation=name,
+                case=f"ResNet-20, h {HIDDEN}, {case}",
+                us=medians[name] * 1e6,
+                iqr=(max(values) - min(values)) * 1e6,
+                of_published=medians["published"] / medians[name],
+            )
