@@ -106,9 +106,12 @@ def test_prune_refuses(options, message):
 # --- size and precision
 
 
-def store(network, mode=None, hidden=16):
-    """A NeRN, untrained, for the convolutions of a network in an order."""
-    layers = tuple(find_layers(network))
+SOME = ("layer3.*", "layer2.[12].*", "layer2.0.conv2")  # are left out: orders of all take long without C++
+
+
+def store(network, mode=None, hidden=16, exclude=SOME):
+    """A NeRN, untrained, for convolutions of a network in an order."""
+    layers = tuple(find_layers(network, exclude=exclude))
     weights = [network.get_parameter(layer.name) for layer in layers]
     orders = network_orders(weights, mode) if mode else None
     stored = StoredLayers(layers, 3, "center", rows_of(layers, orders))
@@ -145,7 +148,7 @@ def test_rows_of_zeros_stay_zero():
 
 
 def test_predictors_have_their_published_sizes(network):  # 142,749 parameters at h = 180
-    nern, stored = store(network, hidden=180)
+    nern, stored = store(network, hidden=180, exclude=())
     assert len(stored.rows) == 32_304 and stored.num_weights == 270_256
     sizes = {precision: measure(nern, stored, precision) for precision in PRECISIONS}
     assert sizes["fp32"] == (4 * 142_749, 0, 4 * 270_256)
