@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
@@ -12,6 +13,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/panels.h"
+#include "cpu/panels_bf16.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -166,8 +168,8 @@ struct Block {
     return all.size() == 0 ? nullptr : all.data() + (with_slopes ? layer : layer % 2) * most * mlp.stride;
   }
 
-  // Runs all but the last layer.
-  void forward(const int64_t* rows, int64_t count) {
+  // Input of the first activation, and its activation.
+  void embed(const int64_t* rows, int64_t count) {
     panels = (count + P::kRows - 1) / P::kRows;
     for (int64_t row = 0; row < panels * P::kRows; ++row) {
       places[row] = {zeros.data(), zeros.data(), zeros.data()};
@@ -181,8 +183,20 @@ struct Block {
       add_rows<real_t, kBytes>(&places[panel * P::kRows], mlp.squares, mlp.activation, x.data() + panel * mlp.stride,
                                slope);
     }
+  }
+
+  // All but the last layer.
+  void forward(const int64_t* rows, int64_t count) {
+    embed(rows, count);
     for (int64_t j = 0; j < mlp.depth; ++j)
       apply_to(mlp.forward[j], mlp.activation, at(x, j), at(x, j + 1), at(slopes, j + 1));
+  }
+
+  // Panels of predictions.
+  V* predict(const int64_t* rows, int64_t count) {
+    forward(rows, count);
+    apply_to(mlp.forward.back(), Finish::kNothing, at(x, mlp.depth), at(x, mlp.depth + 1), nullptr);
+    return at(x, mlp.depth + 1);
   }
 
   void apply_to(const Packed<real_t>& layer, Finish kind, const V* from, V* to, V* slope) const {
@@ -215,6 +229,27 @@ struct Sums {
   }
 
   int64_t take(int64_t count) { return std::exchange(size, size + count); }
+
+  template <typename scalar_t>
+  void read_table(const Vectors<V>& sums, int axis, scalar_t* grad) const {
+    const real_t* from = reinterpret_cast<const real_t*>(sums.data() + tables[axis]);
+    const int64_t padded = mlp.squares * P::kRows, indices = mlp.tables[axis].size() / (mlp.squares * 2);
+    for (int64_t i = 0; i < indices; ++i)
+      for (int64_t k = 0; k < mlp.width; ++k) grad[i * mlp.width + k] = scalar_t(from[i * padded + k]);
+  }
+
+  template <typename scalar_t>
+  void read_layer(const Vectors<V>& sums, int64_t j, int64_t outs, scalar_t* grad_weight, scalar_t* grad_bias) const {
+    const real_t* from = reinterpret_cast<const real_t*>(sums.data() + weights[j]);
+    const int64_t padded = mlp.forward[j].tiles * P::kOuts;
+    for (int64_t o = 0; o < outs; ++o) {
+      for (int64_t k = 0; k < mlp.width; ++k)
+        grad_weight[o * mlp.width + k] = scalar_t(from[(k / P::kRows * padded + o) * P::kRows + k % P::kRows]);
+      real_t total = 0;
+      for (int lane = 0; lane < P::kCount; ++lane) total += sums.data()[biases[j] + o][lane];
+      grad_bias[o] = scalar_t(total);
+    }
+  }
 };
 
 // Adds what some rows contribute to the gradients.
@@ -269,6 +304,64 @@ void dispatch(ScalarType dtype, const Body& body) {
   });
 }
 
+// Panels of predictions of a block.
+template <typename scalar_t, typename real_t, int kBytes>
+struct Predict {
+  using V = typename Lanes<real_t, kBytes>::V;
+
+  explicit Predict(const Mlp<real_t, kBytes>&) {}
+  V* operator()(Block<real_t, kBytes>& block, const int64_t* rows, int64_t count) const {
+    return block.predict(rows, count);
+  }
+};
+
+#if defined(FASTWS_BF16)
+
+// The same in products of bfloat16, where the processor has them.
+template <>
+struct Predict<torch::headeronly::BFloat16, float, 64> {
+  std::vector<std::vector<int32_t>> weights;
+
+  explicit Predict(const Mlp<float, 64>& mlp) {
+    if (!has_bf16_products()) return;
+    for (const Packed<float>& layer : mlp.forward) weights.push_back(pair_weights(layer));
+  }
+
+  // Neighbouring inputs of a layer, whose weights are numbers of 16 bits, in one integer.
+  static std::vector<int32_t> pair_weights(const Packed<float>& layer) {
+    const int64_t outs = Wide::kOuts, pairs = (layer.depth + 1) / 2;
+    std::vector<int32_t> all(layer.tiles * pairs * outs);
+    for (int64_t tile = 0; tile < layer.tiles; ++tile)
+      for (int64_t in = 0; in < layer.depth; ++in)
+        for (int64_t m = 0; m < outs; ++m) {
+          const uint32_t bits = std::bit_cast<uint32_t>(layer.weights[(tile * layer.depth + in) * outs + m]);
+          all[(tile * pairs + in / 2) * outs + m] |= int32_t(in % 2 == 0 ? bits >> 16 : bits);
+        }
+    return all;
+  }
+
+  Floats* operator()(Block<float, 64>& block, const int64_t* rows, int64_t count) const {
+    if (weights.empty()) return block.predict(rows, count);
+    const Mlp<float, 64>& mlp = block.mlp;
+    block.embed(rows, count);
+    for (int64_t panel = 0; panel < block.panels; ++panel) {
+      const int64_t place = panel * mlp.stride;
+      to_pairs(block.at(block.x, 0) + place, mlp.squares * Wide::kRows,
+               reinterpret_cast<Pairs*>(block.at(block.x, 1)) + place);
+    }
+    for (int64_t j = 0; j <= mlp.depth; ++j) {
+      const Packed<float>& layer = mlp.forward[j];
+      Floats *from = block.at(block.x, j + 1), *to = block.at(block.x, j);
+      apply_pairs({weights[j].data(), layer.bias.data(), layer.tiles, (layer.depth + 1) / 2}, mlp.activation,
+                  reinterpret_cast<const Pairs*>(from), mlp.stride, block.panels, reinterpret_cast<Pairs*>(to),
+                  j == mlp.depth ? to : nullptr);
+    }
+    return block.at(block.x, mlp.depth);
+  }
+};
+
+#endif
+
 Tensor coordinate_mlp_cpu(const Tensor& layer_table, const Tensor& filter_table, const Tensor& channel_table,
                           const Tensor& grid, const Tensor& rows, const Tensor& hidden_weights,
                           const Tensor& hidden_biases, const Tensor& out_weight, const Tensor& out_bias,
@@ -284,13 +377,12 @@ Tensor coordinate_mlp_cpu(const Tensor& layer_table, const Tensor& filter_table,
     const int64_t* kernels = a.rows.const_data_ptr<int64_t>();
     scalar_t* out = predictions.mutable_data_ptr<scalar_t>();
     const int64_t panels = mlp.panels(a.count), step = panels * P::kRows;
+    const Predict<scalar_t, real_t, kBytes> predict(mlp);
     torch::stable::parallel_for(0, (a.count + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
       Block<real_t, kBytes> block(mlp, panels, false);
       for (int64_t first = begin * step; first < std::min(end * step, a.count); first += step) {
         const int64_t size = std::min(step, a.count - first);
-        block.forward(kernels + first, size);
-        auto* const y = block.at(block.x, mlp.depth + 1);
-        block.apply_to(mlp.forward.back(), Finish::kNothing, block.at(block.x, mlp.depth), y, nullptr);
+        auto* const y = predict(block, kernels + first, size);
         for (int64_t row = 0; row < size; ++row)
           for (int64_t o = 0; o < mlp.outputs; ++o)
             out[(first + row) * mlp.outputs + o] = scalar_t(block.entry(y, row, o));
@@ -340,33 +432,17 @@ Gradients coordinate_mlp_backward_cpu(const Tensor& grad_, const Tensor& layer_t
   const Tensor grad_bias = torch::stable::empty_like(a.out_bias);
 
   dispatch(grad.scalar_type(), [&]<typename scalar_t, typename real_t, int kBytes>() {
-    using P = Panels<real_t, kBytes>;
     const Mlp<real_t, kBytes> mlp(a, Finish(activation), static_cast<const scalar_t*>(nullptr), true);
     const Sums<real_t, kBytes> places(mlp);
     const auto sums = sum_gradients<scalar_t, real_t, kBytes>(mlp, places, a.rows.const_data_ptr<int64_t>(),
                                                               grad.const_data_ptr<scalar_t>(), a.count);
-    for (int axis = 0; axis < 3; ++axis) {
-      const real_t* from = reinterpret_cast<const real_t*>(sums.data() + places.tables[axis]);
-      scalar_t* to = grad_tables[axis].mutable_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < a.tables[axis].size(0); ++i)
-        for (int64_t k = 0; k < a.width; ++k) to[i * a.width + k] = scalar_t(from[i * mlp.squares * P::kRows + k]);
-    }
-    for (int64_t j = 0; j <= a.depth; ++j) {
-      const bool last = j == a.depth;
-      const int64_t outs = last ? a.outputs : a.width, padded = mlp.forward[j].tiles * P::kOuts;
-      scalar_t* weights = last ? grad_weight.mutable_data_ptr<scalar_t>()
-                               : grad_weights.mutable_data_ptr<scalar_t>() + j * a.width * a.width;
-      scalar_t* biases =
-          last ? grad_bias.mutable_data_ptr<scalar_t>() : grad_biases.mutable_data_ptr<scalar_t>() + j * a.width;
-      const real_t* from = reinterpret_cast<const real_t*>(sums.data() + places.weights[j]);
-      for (int64_t o = 0; o < outs; ++o) {
-        for (int64_t k = 0; k < a.width; ++k)
-          weights[o * a.width + k] = scalar_t(from[(k / P::kRows * padded + o) * P::kRows + k % P::kRows]);
-        real_t total = 0;
-        for (int lane = 0; lane < P::kCount; ++lane) total += sums.data()[places.biases[j] + o][lane];
-        biases[o] = scalar_t(total);
-      }
-    }
+    for (int axis = 0; axis < 3; ++axis)
+      places.read_table(sums, axis, grad_tables[axis].template mutable_data_ptr<scalar_t>());
+    for (int64_t j = 0; j < a.depth; ++j)
+      places.read_layer(sums, j, a.width, grad_weights.mutable_data_ptr<scalar_t>() + j * a.width * a.width,
+                        grad_biases.mutable_data_ptr<scalar_t>() + j * a.width);
+    places.read_layer(sums, a.depth, a.outputs, grad_weight.mutable_data_ptr<scalar_t>(),
+                      grad_bias.mutable_data_ptr<scalar_t>());
   });
   return {grad_tables[0], grad_tables[1], grad_tables[2], grad_weights, grad_biases, grad_weight, grad_bias};
 }
