@@ -31,7 +31,7 @@ from fastws.downstream.embed import (
     load_encoder,
     save_embeddings,
 )
-from fastws.train import files, sane
+from fastws.train import files, nern_demo, sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
 from fastws.zoo.format import Zoo, write_json
@@ -42,7 +42,15 @@ from fastws.zoo.writer import ZooWriter
 SPLITS = ("train", "val", "test")
 TARGETS = ("test_accuracy", "epoch", "generalisation_gap")
 TIMES = ("seconds", "cpu_seconds", "attempts")
-SMOKE = {"networks": 24, "epochs": 4, "probe_epochs": (1, 2, 3, 4), "steps": 12, "batch_size": 8, "width": 16}
+SMOKE = {
+    "networks": 24,
+    "epochs": 4,
+    "probe_epochs": (1, 2, 3, 4),
+    "steps": 12,
+    "batch_size": 8,
+    "width": 16,
+    "nern_steps": 20,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,8 @@ class Config:
     noise: float = 0.1  # std of the factors that all weights of a view are multiplied by
     erase: float = 0.5  # share of the weights of a view that are set to 0; SANE reconstructs what was there
 
+    nern_steps: int = 1000  # of storing the best network in a NeRN
+
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
     permutations: int = 8  # of each test network, to see how far they move its embedding
     threads: int = 0  # processor cores to use; 0: all
@@ -75,7 +85,7 @@ class Config:
     def __post_init__(self):
         if self.networks < 20:
             raise ValueError(f"quickstart: networks must be at least 20, some for each split, got {self.networks}")
-        for name in ("epochs", "permutations"):
+        for name in ("epochs", "permutations", "nern_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
         if not self.probe_epochs or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs):
@@ -287,6 +297,11 @@ def check_permutations(config: Config, folder: Path) -> dict:
     }
 
 
+def store_network(config: Config, folder: Path) -> dict:
+    """the convolutions of the best network, stored in a small network that predicts them: a NeRN"""
+    return nern_demo.store_best(Zoo.open(folder / "zoo"), folder / "nern", config.nern_steps, config.seed)
+
+
 STAGES = {  # in this order
     "zoo": make_zoo,
     "align": align_zoo,
@@ -294,6 +309,7 @@ STAGES = {  # in this order
     "embed": embed_zoo,
     "probe": probe,
     "permutations": check_permutations,
+    "nern": store_network,
 }
 
 
@@ -361,6 +377,8 @@ def print_summary(results: dict, folder: Path, seconds: float) -> None:
     check = results["permutations"]["SANE"]
     print(f"a permuted copy of a network is {check['ratio']:.3f} times as far from it as another network is;")
     print(f"it is nearer than another network in {100 * check['nearer']:.1f} % of the cases")
+    before, after = results["nern"]["accuracy"]
+    print(f"the best network, its convolutions stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after")
     print(f"\n{seconds:.0f} s, {process_time():.0f} s of processor time")
     print(f"report:  {folder / 'report.html'}   (open it in a browser)")
     print(f"numbers: {folder / 'results.json'}")

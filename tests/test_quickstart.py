@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -37,12 +38,19 @@ def test_results_are_complete(finished):
     assert scored == {(kind, target) for kind in kinds for target in quickstart.TARGETS}
     assert set(results["stages"]) == set(quickstart.STAGES)
     assert all(stage["attempts"] == 1 and stage["seconds"] > 0 for stage in results["stages"].values())
+    assert results["nern"]["stored_weights"] == 8 * 16 + 96 * 4 and numpy.shape(results["nern"]["kernels"]) == (
+        2,
+        8,
+        4,
+        4,
+    )
+    assert results["nern"]["accuracy"][0] == pytest.approx(results["nern"]["test_accuracy"])
     assert {"fastws", "torch", "python", "commit", "processor", "cores"} <= set(results["machine"])
 
 
 def test_report_stands_alone(finished):
     page = (Path(finished.out) / "report.html").read_text()
-    assert page.count("src='data:image/png;base64,") == page.count("<img") == 4
+    assert page.count("src='data:image/png;base64,") == page.count("<img") == 5
     assert not re.search(r"<script|<link|https?:", page)
 
 
@@ -56,6 +64,7 @@ def test_report_holds_the_numbers_of_the_results(finished):
         assert f"{results['permutations'][kind]['ratio']:.3f}" in cells
     for stage in results["stages"].values():
         assert f"{stage['seconds']:.1f}" in cells
+    assert all(f"{accuracy:.3f}" in page for accuracy in results["nern"]["accuracy"])
     assert json.dumps(results["config"], indent=1) in page
 
 
