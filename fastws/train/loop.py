@@ -1,8 +1,8 @@
 """The one training loop: draw a batch, take a step, log, evaluate, checkpoint, resume.
 
-A run holds no state but the model, the optimizer, the number of steps done and what a trainer asks to be kept: rates are functions of the step, and
-batches are drawn from the seed and the step. So a run that was killed continues as if nothing had happened, bit for
-bit on a CPU.
+A run holds no state but the model, the optimizer, the number of steps done and what a trainer asks to be kept: rates
+are functions of the step, and batches are drawn from the seed and the step. So a run that was killed continues as if
+nothing had happened, bit for bit on a CPU.
 """
 
 import json
