@@ -8,9 +8,9 @@ layer is a sum of table rows, so that 2n(3h^2 + 9h) FLOPs are left; activations 
 5.9 GFLOP, at least 54 ms, at 90 % of peak 60 ms. ResNet-56 at h = 320: 58.4 GFLOP, at least 536 ms, at 90 % 595 ms.
 The published form has 8.4 and 72.9 GFLOP and moves each activation and embedding through memory: at 75 % of peak
 103 + 30 ms and 890 + 200 ms, so that 2.2 and 1.8 times its speed is what fp32 has to give here. Forward and backward of
-4,096 rows at h = 180: the backward pass computes the forward pass again, 4 products instead of 3, 3.2 GFLOP, 33 ms at
-90 %; the published form has 3.1 GFLOP, 38 ms at 75 % and 10 ms of memory: 1.5 times. bf16 without instructions for it
-is computed in fp32 and takes as long; AVX512-BF16 has twice the FLOPs of AVX-512.
+4,096 rows at h = 180: activations are kept, three products, 2.4 GFLOP, 25 ms at 90 %, and 50 MB of them written and
+read, 5 ms; the published form has 3.1 GFLOP, 38 ms at 75 %, and 10 ms of memory: 1.6 times. bf16 without instructions
+for it is computed in fp32 and takes as long; AVX512-BF16 has twice the FLOPs of AVX-512.
 
 Run: python benchmarks/bench_coordinate_mlp.py
 """
@@ -62,7 +62,7 @@ def arguments(model: Published, axes: list[torch.Tensor], grid: torch.Tensor, ro
     tables = [axis @ weight.T for axis, weight in zip(axes, first.weight.split(80, dim=1), strict=True)]
     tables[0] = tables[0] + first.bias
     hidden = torch.stack([x.weight for x in rest[:-1]]), torch.stack([x.bias for x in rest[:-1]])
-    return *tables, grid, rows, *hidden, rest[-1].weight, rest[-1].bias, 0
+    return *tables, grid, rows, *hidden, rest[-1].weight, rest[-1].bias, 0, False
 
 
 def prepare(blocks: int, width: int, dtype: torch.dtype):
@@ -109,7 +109,7 @@ def forward(network: str, dtype: torch.dtype) -> None:
             y[order] = torch.vstack([model(rest[i : i + BATCH]) for i in range(0, count, BATCH)])
             return y
 
-        runs = {name: lambda function=function: function(*args) for name, function in ways().items()}
+        runs = {name: lambda function=function: function(*args)[0] for name, function in ways().items()}
         runs["published"] = published
         expected = published().double()
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -128,14 +128,15 @@ def with_gradients(network: str) -> None:
         return torch.autograd.grad(model(embeddings[rows]), parameters, grad)
 
     def autograd(function):
-        return torch.autograd.grad(function(*arguments(model, axes, grid, rows)), parameters, grad)
+        *args, _ = arguments(model, axes, grid, rows)
+        return torch.autograd.grad(function(*args, DEVICE == "cpu")[0], parameters, grad)
 
-    def plain(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, weight, bias, _):
+    def plain(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, weight, bias, *_):
         layer, f, c = coordinates(grid, rows)
         x = (layer_table[layer] + filter_table[f] + channel_table[c]).relu()
         for w, b in zip(hidden_weights, hidden_biases, strict=True):
             x = nn.functional.linear(x, w, b).relu()
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, weight, bias), None
 
     functions = ways(with_reference=False) | {"plain autograd": plain, "compiled": torch.compile(plain)}
     runs = {name: lambda function=function: autograd(function) for name, function in functions.items()}

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 
 ROWS = 64  # rows of a block
 COLUMNS = 64  # of a layer that are computed at once
@@ -124,7 +124,8 @@ def coordinate_mlp(
     out_weight: Tensor,
     out_bias: Tensor,
     activation: int,
-) -> Tensor:
+    keep: bool,  # asked of CPUs only
+) -> tuple[Tensor, Tensor]:
     tables = layer_table.contiguous(), filter_table.contiguous(), channel_table.contiguous()
     grid, rows = grid.contiguous(), rows.contiguous()
     hidden = hidden_weights.contiguous(), hidden_biases.contiguous()
@@ -140,4 +141,4 @@ def coordinate_mlp(
         _coordinate_mlp_kernel[(programs,)](
             *tables, grid, ends, rows, *hidden, *last, scratch, predictions, *sizes, *blocks
         )
-    return predictions
+    return predictions, layer_table.new_empty(0, dtype=promote_types(layer_table.dtype, float32))

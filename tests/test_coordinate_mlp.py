@@ -49,12 +49,21 @@ def from_embeddings(embeddings, first_weight, grid, layers, activation):
     return x
 
 
+def predictions(function):
+    return lambda *args: function(*args, False)[0]
+
+
+def keep(*args):
+    """What the forward pass keeps for the backward pass, and nothing."""
+    return torch.ops.fastws.coordinate_mlp(*args, True)[1], torch.ops.fastws.coordinate_mlp(*args, False)[1]
+
+
 def assert_gradients_as_accurate(actual, grad, *args):
     def cast(x, dtype):
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     dtypes = {grad.dtype, torch.float64}
-    expected = {d: coordinate_mlp_backward_reference(*(cast(x, d) for x in (grad, *args))) for d in dtypes}
+    expected = {d: coordinate_mlp_backward_reference(*(cast(x, d) for x in (grad, grad, *args))) for d in dtypes}
     for output, x in enumerate(actual):
         if x.numel():
             assert_as_accurate(x, lambda grad, output=output: expected[grad.dtype][output], grad)
@@ -67,10 +76,10 @@ def test_coordinate_mlp_is_the_reference(name, function, device, dtype, case):
     if (name, device, dtype) == ("triton", "cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter cannot multiply bfloat16")
     args = example(*case, dtype, device)
-    actual = function(*args)
-    assert actual.shape == (case[0], case[3]) and actual.dtype == dtype
+    actual, kept = function(*args, False)
+    assert actual.shape == (case[0], case[3]) and actual.dtype == dtype and kept.shape == (0,)
     if case[0]:
-        assert_as_accurate(actual, coordinate_mlp_reference, *args)
+        assert_as_accurate(actual, predictions(coordinate_mlp_reference), *args)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("coordinate_mlp_backward"))
@@ -79,9 +88,12 @@ def test_coordinate_mlp_is_the_reference(name, function, device, dtype, case):
 def test_coordinate_mlp_backward_is_the_reference(name, function, device, dtype, case):
     args = example(*case, dtype, device, activation=list(ACTIVATIONS).index("gelu"))
     grad = torch.randn(case[0], case[3], generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    actual = function(grad, *args)
+    kept, nothing = keep(*args)
+    actual = function(grad, nothing, *args)
     for x, like in zip(actual, [*args[:3], *args[5:9]], strict=True):
         assert x.shape == like.shape and x.dtype == dtype
+    for computed, read in zip(actual, function(grad, kept, *args), strict=True):
+        torch.testing.assert_close(computed, read, rtol=0, atol=0)
     assert_gradients_as_accurate(actual, grad, *args)
 
 
@@ -91,10 +103,11 @@ def test_coordinate_mlp_backward_is_the_reference(name, function, device, dtype,
 def test_coordinate_mlp_activations(name, function, device, activation, dtype):
     args = example(64, 40, 2, 9, dtype, device, list(ACTIVATIONS).index(activation))
     args = 3 * args[0], *args[1:]  # so that all branches are taken
-    assert_as_accurate(function(*args), coordinate_mlp_reference, *args)
+    assert_as_accurate(predictions(function)(*args), predictions(coordinate_mlp_reference), *args)
     grad = torch.ones(64, 9, dtype=dtype, device=device)
     if name == device:
-        assert_gradients_as_accurate(torch.ops.fastws.coordinate_mlp_backward(grad, *args), grad, *args)
+        actual = torch.ops.fastws.coordinate_mlp_backward(grad, keep(*args)[0], *args)
+        assert_gradients_as_accurate(actual, grad, *args)
 
 
 @pytest.mark.parametrize("device", devices())
@@ -130,12 +143,13 @@ def test_coordinate_mlp_is_the_published_predictor(device, activation):
 def test_coordinate_mlp_rows_do_not_depend_on_each_other(device):
     *tables, grid, rows, weights, biases, weight, bias, activation = example(261, 65, 2, 9, device=device)
     network = weights, biases, weight, bias, activation
-    y = torch.ops.fastws.coordinate_mlp(*tables, grid, rows, *network)
+    predict = predictions(torch.ops.fastws.coordinate_mlp)
+    y = predict(*tables, grid, rows, *network)
     for part in (slice(3, 4), slice(10, 37), slice(40, 250)):
-        alone = torch.ops.fastws.coordinate_mlp(*tables, grid, rows[part], *network)
+        alone = predict(*tables, grid, rows[part], *network)
         exact = device == "cpu" and "coordinate_mlp" in _native.COMPILED["cpu"]  # libraries choose by the size
         torch.testing.assert_close(alone, y[part], **({"rtol": 0, "atol": 0} if exact else {}))
-    swapped = torch.ops.fastws.coordinate_mlp(*tables[:2], tables[2].roll(1, 0), grid, rows, *network)
+    swapped = predict(*tables[:2], tables[2].roll(1, 0), grid, rows, *network)
     assert (swapped - y).abs().max() > 0.1  # a wrong coordinate is noticed
 
 
@@ -145,7 +159,7 @@ def test_coordinate_mlp_of_nan_is_nan(device):
         args = example(30, 20, 2, 9, device=device, activation=activation)
         args[0][2, 5] = float("nan")
         bad = fastws.ops.coordinate_mlp.coordinates(args[3], args[4])[0] == 2
-        y = torch.ops.fastws.coordinate_mlp(*args)
+        y, _ = torch.ops.fastws.coordinate_mlp(*args, False)
         assert y[bad].isnan().all() and not y[~bad].isnan().any()
 
 
@@ -156,8 +170,8 @@ def test_coordinate_mlp_does_not_depend_on_the_threads():
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        y = torch.ops.fastws.coordinate_mlp(*args)
-        results.append((y, *torch.ops.fastws.coordinate_mlp_backward(grad, *args)))
+        y, kept = torch.ops.fastws.coordinate_mlp(*args, True)
+        results.append((y, *torch.ops.fastws.coordinate_mlp_backward(grad, kept, *args)))
     torch.set_num_threads(threads)
     for first, *others in zip(*results, strict=True):
         assert all(torch.equal(first, other) for other in others)
@@ -188,9 +202,10 @@ def test_coordinate_mlp_is_differentiable_once():
 def test_coordinate_mlp_opcheck(device):
     args = example(20, 9, 2, 3, device=device)
     grad = torch.randn(20, 3, device=device)
-    torch.library.opcheck(torch.ops.fastws.coordinate_mlp_backward.default, (grad, *args))
+    kept = torch.ops.fastws.coordinate_mlp(*args, device == "cpu")[1]
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp_backward.default, (grad, kept, *args))
     args = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
-    torch.library.opcheck(torch.ops.fastws.coordinate_mlp.default, tuple(args))
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp.default, (*args, False))
 
 
 @pytest.mark.parametrize("device", devices())
@@ -217,13 +232,13 @@ def train(rows):
     biases = [torch.randn(h) for _ in range(3)] + [torch.randn(9)]
     fastws.coordinate_mlp(tables, grid, torch.arange(rows), weights, biases).sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-small = train(2048)
-print(train(10240) - small)
+small = train(4096)
+print(train(12288) - small)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
-def test_coordinate_mlp_stores_no_activations():
+def test_coordinate_mlp_stores_no_activations_of_many_rows():
     output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout
     # four inputs and four outputs of activations of 8,192 rows would be 128 MiB, rows and predictions are 0.4
     assert float(output) < 40

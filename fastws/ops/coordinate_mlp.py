@@ -1,5 +1,6 @@
 """Coordinate MLP: a small network that predicts kernels of another from their coordinates."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 from fastws import _native
 
 CHUNK = 2048  # rows that the reference computes at once
+KEPT = 2**26  # bytes of activations that a CPU keeps for the backward pass, at most
 ACTIVATIONS = {  # name: the function, and its derivative
     "relu": (functional.relu, lambda x: (x > 0).to(x.dtype)),
     "leaky_relu": (functional.leaky_relu, lambda x: torch.full_like(x, 0.01).masked_fill(x > 0, 1)),
@@ -37,9 +39,9 @@ def coordinate_mlp(
     its columns of the weight, and one of them holds the bias. Of added embeddings all three share one weight. For any
     other first layer ``tables[0]`` holds a row for each of n layers of one kernel, and the other tables a row of zeros.
 
-    No activation of all rows is stored: the backward pass computes each block of rows again, so that memory does not
-    grow with the number of rows. Sums are at least float32. Differentiable once, in tables, weights and biases.
-    Source: NeRN, arXiv 2212.13554.
+    Activations of more rows than 64 MiB hold are not stored: the backward pass computes each block of rows again, so
+    that memory does not grow with the number of rows. Sums are at least float32. Differentiable once, in tables,
+    weights and biases. Source: NeRN, arXiv 2212.13554.
 
     Args:
         tables: Three tables of what each coordinate adds to the first layer, ``[>= L, h]``, ``[>= filters, h]`` and
@@ -68,10 +70,17 @@ def coordinate_mlp(
     width = tables[0].shape[1]
     hidden_weights = torch.stack(list(weights[:-1])) if len(weights) > 1 else tables[0].new_empty(0, width, width)
     hidden_biases = torch.stack(list(biases[:-1])) if len(weights) > 1 else tables[0].new_empty(0, width)
+    arguments = *tables, grid, rows, hidden_weights, hidden_biases, weights[-1], biases[-1]
     kind = list(ACTIVATIONS).index(activation)
-    return torch.ops.fastws.coordinate_mlp(
-        *tables, grid, rows, hidden_weights, hidden_biases, weights[-1], biases[-1], kind
-    )
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in arguments)
+    size = 4 * math.prod(kept_shape(len(rows), len(hidden_weights), width, len(biases[-1])))
+    keep = learns and size <= KEPT and rows.device.type == "cpu"
+    return torch.ops.fastws.coordinate_mlp(*arguments, kind, keep)[0]
+
+
+def kept_shape(count: int, depth: int, width: int, outputs: int) -> tuple[int, int, int]:
+    """Room for activations and their slopes in any arrangement: rows and columns for whole vectors and tiles."""
+    return 2 * (depth + 1), -(-count // 32) * 32, -(-max(width, outputs) // 96) * 96
 
 
 def check(tables, grid, rows, weights, biases, activation) -> None:
@@ -149,7 +158,8 @@ def coordinate_mlp_reference(
     out_weight: Tensor,
     out_bias: Tensor,
     activation: int,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     tables = layer_table, filter_table, channel_table
     function = list(ACTIVATIONS.values())[activation][0]
     predictions = layer_table.new_empty(len(rows), len(out_bias))
@@ -157,11 +167,13 @@ def coordinate_mlp_reference(
         places = coordinates(grid, rows[begin : begin + CHUNK])
         x = hidden_layers(places, tables, hidden_weights, hidden_biases, activation)[-1]
         predictions[begin : begin + CHUNK] = functional.linear(function(x), out_weight, out_bias)
-    return predictions
+    shape = kept_shape(len(rows), *hidden_biases.shape, len(out_bias)) if keep else (0,)
+    return predictions, layer_table.new_zeros(shape, dtype=torch.promote_types(layer_table.dtype, torch.float32))
 
 
 def coordinate_mlp_backward_reference(
     grad: Tensor,
+    kept: Tensor,  # what compiled kernels keep for themselves
     layer_table: Tensor,
     filter_table: Tensor,
     channel_table: Tensor,
@@ -198,34 +210,39 @@ ARGUMENTS = (
     "Tensor layer_table, Tensor filter_table, Tensor channel_table, Tensor grid, Tensor rows, Tensor hidden_weights, "
     "Tensor hidden_biases, Tensor out_weight, Tensor out_bias, int activation"
 )
-torch.library.define("fastws::coordinate_mlp", f"({ARGUMENTS}) -> Tensor")
+torch.library.define("fastws::coordinate_mlp", f"({ARGUMENTS}, bool keep) -> (Tensor predictions, Tensor kept)")
 torch.library.define(
     "fastws::coordinate_mlp_backward",
-    f"(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor kept, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.register_kernel("fastws::coordinate_mlp", "default", coordinate_mlp_reference)
 torch.library.register_kernel("fastws::coordinate_mlp_backward", "default", coordinate_mlp_backward_reference)
 
 
 @torch.library.register_fake("fastws::coordinate_mlp")
-def coordinate_mlp_fake(layer_table, filter_table, channel_table, grid, rows, *rest):
-    return layer_table.new_empty(rows.shape[0], rest[3].shape[0])
+def coordinate_mlp_fake(*arguments):
+    layer_table, rows, hidden_biases, out_bias = (arguments[i] for i in (0, 4, 6, 8))
+    shape = kept_shape(rows.shape[0], *hidden_biases.shape, out_bias.shape[0]) if arguments[-1] else (0,)
+    kept = layer_table.new_empty(shape, dtype=torch.promote_types(layer_table.dtype, torch.float32))
+    return layer_table.new_empty(rows.shape[0], out_bias.shape[0]), kept
 
 
 @torch.library.register_fake("fastws::coordinate_mlp_backward")
-def coordinate_mlp_backward_fake(grad, *arguments):
+def coordinate_mlp_backward_fake(grad, kept, *arguments):
     differentiable = *arguments[:3], *arguments[5:9]
     return tuple(x.new_empty(x.shape) for x in differentiable)
 
 
 def coordinate_mlp_setup_context(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.activation, _ = inputs
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(kept, *tensors)
 
 
-def coordinate_mlp_backward(ctx, grad):
+def coordinate_mlp_backward(ctx, grad, grad_kept):
     grads = torch.ops.fastws.coordinate_mlp_backward(grad, *ctx.saved_tensors, ctx.activation)
-    return *grads[:3], None, None, *grads[3:], None
+    return *grads[:3], None, None, *grads[3:], None, None
 
 
 def coordinate_mlp_double_backward(ctx, *grads):
