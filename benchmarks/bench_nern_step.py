@@ -5,13 +5,18 @@ which the published code runs teacher and student all the same. Images are given
 The loss and its gradients are compared before anything is timed.
 
 Predicted for one core of 109 GFLOP/s in float32. Joint: convolutions are 21 GFLOP in the teacher, 63 in the student
-with its backward pass, the predictor 8.5 for all kernels without the first layer, and 5 for the batch. At the peak that
-is 0.9 s; convolutions of 16 to 64 channels reach 40 to 90 % of it, worst for gradients of weights, so 1.4 s. Maps of
-268 MB are read twice by the feature distance and written once, and rectified and added, 2 GB or 0.2 s. The plain step
-has the same convolutions, in a layout that costs reorders, 1.9 s; batch norms and their gradients, and the feature
-distance in ten passes, 15 GB more or 1.5 s: so 3.6 s, 2.3 times as long. Four times are out of reach while the
-convolutions are those of oneDNN in float32; with bf16 convolutions, which this processor has not, they are not.
-Reconstruction only: predictor 10 GFLOP, 0.1 s, against those 3.6 s: 36 times.
+with its backward pass; the predictor 5.9 for all kernels, without the first layer, and 3.2 for the batch. At the peak
+that is 0.9 s; convolutions of 16 to 64 channels reach 40 to 90 % of it, worst for gradients of weights, so 1.4 s. Maps
+of 134 MB are read twice by the feature distance, written once, rectified and added, 1 GB or 0.1 s. The plain step has
+the same convolutions, in a layout that costs reorders, 1.9 s; batch norms and their gradients, and the feature distance
+in ten passes, 10 GB more or 1 s: so 3 s, twice as long. Four times are out of reach while convolutions are float32 and
+oneDNN's; with bf16 convolutions, which need another processor, they are not. Reconstruction only: 9.1 GFLOP, 0.083 s,
+against those 3 s: 36 times.
+
+What the prediction missed: while distillation does not count, the published loss leads back into the weights only. It
+runs both networks and compares their maps, forward, and never goes back through the student. So it takes 1.2 s, and no
+exact step in float32 can be more than 14 times as fast. Gradients of maps go into fresh memory, which costs more than
+filling it.
 
 Run: python benchmarks/bench_nern_step.py [--threads 2]
 """
