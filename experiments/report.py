@@ -1,0 +1,118 @@
+"""Turns results/*.json into the table of README.md, between its marks. No number there is typed by hand.
+
+python experiments/report.py                                             # writes the table anew
+python experiments/report.py --add quickstart-0 runs/quickstart/results.json   # first keeps the results of a run
+
+A name begins with the kind of its experiment (KINDS). Long lists, which are only for plots, are not kept.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+LONGEST = 400  # entries of a list that is kept
+
+
+def quickstart(found: dict) -> str:
+    scores = {row["features"]: row["test_r2"] for row in found["probe"]["r2"] if row["target"] == "test_accuracy"}
+    before, after = found["nern"]["accuracy"]
+    seconds = sum(stage["seconds"] for stage in found["stages"].values())
+    return (
+        f"seed {found['config']['seed']}: R² of accuracy on unseen networks "
+        + ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        + f"; a permuted copy moves {found['permutations']['SANE']['ratio']:.2f} times as far as another network is"
+        + f"; stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after; {seconds:.0f} s"
+    )
+
+
+def zoo(found: dict) -> str:
+    """Accuracies of states, at the epochs that were published and at the last."""
+    lines = [line for line in found["epochs"] if line["published mean"] is not None] or found["epochs"][-1:]
+    about = f"{found['preset']}: {found['states']:,} states, {found['dropped']} not finite"
+    for line in lines:
+        published = "" if line["published mean"] is None else f" (published {line['published mean']})"
+        about += f"; epoch {line['epoch']}: accuracy {line['mean']:.3f}{published}, std {line['std']:.3f}"
+    return f"{about}; {found['seconds'] / 3600:.1f} h"
+
+
+def twins(found: dict) -> str:
+    last = found["epochs"][-1]
+    cells = (f"{name} {value:.3f}" for name, value in last.items() if isinstance(value, float))
+    return f"{found['states']:,} states; epoch {last['epoch']}: {', '.join(cells)}; {found['seconds'] / 60:.0f} min"
+
+
+def probes(found: dict) -> str:
+    """The best features for each target."""
+    best = {}
+    for row in found["results"]:
+        if row["target"] not in best or row["test"] > best[row["target"]]["test"]:
+            best[row["target"]] = row
+    return "; ".join(f"{name}: {row['features']} {row['score']} {row['test']:.3f}" for name, row in best.items())
+
+
+def teacher(found: dict) -> str:
+    return f"{found['steps']} steps: test accuracy {found['test accuracy']:.4f}"
+
+
+def nern(found: dict) -> str:
+    """Accuracies on the test images, and the last error of each curve."""
+    parts = [f"{order}: error {points[-1][1]:.4f} at step {points[-1][0]}" for order, points in found["curves"].items()]
+    for run in found["stored"]:
+        full = run["precisions"]["fp32"]
+        about = f"h = {run['hidden']}, seed {run['seed']}, {run['steps']} steps, {run['hours']:.1f} h"
+        parts.append(f"{about}: accuracy {full['original_accuracy']:.4f} before, {full['accuracy']:.4f} after")
+    return "; ".join(parts)
+
+
+KINDS = {"quickstart": quickstart, "zoo": zoo, "twins": twins, "probes": probes, "teacher": teacher, "nern": nern}
+
+
+def kind(name: str) -> str:
+    found = name.partition("-")[0]
+    if found not in KINDS:
+        sys.exit(f"report: name must begin with one of {', '.join(KINDS)}, got {name!r}")
+    return found
+
+
+def count(found: Any) -> int:
+    """Entries of a list and of the lists in it."""
+    return sum(map(count, found)) if isinstance(found, list) else 1
+
+
+def without_long_lists(found: Any) -> Any:
+    if isinstance(found, dict):
+        kept = {name: without_long_lists(value) for name, value in found.items()}
+        return {name: value for name, value in kept.items() if value is not None or found[name] is None}
+    if isinstance(found, list):
+        return None if count(found) > LONGEST else [without_long_lists(value) for value in found]
+    return found
+
+
+def table() -> str:
+    lines = ["| run | result |", "| --- | --- |"]
+    for path in sorted((HERE / "results").glob("*.json")):
+        lines.append(f"| [{path.stem}](results/{path.name}) | {KINDS[kind(path.stem)](json.loads(path.read_text()))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "FILE"), help="keep the results of a run under a name")
+    added = parser.parse_args().add
+    if added:
+        name, path = added
+        kind(name)
+        found = without_long_lists(json.loads(Path(path).read_text()))
+        (HERE / f"results/{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
