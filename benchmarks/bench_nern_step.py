@@ -144,7 +144,8 @@ def build(folder):
         drawn = job.kernels.draw(number) if chosen is None else chosen
         batch = nern.Batch(drawn, images if weights[1] else None, weights)
         loss = nern.compute_losses(config, job, model, batch)["loss"]
-        loop.update(loss, model, optimizer, None)
+        loop.differentiate(loss, model, None)
+        optimizer.step()
         return loss
 
     return step, lambda weights, chosen=None: published(images, weights, chosen), (model, published.predictor)

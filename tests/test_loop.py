@@ -286,6 +286,23 @@ def test_loss_must_be_finite(tmp_path):
     assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["model"].values())
 
 
+def test_weights_must_be_finite_to_be_saved(tmp_path):
+    model = build()
+    config = replace(CONFIG, out=str(tmp_path), save_every=5)
+
+    def spoilt(model, batch):
+        metrics = losses(model, batch)
+        metrics["loss"].register_hook(lambda gradient: gradient * torch.nan if model.calls == 10 else gradient)
+        model.calls += 1
+        return metrics
+
+    model.calls = 0
+    arguments = {"batch": lambda step: draw(config, step), "loss": spoilt, "evaluate": lambda model: {}}
+    with pytest.raises(FloatingPointError, match="weights must be finite, got NaN or infinity in .* after step 10"):
+        loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
+    assert files.load(tmp_path / "checkpoint.pt")["step"] == 5
+
+
 @pytest.mark.parametrize("field, value", [("steps", 0), ("lr", -1.0), ("clip", 0.0), ("seed", -1), ("log_every", 0)])
 def test_config_is_checked(field, value):
     with pytest.raises(ValueError, match=f"train: {field} must be"):

@@ -356,10 +356,37 @@ def test_data_free_training_leaves_out_what_is_not_finite(tmp_path, monkeypatch)
     assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
 
+def test_data_free_training_leaves_out_gradients_that_are_not_finite(tmp_path, monkeypatch):
+    compute = nern.compute_losses
+
+    def sometimes_bad(config, job, model, batch):
+        metrics = compute(config, job, model, batch)
+        sometimes_bad.calls += 1
+        factor = torch.inf if sometimes_bad.calls in (3, 10) else 1.0
+        metrics["loss"].register_hook(lambda gradient: gradient * factor)
+        return metrics
+
+    sometimes_bad.calls = 0
+    monkeypatch.setattr(nern, "compute_losses", sometimes_bad)
+    train(tmp_path, data_free=True)
+    assert len(read_log(tmp_path, "train/loss")) == 8
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_weights_that_predict_no_numbers_are_never_the_best(tmp_path):
+    watch = nern.Watch(replace(CONFIG, out=str(tmp_path)), CPU)
+    found = {"accuracy": torch.tensor(0.9), "relative_error": torch.tensor(torch.nan)}
+    watch.keep(found, model=nn.Linear(1, 1), extra={})
+    assert not (tmp_path / "best.pt").exists() and watch.memory["best"] == -torch.inf
+
+
 def test_data_free_training_gives_up(tmp_path, monkeypatch):
     monkeypatch.setattr(nern, "MOST_SKIPPED", 4)
     monkeypatch.setattr(nern, "uniform_images", lambda shape, size, *_: torch.full((size, *shape), torch.nan))
-    with pytest.raises(FloatingPointError, match="loss must be finite, got 4 batches in a row where it is not"):
+    with pytest.raises(
+        FloatingPointError, match="loss and gradients must be finite, got 4 batches in a row where they"
+    ):
         train(tmp_path, data_free=True)
 
 

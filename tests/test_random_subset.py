@@ -168,6 +168,8 @@ def test_random_subset_names_the_wrong_argument():
         fastws.random_subset(-1, 0, seed=0)
     with pytest.raises(ValueError, match="random_subset: seed and offset must be in"):
         fastws.random_subset(5, 3, seed=-1)
+    with pytest.raises(ValueError, match="random_subset: seed and offset must be in"):
+        fastws.random_subset(5, 3, seed=0, offset=2**63)
     with pytest.raises(ValueError, match=r"complement: indices must be in \[0, 5\), got -1 to 5"):
         fastws.complement(torch.tensor([-1, 5]), 5)
     with pytest.raises(

@@ -261,3 +261,5 @@ def test_weighted_sample_names_the_wrong_argument():
         fastws.weighted_sample(table, -1, seed=0)
     with pytest.raises(ValueError, match="weighted_sample: seed and offset must be in"):
         fastws.weighted_sample(table, 1, seed=-1)
+    with pytest.raises(ValueError, match="weighted_sample: seed and offset must be in"):
+        fastws.weighted_sample(table, 1, seed=2**63)

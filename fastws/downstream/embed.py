@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastws
+from fastws.devices import find_device
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format import Zoo
 
@@ -45,7 +46,7 @@ class Encoder(NamedTuple):
 
 
 def run(config: Config) -> None:
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.device)
     encoder, zoo = load_encoder(config.model, device), Zoo.open(config.zoo)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo

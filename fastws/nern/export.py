@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastws.devices import find_device
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers
@@ -60,7 +61,7 @@ class Size(NamedTuple):
 
 
 def run(config: Config) -> None:
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.device)
     nern, stored, learned = load_nern(config.model)
     training = read_training(config.model)
     original = load_teacher(training["architecture"], config.weights or training["weights"])

@@ -84,14 +84,14 @@ def train(
         schedule: Sets the rates of a step; ``one_cycle`` by default.
         early: Whether to evaluate after a step, from the number of steps done and its metrics, beside those that
             ``eval_every`` asks for; the same in all processes.
-        skip: Whether to leave model, optimizer and log as they are in a step, from its metrics; the same in all
-            processes.
+        skip: Whether to leave model, optimizer and log as they are in a step, from its metrics, once its gradients
+            are there; the same in all processes.
 
     Raises:
         SystemExit: If SIGINT or SIGTERM asked to stop; the run can be resumed.
         ValueError: If ``out`` holds a run with another config or other data, or a damaged checkpoint.
         OSError: If ``out`` cannot be written, or the disk is full.
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If the loss is not finite, or weights to be evaluated or saved are not.
     """
     folder, device = files.make_folder(config.out), next(model.parameters()).device
     memory, set_rates = memory or {}, schedule or one_cycle
@@ -106,9 +106,10 @@ def train(
             set_rates(optimizer, config, done)
             with autocast:
                 metrics = loss(parallel, batch(done))
+            metrics |= differentiate(metrics["loss"], model, config.clip)
             skipped = skip is not None and skip(metrics)
             if not skipped:
-                metrics |= update(metrics["loss"], model, optimizer, config.clip)
+                optimizer.step()
             done += 1
             last = done == config.steps
             stopping = processes.agree_to_stop(stop.is_set(), done, device)
@@ -117,7 +118,10 @@ def train(
             if not skipped and (saving or done % config.log_every == 0):
                 recorder.write("train", metrics)
             wanted = early is not None and not skipped and early(done, metrics)
-            if evaluate and (last or wanted or done % config.eval_every == 0):
+            evaluating = evaluate and (last or wanted or done % config.eval_every == 0)
+            if saving or evaluating:
+                require_finite(model, done)
+            if evaluating:
                 parallel.eval()
                 with torch.no_grad(), autocast:
                     recorder.write("val", evaluate(parallel))
@@ -131,12 +135,18 @@ def train(
     return recorder.latest
 
 
-def update(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Metrics:
-    optimizer.zero_grad(set_to_none=True)
+def differentiate(loss: Tensor, model: nn.Module, clip: float | None) -> Metrics:
+    model.zero_grad(set_to_none=True)
     loss.backward()
-    metrics = {} if clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
-    optimizer.step()
-    return metrics
+    return {} if clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
+
+
+def require_finite(model: nn.Module, done: int) -> None:
+    """Raises FloatingPointError for weights that a gradient spoilt although the loss was finite."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            got = f"NaN or infinity in {name} after step {done}"
+            raise FloatingPointError(f"train: weights must be finite, got {got}; lower lr or set clip")
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:

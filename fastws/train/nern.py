@@ -5,6 +5,7 @@ losses are off, the distance of the feature maps and of the logits of the networ
 from those of the original, the teacher, on a batch of images. Labels are for evaluation only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from fastws.nern.images import ImageSet, open_images, uniform_images
 from fastws.nern.layers import Reduction, StoredLayers, find_layers, rows_of
 from fastws.nern.optimizer import Name, Schedule, clip_each, learning_rate, make_optimizer, set_learning_rate
 from fastws.nern.orders import content_key, load_orders, network_orders
+from fastws.nern.parts import mean_over_parts
 from fastws.nern.presets import fields_of
 from fastws.nern.teachers import FeatureTaps, load_teacher
 from fastws.nn.nern import NeRN, NeRNConfig, load
+from fastws.ops.random_subset import complement
 from fastws.train import files, loop, processes
 from fastws.zoo.format import write_json
 
@@ -33,6 +36,7 @@ SMALLEST_LR = 1e-6  # where schedules end
 FEW_CHANNELS = 16
 CLASSIFIER = "classifier"  # name of the one weight of the student that may be learned as it is
 MOST_SKIPPED = 100  # batches in a row
+PART = 2**15  # pixels of the images that a CPU takes through the networks at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,7 @@ def train(
         memory=watch.memory,
         schedule=set_rate,
         early=watch.improves,
-        skip=watch.skips,
+        skip=partial(watch.skips, model=model),
     )
     report(config, job, model, device)
     return model, metrics
@@ -238,30 +242,53 @@ def compute_losses(config: Config, job: Job, model: nn.Module, batch: Batch) -> 
     """The weighted sum of the losses that are on, and each of them; networks are run for those of them only."""
     weights = job.stored.weights(predict(job, model, batch.chosen))
     metrics, loss = {}, 0.0
-    reconstruction, features, distillation = batch.weights
+    reconstruction, *distilled = batch.weights
     if reconstruction:
         metrics["reconstruction"] = losses.RECONSTRUCTION[config.reconstruction](list(weights.values()), job.originals)
         loss = reconstruction * metrics["reconstruction"]
-    if features or distillation:
+    if any(distilled):
         inner = getattr(model, "module", model)  # of DistributedDataParallel
-        student = student_weights(job, inner, weights)
-        teacher, student = run_networks(config, job, student, batch.images, maps=features > 0)
-    if features:
-        metrics["features"] = losses.FEATURES[config.features](student.maps, teacher.maps, student.weights)
-        loss = loss + features * metrics["features"]
-    if distillation:
-        metrics["distillation"] = losses.DISTILLATION[config.distillation](student.logits, teacher.logits)
-        loss = loss + distillation * metrics["distillation"]
+        student, size = student_weights(job, inner, weights), part_size(config, batch.images)
+        distil = partial(compare_networks, config, job, distilled)
+        found = mean_over_parts(distil, student, batch.images, size)
+        loss = loss + found.pop("loss")
+        metrics |= found
     return {"loss": loss} | metrics
 
 
 def predict(job: Job, model: nn.Module, chosen: Tensor | None) -> Tensor:
     """All kernels, ``[N, kernel**2]``, with gradient in those that were chosen."""
+    rows = job.stored.rows
     if chosen is None:
-        return model(job.stored.rows)
+        return model(rows)
+    batch, others = model(rows[chosen]), complement(chosen, len(rows))
+    predictions = torch.empty(len(rows), batch.shape[1], dtype=batch.dtype, device=batch.device)
     with torch.no_grad():
-        predictions = model(job.stored.rows)
-    return learn_from(predictions, model(job.stored.rows[chosen]), chosen)
+        predictions[chosen] = batch
+        predictions[others] = model(rows[others])
+    return learn_from(predictions, batch, chosen)
+
+
+def part_size(config: Config, images: Tensor) -> int:
+    """Images that go through the networks at once: on a CPU few, if the losses allow it."""
+    separate = not config.feature_weight or config.features == "image"
+    return max(1, PART // images[0, 0].numel()) if separate and images.device.type == "cpu" else len(images)
+
+
+def compare_networks(
+    config: Config, job: Job, loss_weights: Sequence[float], student: dict[str, Tensor], images: Tensor
+) -> loop.Metrics:
+    """The weighted sum of the losses of feature maps and logits that are on, and each of them."""
+    features, distillation = loss_weights
+    teacher, student = run_networks(config, job, student, images, maps=features > 0)
+    metrics, loss = {}, 0.0
+    if features:
+        metrics["features"] = losses.FEATURES[config.features](student.maps, teacher.maps, student.weights)
+        loss = features * metrics["features"]
+    if distillation:
+        metrics["distillation"] = losses.DISTILLATION[config.distillation](student.logits, teacher.logits)
+        loss = loss + distillation * metrics["distillation"]
+    return {"loss": loss} | metrics
 
 
 class Outputs(NamedTuple):
@@ -331,7 +358,7 @@ def answers_of(job: Job, part: str, size: int) -> list[Tensor]:
 
 
 class Watch:
-    """What a run remembers from step to step: the best evaluation, recent losses, and batches without a finite loss."""
+    """What a run remembers from step to step: the best evaluation, recent losses, and batches left out."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
@@ -346,7 +373,7 @@ class Watch:
     def keep(self, found: loop.Metrics, *, model: nn.Module, extra: dict[str, Any]) -> None:
         """Writes best.pt if no evaluation before was as good: by accuracy, without images by the error of weights."""
         score = found["accuracy"] if "accuracy" in found else -found["relative_error"]
-        if score > self.memory["best"]:
+        if found["relative_error"].isfinite() and score > self.memory["best"]:
             self.memory["best"].fill_(float(score))
             if processes.rank() == 0:
                 state = {"config": loop.plain(self.config), "extra": extra, "model": model.state_dict()}
@@ -362,17 +389,18 @@ class Watch:
         seen += 1
         return bool(seen >= len(window) and sum(terms.values()) <= window.min())
 
-    def skips(self, metrics: loop.Metrics) -> bool:
-        """Whether a batch of noise is to be left out because its loss is not finite."""
+    def skips(self, metrics: loop.Metrics, *, model: nn.Module) -> bool:
+        """Whether a batch of noise is to be left out because its loss or a gradient is not finite."""
         if not self.config.data_free:
             return False
-        bad = bool(processes.total((~metrics["loss"].isfinite()).float()))
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        finite = torch.stack([x.isfinite().all() for x in (metrics["loss"], *gradients)]).all()
+        bad = bool(processes.total((~finite).float()))
         self.memory["skipped"] += bad
         self.memory["skipped_in_a_row"].copy_((self.memory["skipped_in_a_row"] + 1) * bad)
         if self.memory["skipped_in_a_row"] >= MOST_SKIPPED:
-            raise FloatingPointError(
-                f"train nern: loss must be finite, got {MOST_SKIPPED} batches in a row where it is not; lower lr"
-            )
+            got = f"{MOST_SKIPPED} batches in a row where they are not"
+            raise FloatingPointError(f"train nern: loss and gradients must be finite, got {got}; lower lr")
         return bad
 
 

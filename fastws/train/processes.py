@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastws.devices import find_device
+
 AGREE_EVERY = 10  # steps between two questions to all processes whether to stop: each waits for the device
 
 
@@ -19,17 +21,20 @@ def join(device: str | None) -> Iterator[torch.device]:
 
     Args:
         device: For example cpu, cuda, cuda:1; None is cuda where there is one.
+
+    Raises:
+        ValueError: If torch cannot work on it.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        yield torch.device(name)
+        yield find_device(device)
         return
-    if name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    own = device == "cuda" or (device is None and torch.cuda.is_available())
+    found = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if own else device)
+    if own:
+        torch.cuda.set_device(found)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
-        yield torch.device(name)
+        yield found
     finally:
         dist.destroy_process_group()
 
