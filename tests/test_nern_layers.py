@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from fastws.nern.batching import KernelBatches, learn_from
 from fastws.nern.folding import fold
@@ -79,6 +80,8 @@ def test_layers_that_cannot_be_stored():
         network[2].weight[0, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])
     with pytest.raises(ValueError, match="nern: 2.weight must be finite, got 2 values that are NaN or infinite"):
         find_layers(network)
+    with pytest.raises(ValueError, match="weight of 0 must be a parameter, got one that is computed"):
+        find_layers(nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3))))
     with pytest.raises(ValueError, match="nern: kernel must be at least 3, that of 0.weight, got 1"):
         StoredLayers(tuple(find_layers(small_network())), 1, "center", torch.empty(0))
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from fastws.nern.teachers import load_teacher, make_architecture
+from fastws.nern.teachers import FeatureTaps, load_teacher, make_architecture
 from fastws.nn import CIFARResNet
 
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/resnets_cifar10"
@@ -75,3 +76,11 @@ def test_published_checkpoints_are_read(depth, file):
     teacher = load_teacher(f"cifar-resnet{depth}-a", CHECKPOINTS / file)
     stored = sum(p.numel() for p in teacher.parameters() if p.dim() == 4)
     assert stored == {20: 267_696, 56: 848_304}[depth]
+
+
+@pytest.mark.parametrize("activation", [nn.PReLU(), nn.Tanh(), nn.SELU(inplace=True), nn.CELU(), nn.SiLU(inplace=True)])
+def test_maps_of_any_activation_are_recorded(activation):
+    x = torch.randn(2, 3, 4, 4)
+    with FeatureTaps() as taps:
+        nn.Sequential(activation, nn.Flatten(), activation)(x.clone())
+    assert len(taps.maps) == 1 and torch.equal(taps.maps[0], x)

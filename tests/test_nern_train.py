@@ -461,6 +461,12 @@ def test_command_can_be_repeated(tmp_path, capsys):
             {"reconstruction_weight": 0.0, **NOTHING},
             "reconstruction_weight must be above 0 without distillation, got 0",
         ),
+        ({"distillation_weight": float("nan")}, "train nern: distillation_weight must be at least 0, got nan"),
+        ({"weight_decay": -1.0}, "train nern: weight_decay must be at least 0, got -1.0"),
+        ({"image_size": 0}, "train nern: image_size must be positive, or left out, got 0"),
+        ({"clip_each": -1.0}, "train nern: clip_each must be positive, or left out, got -1.0"),
+        ({"clip_value": 0.0}, "train nern: clip_value must be positive, or left out, got 0.0"),
+        ({"levels": 0}, "NeRN: levels must be positive, got 0"),
         ({"preset": "resnet20"}, "train nern: preset must be one of cifar10-resnet20-140|160|180|200-none"),
     ],
 )
@@ -473,6 +479,51 @@ def test_bad_numbers_are_one_sentence(fields, message):
 def test_architecture_or_preset_must_be_given():
     with pytest.raises(ValueError, match="train nern: hidden must be given, or a preset, got neither"):
         nern.Config(out="x", weights="y", architecture="resnet18", data_free=True)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = make_teacher()
+
+    def forward(self, x):
+        return self.network(x), x
+
+
+def colourless():
+    network = make_teacher()
+    network.conv1 = nn.Conv2d(1, 4, 3)
+    return network
+
+
+@pytest.mark.parametrize(
+    "network, fields, message",
+    [
+        (colourless, {}, r"network must take images \[3, 8, 8\], got .* expected input.* to have 1 channels"),
+        (Pair, {}, r"network must give logits \[B, 5\], got tuple"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), {}, r"must give logits \[B, 5\], got \[1, 4\]"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), {}, "must have activations for its feature maps"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), {"linear": True}, r"logits \[B, 5\], got \[1, 4\]"),
+        (make_teacher, {"linear": True, "learn_classifier": True}, "exclude must name linear, which is learned as it"),
+    ],
+)
+def test_networks_that_do_not_fit_the_images_are_one_sentence(tmp_path, network, fields, message):
+    config = replace(CONFIG, out=str(tmp_path), order="none", **fields)
+    with pytest.raises(ValueError, match=message):
+        nern.train(config, network(), make_images(), CPU)
+
+
+def test_folder_must_be_writable_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="train: out must be a folder that can be written"):
+        train(tmp_path / "file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_dtypes_are_stored(tmp_path, dtype):
+    config = replace(CONFIG, out=str(tmp_path), steps=1, learn_classifier=True)
+    _, metrics = nern.train(config, make_teacher().to(dtype), make_images(), CPU)
+    assert metrics["train/loss"] == pytest.approx(float(GOLDEN.read_text().split()[0]), rel=1e-2)
 
 
 def test_bad_networks_are_one_sentence(tmp_path):

@@ -45,7 +45,7 @@ def find_layers(
         linear: Whether linear layers are stored too.
 
     Raises:
-        ValueError: If nothing is left to store, a layer is empty, or weights are not finite.
+        ValueError: If nothing is left to store, a layer is empty, or weights are not finite or no parameters.
     """
     kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
     modules = [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
@@ -53,6 +53,9 @@ def find_layers(
         raise ValueError("nern: network must have 2-d convolutions, got none; linear layers are stored if you ask")
     layers, seen = [], set()
     for name, module in modules:
+        if "weight" not in module._parameters:
+            got = "one that is computed; see torch.nn.utils.parametrize.remove_parametrizations"
+            raise ValueError(f"nern: weight of {name or 'the network'} must be a parameter, got {got}")
         layer = Layer(f"{name}.weight".lstrip("."), tuple(module.weight.shape))
         wanted = not sizes or all(size in sizes for size in layer.kernel)
         if wanted and id(module.weight) not in seen and not any(fnmatchcase(name, pattern) for pattern in exclude):

@@ -84,10 +84,38 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], where: str) -> No
     network.load_state_dict(state)
 
 
+@torch.no_grad()
+def check_network(network: nn.Module, shape: tuple[int, int, int], num_classes: int, *, maps: bool) -> None:
+    """Tries a network on an image of zeros.
+
+    Args:
+        network: In evaluation mode, float32.
+        shape: ``(C, H, W)`` of the images that it will see.
+        num_classes: Of their labels; 0 without labels.
+        maps: Whether its feature maps will be compared.
+
+    Raises:
+        ValueError: If it does not take such images, does not give logits of so many classes, or has no feature maps.
+    """
+    images = torch.zeros(1, *shape, device=next(network.parameters()).device)
+    try:
+        with FeatureTaps() as taps:
+            logits = network(images)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"nern: network must take images {list(shape)}, got {first}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < num_classes:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"nern: network must give logits [B, {num_classes or 'classes'}], got {got}")
+    if maps and not taps.maps:
+        raise ValueError("nern: network must have activations for its feature maps, got none; set feature_weight to 0")
+
+
 # --- feature maps
 
 PLAIN = (functional.relu, torch.relu, Tensor.relu, functional.relu6, functional.hardtanh, functional.leaky_relu)
-PLAIN += (functional.elu, functional.gelu, functional.silu, functional.mish, functional.hardswish)
+PLAIN += (functional.elu, functional.gelu, functional.silu, functional.mish, functional.hardswish, functional.prelu)
+PLAIN += (functional.selu, functional.celu, functional.softplus, functional.tanh, torch.tanh, Tensor.tanh)
 IN_PLACE = (functional.relu_, torch.relu_, Tensor.relu_, functional.hardtanh_, functional.leaky_relu_, functional.elu_)
 ACTIVATIONS = {*PLAIN, *IN_PLACE}
 SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}

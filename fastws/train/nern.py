@@ -6,8 +6,10 @@ from those of the original, the teacher, on a batch of images. Labels are for ev
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +28,7 @@ from fastws.nern.optimizer import Name, Schedule, clip_each, learning_rate, make
 from fastws.nern.orders import content_key, load_orders, network_orders
 from fastws.nern.parts import mean_over_parts
 from fastws.nern.presets import fields_of
-from fastws.nern.teachers import FeatureTaps, load_teacher
+from fastws.nern.teachers import FeatureTaps, check_network, load_teacher
 from fastws.nn.nern import NeRN, NeRNConfig, load
 from fastws.ops.random_subset import complement
 from fastws.train import files, loop, processes
@@ -106,10 +108,16 @@ class Config(loop.Config):
         for name in ("hidden", "kernel_batch", "greedy_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train nern: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("reconstruction_weight", "feature_weight", "distillation_weight", "warmup", "greedy_window"):
-            if getattr(self, name) < 0:
+        weights = "reconstruction_weight", "feature_weight", "distillation_weight"
+        for name in (*weights, "weight_decay", "warmup", "greedy_window"):
+            if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"train nern: {name} must be at least 0, got {getattr(self, name)}")
-        distilling = self.warmup < self.steps and (self.feature_weight or self.distillation_weight)
+        for name in ("image_size", "clip_each", "clip_value"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"train nern: {name} must be positive, or left out, got {value}")
+        size_of(self, kernel=1)
+        distilling = distils(self)
         if distilling and self.images is None and not self.data_free:
             raise ValueError("train nern: images must be given to distil on, or --data-free, or both weights 0")
         if self.reconstruction_weight == 0 and not distilling:
@@ -160,7 +168,7 @@ def train(
 
     Args:
         config: What is to be done; its ``weights``, ``architecture`` and ``images`` are not read again.
-        teacher: The network, any module.
+        teacher: The network, any module; a copy in float32 is stored.
         images: To distil on and to evaluate on; None with ``data_free``, or for reconstruction alone.
         device: To work on.
 
@@ -170,7 +178,12 @@ def train(
     if config.batch_size % processes.world():
         count = processes.world()
         raise ValueError(f"train nern: batch_size must be a multiple of {count} processes, got {config.batch_size}")
+    files.make_folder(config.out)
+    teacher = deepcopy(teacher).float().eval()
     job = make_job(config, teacher, images, device)
+    if images is not None or (config.data_free and distils(config)):
+        classes = images.num_classes if images is not None else 0
+        check_network(job.teacher, job.shape, classes, maps=distils(config) and config.feature_weight > 0)
     torch.manual_seed(config.seed)
     model = make_model(config, job, teacher).to(device)
     optimizer = make_optimizer(
@@ -210,6 +223,10 @@ def train(
     )
     report(config, job, model, device)
     return model, metrics
+
+
+def distils(config: Config) -> bool:
+    return config.warmup < config.steps and bool(config.feature_weight or config.distillation_weight)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
@@ -261,11 +278,12 @@ def predict(job: Job, model: nn.Module, chosen: Tensor | None) -> Tensor:
     rows = job.stored.rows
     if chosen is None:
         return model(rows)
-    batch, others = model(rows[chosen]), complement(chosen, len(rows))
-    predictions = torch.empty(len(rows), batch.shape[1], dtype=batch.dtype, device=batch.device)
+    others = complement(chosen, len(rows))
     with torch.no_grad():
-        predictions[chosen] = batch
-        predictions[others] = model(rows[others])
+        rest = model(rows[others])
+    batch = model(rows[chosen])
+    predictions = torch.empty(len(rows), *batch.shape[1:], dtype=batch.dtype, device=batch.device)
+    predictions[others], predictions[chosen] = rest, batch.detach()
     return learn_from(predictions, batch, chosen)
 
 
@@ -441,10 +459,14 @@ def make_job(config: Config, teacher: nn.Module, images: ImageSet | None, device
         config.batching, config.kernel_batch, [layer.kernels for layer in layers], norms, config.seed
     )
     size = config.image_size or 32
-    channels = next(module.in_channels for module in teacher.modules() if isinstance(module, nn.Conv2d))
+    channels = next((module.in_channels for module in teacher.modules() if isinstance(module, nn.Conv2d)), 3)
     shape = images.shape if images is not None else (channels, size, size)
     factors = {name: factor.to(device) for name, factor in factors.items()}
     learned = classifier_name(teacher) if config.learn_classifier else None
+    if learned in [layer.name for layer in layers]:
+        raise ValueError(
+            f"train nern: exclude must name {learned.rpartition('.')[0]}, which is learned as it is, got it stored"
+        )
     originals = [weight.to(device) for weight in weights]
     return Job(folded, factors, stored, originals, kernels, images, shape, format, learned, {})
 
@@ -470,18 +492,13 @@ def read_orders(config: Config, weights: list[Tensor]):
     return network_orders(weights, config.order, improve=config.improve, cache=cache, progress=first)
 
 
+def size_of(config: Config, kernel: int) -> NeRNConfig:
+    names = ("hidden", "blocks", "activation", "encoding", "fusion", "levels", "base")
+    return NeRNConfig(kernel=kernel, **{name: getattr(config, name) for name in names})
+
+
 def make_model(config: Config, job: Job, teacher: nn.Module) -> NeRN:
-    sizes = NeRNConfig(
-        hidden=config.hidden,
-        kernel=job.stored.kernel,
-        blocks=config.blocks,
-        activation=config.activation,
-        encoding=config.encoding,
-        fusion=config.fusion,
-        levels=config.levels,
-        base=config.base,
-    )
-    model = NeRN(sizes, job.stored.grid)
+    model = NeRN(size_of(config, job.stored.kernel), job.stored.grid)
     if config.init is not None:
         load(model, load_checkpoint(config.init))
     if job.learned:
