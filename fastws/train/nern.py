@@ -5,7 +5,6 @@ losses are off, the distance of the feature maps and of the logits of the networ
 from those of the original, the teacher, on a batch of images. Labels are for evaluation only.
 """
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ from fastws.nern.images import ImageSet, open_images, uniform_images
 from fastws.nern.layers import Reduction, StoredLayers, find_layers, rows_of
 from fastws.nern.optimizer import Name, Schedule, clip_each, learning_rate, make_optimizer, set_learning_rate
 from fastws.nern.orders import content_key, load_orders, network_orders
-from fastws.nern.parts import mean_over_parts
 from fastws.nern.presets import fields_of
 from fastws.nern.teachers import FeatureTaps, check_network, load_teacher
 from fastws.nn.nern import NeRN, NeRNConfig, load
@@ -38,7 +36,6 @@ SMALLEST_LR = 1e-6  # where schedules end
 FEW_CHANNELS = 16
 CLASSIFIER = "classifier"  # name of the one weight of the student that may be learned as it is
 MOST_SKIPPED = 100  # batches in a row
-PART = 2**15  # pixels of the images that a CPU takes through the networks at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,17 +256,20 @@ def compute_losses(config: Config, job: Job, model: nn.Module, batch: Batch) -> 
     """The weighted sum of the losses that are on, and each of them; networks are run for those of them only."""
     weights = job.stored.weights(predict(job, model, batch.chosen))
     metrics, loss = {}, 0.0
-    reconstruction, *distilled = batch.weights
+    reconstruction, features, distillation = batch.weights
     if reconstruction:
         metrics["reconstruction"] = losses.RECONSTRUCTION[config.reconstruction](list(weights.values()), job.originals)
         loss = reconstruction * metrics["reconstruction"]
-    if any(distilled):
+    if features or distillation:
         inner = getattr(model, "module", model)  # of DistributedDataParallel
-        student, size = student_weights(job, inner, weights), part_size(config, batch.images)
-        distil = partial(compare_networks, config, job, distilled)
-        found = mean_over_parts(distil, student, batch.images, size)
-        loss = loss + found.pop("loss")
-        metrics |= found
+        student = student_weights(job, inner, weights)
+        teacher, student = run_networks(config, job, student, batch.images, maps=features > 0)
+    if features:
+        metrics["features"] = losses.FEATURES[config.features](student.maps, teacher.maps, student.weights)
+        loss = loss + features * metrics["features"]
+    if distillation:
+        metrics["distillation"] = losses.DISTILLATION[config.distillation](student.logits, teacher.logits)
+        loss = loss + distillation * metrics["distillation"]
     return {"loss": loss} | metrics
 
 
@@ -285,28 +285,6 @@ def predict(job: Job, model: nn.Module, chosen: Tensor | None) -> Tensor:
     predictions = torch.empty(len(rows), *batch.shape[1:], dtype=batch.dtype, device=batch.device)
     predictions[others], predictions[chosen] = rest, batch.detach()
     return learn_from(predictions, batch, chosen)
-
-
-def part_size(config: Config, images: Tensor) -> int:
-    """Images that go through the networks at once: on a CPU few, if the losses allow it."""
-    separate = not config.feature_weight or config.features == "image"
-    return max(1, PART // images[0, 0].numel()) if separate and images.device.type == "cpu" else len(images)
-
-
-def compare_networks(
-    config: Config, job: Job, loss_weights: Sequence[float], student: dict[str, Tensor], images: Tensor
-) -> loop.Metrics:
-    """The weighted sum of the losses of feature maps and logits that are on, and each of them."""
-    features, distillation = loss_weights
-    teacher, student = run_networks(config, job, student, images, maps=features > 0)
-    metrics, loss = {}, 0.0
-    if features:
-        metrics["features"] = losses.FEATURES[config.features](student.maps, teacher.maps, student.weights)
-        loss = features * metrics["features"]
-    if distillation:
-        metrics["distillation"] = losses.DISTILLATION[config.distillation](student.logits, teacher.logits)
-        loss = loss + distillation * metrics["distillation"]
-    return {"loss": loss} | metrics
 
 
 class Outputs(NamedTuple):
