@@ -251,6 +251,9 @@ def test_pickles_are_refused(tmp_path):
     torch.save({"step": Path("x")}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt must be a checkpoint"):
         train(replace(CONFIG, out=str(tmp_path)))
+    torch.save({"state_dict": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt must be the checkpoint of a run, got another file"):
+        train(replace(CONFIG, out=str(tmp_path)))
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -18,6 +19,7 @@ from fastws.nern.export import (
     reconstruct,
     relative_error,
     run,
+    write,
 )
 from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import network_orders
@@ -296,3 +298,30 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, network):
         compress({"bias": torch.tensor([1e6])}, "fp16")
     with pytest.raises(ValueError, match="nern export: precision must be one of .* got 'int4'"):
         compress({}, "int4")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda x: x["model"]["layers.0.weight"].fill_(torch.nan), "file must be .* got layers.0.weight that is not f"),
+        (lambda x: x["extra"]["rows"].zero_(), "file must be a checkpoint of .*, got rows that are no order of 1584 k"),
+        (lambda x: x["extra"].update(rows=x["extra"]["rows"][1:]), "got rows that are no order of 1584 kernels"),
+        (lambda x: x["extra"].update(rows=x["extra"]["rows"].double()), "file must be a checkpoint of fastws train n"),
+        (lambda x: x["extra"]["stored"].update(reduction="all"), "got nern: reduction must be one of .* got 'all'"),
+        (lambda x: x["config"].pop("weights"), "config must be that of fastws train nern, got no weights"),
+        (lambda x: x.pop("config"), "config must be that of fastws train nern, got no architecture"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(trained, tmp_path, damage, message):
+    content = torch.load(trained / "run/best.pt", weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "damaged.pt")
+    with pytest.raises(ValueError, match=f"damaged.pt: .*{message}"):
+        export(trained, tmp_path, model=str(tmp_path / "damaged.pt"))
+
+
+def test_what_cannot_be_written_is_said():
+    with pytest.raises(OSError, match="nern export: out must be a file that can be written, got '/proc/x.safetensors'"):
+        write(Path("/proc/x.safetensors"), CIFARResNet(20, "b"))
+    with pytest.raises(ValueError, match="nern export: image_size must be at least 1, got -2"):
+        Config(model="x", out="x.safetensors", image_size=-2)

@@ -36,9 +36,20 @@ def load_nern(path: str | Path) -> tuple[NeRN, StoredLayers, dict[str, Tensor]]:
         config = NeRNConfig(**extra["nern"] | {"gauss_scale": tuple(extra["nern"]["gauss_scale"])})
         stored = StoredLayers.from_dict(extra["stored"], extra["rows"])
         learned = {extra["learned"]: state["classifier"]} if extra["learned"] else {}
+        check(state, stored)
     except DAMAGED as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: file must be a checkpoint of fastws train nern, got {first}") from error
     nern = NeRN(config, stored.grid)
     load(nern, state)
     return nern, stored, learned
+
+
+def check(state: dict[str, Tensor], stored: StoredLayers) -> None:
+    """Raises ValueError unless weights are finite, and each row of the grid is that of one kernel."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} that is not finite")
+    count = sum(layer.kernels for layer in stored.layers)
+    if stored.rows.dtype != torch.int64 or not torch.equal(stored.rows.sort().values, torch.arange(count)):
+        raise ValueError(f"rows that are no order of {count} kernels")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,8 +45,10 @@ class Config:
     def __post_init__(self):
         if Path(self.out).suffix != ".safetensors":
             raise ValueError(f"nern export: out must end in .safetensors, got {self.out!r}")
-        if self.batch_size < 1:
-            raise ValueError(f"nern export: batch_size must be at least 1, got {self.batch_size}")
+        for name in ("batch_size", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"nern export: {name} must be at least 1, got {value}")
 
 
 class Size(NamedTuple):
@@ -88,7 +91,11 @@ def run(config: Config) -> None:
 
 def read_training(path: str) -> dict[str, Any]:
     """The config of the run that wrote a checkpoint, which ``load_nern`` has read before."""
-    return torch.load(path, map_location="cpu", weights_only=True)["config"]
+    config = torch.load(path, map_location="cpu", weights_only=True).get("config", {})
+    for name in ("architecture", "weights", "image_size"):
+        if name not in config:
+            raise ValueError(f"{path}: config must be that of fastws train nern, got no {name}")
+    return config
 
 
 def show(images: ImageSet, size: int, precision: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -100,7 +107,11 @@ def write(path: Path, network: nn.Module) -> None:
     """Writes a temporary file, and renames it when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"nern export: out must be a file that can be written, got {str(path)!r}: {error}") from error
     os.replace(temporary, path)
 
 

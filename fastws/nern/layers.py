@@ -7,7 +7,7 @@ layer counts as a convolution with 1x1 kernels.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class StoredLayers:
         rows: The row in the grid of the NeRN that each kernel is predicted from, ``[N]`` int64; see ``rows_of``.
 
     Raises:
-        ValueError: If a kernel is larger than predictions are.
+        ValueError: If a kernel is larger than predictions are, or there is no such reduction.
     """
 
     layers: tuple[Layer, ...]
@@ -96,6 +96,8 @@ class StoredLayers:
     rows: Tensor
 
     def __post_init__(self):
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"nern: reduction must be one of {get_args(Reduction)}, got {self.reduction!r}")
         for layer in self.layers:
             if max(layer.kernel) > self.kernel:
                 size = max(layer.kernel)

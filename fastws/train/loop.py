@@ -196,6 +196,8 @@ def restore(
     if not path.exists():
         return 0
     state = files.load(path)
+    if not isinstance(state, dict) or not {"config", "step", "extra", "model", "optimizer", "memory"} <= set(state):
+        raise ValueError(f"train: {path} must be the checkpoint of a run, got another file; give another out")
     for name, value in plain(config).items():
         before = state["config"].get(name)
         if name not in FREE and value != before:
