@@ -211,3 +211,10 @@ def test_orders_show_progress(capsys):
     assert "infilter orders: 100%" in (text := capsys.readouterr().err) and f"{total}/{total}" in text
     network_orders(network(), "infilter")
     assert capsys.readouterr().err == ""
+
+
+def test_orders_that_cannot_be_written_are_one_sentence(tmp_path):
+    weights = [torch.randn(4, 3, 3, 3)]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="nern orders: folder must be on a disk with room, got '.*/file/orders'"):
+        save_orders(tmp_path / "file/orders", network_orders(weights, "infilter"), weights, "infilter")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,26 +184,36 @@ def save_orders(
     """Writes ``layer_0.pt``, ... as the published code does, lists or tuples of lists, and the key of the weights.
 
     The folder appears when all files are on the disk; what was there before is replaced.
+
+    Raises:
+        OSError: If the folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary, "whole")
-        whole.mkdir()
-        for number, order in enumerate(orders):
-            plain = tuple(x.tolist() for x in order) if isinstance(order, Infilter) else order.tolist()
-            with open(whole / f"layer_{number}.pt", "wb") as file:
-                torch.save(plain, file)
-                file.flush()
-                os.fsync(file.fileno())
-        manifest = {"key": content_key(weights, mode, improve), "mode": mode, "improve": bool(improve)}
-        with open(whole / MANIFEST, "w") as file:
-            json.dump(manifest, file)
+    manifest = {"key": content_key(weights, mode, improve), "mode": mode, "improve": bool(improve)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            whole = Path(temporary, "whole")
+            whole.mkdir()
+            write(whole, orders, manifest)
+            if folder.exists():
+                shutil.move(folder, Path(temporary, "old"))
+            os.replace(whole, folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's archive writer, after a failed write
+        raise OSError(f"nern orders: folder must be on a disk with room, got {str(folder)!r}: {error}") from error
+
+
+def write(folder: Path, orders: Sequence[Order], manifest: dict[str, Any]) -> None:
+    for number, order in enumerate(orders):
+        plain = tuple(x.tolist() for x in order) if isinstance(order, Infilter) else order.tolist()
+        with open(folder / f"layer_{number}.pt", "wb") as file:
+            torch.save(plain, file)
             file.flush()
             os.fsync(file.fileno())
-        if folder.exists():
-            shutil.move(folder, Path(temporary, "old"))
-        os.replace(whole, folder)
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(manifest, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_orders(folder: str | Path, weights: Sequence[Tensor], mode: str) -> list[Order]:
