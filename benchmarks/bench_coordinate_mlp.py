@@ -12,6 +12,19 @@ The published form has 8.4 and 72.9 GFLOP and moves each activation and embeddin
 read, 5 ms; the published form has 3.1 GFLOP, 38 ms at 75 %, and 10 ms of memory: 1.6 times. bf16 without instructions
 for it is computed in fp32 and takes as long; AVX512-BF16 has twice the FLOPs of AVX-512.
 
+Predicted, for an H200: 132 multiprocessors at 1.75 GHz, 67 TFLOP/s in fp32, 990 in bf16, 5.5 TB/s from the second-level
+cache; device memory, 1.3 MB, does not matter. Widths are padded to 192. The whole grid at h = 180 in fp32: 465 blocks
+of 64 rows, at most 4 on a multiprocessor, 15 MFLOP each; 29 us at peak, 118 us for four, 160 us at 75 % (unpadded and
+evenly dealt 88 us). Each block reads 0.47 MB of weights, in all 217 MB or 40 us, hidden behind the arithmetic. In bf16
+the weights, 227 KB, are copied once to each multiprocessor, 30 MB or 6 us; 1,859 tiles of 16 rows for 1,056 warps are
+two rounds; a product of 16 x 16 x 8 needs 256 bytes of weights from shared memory, which gives 128 per cycle, so 888 of
+them in each of 8 warps take 14,200 cycles, 8 us; with both rounds, the first layer and two small kernels that pack the
+weights 30 us, bound by shared memory (by matrix units 7 us). Forward and backward of 4,096 rows in fp32: 128 blocks of
+32 rows, so one for each multiprocessor; 7 cycles of shared memory for 6 of arithmetic and little to hide latency with,
+60 % of that: 35 us forward, 60 us for activations and their gradients, 40 us for 224 sums over rows, 10 us for small
+kernels, 145 us. The published form has about 30 kernels, at 6 us at least 180 us. ResNet-56, h = 320, does not fit:
+58.4 GFLOP, at least 0.9 ms in fp32; Triton without tf32 is expected at a third of that speed.
+
 Run: python benchmarks/bench_coordinate_mlp.py [--full]
 """
 

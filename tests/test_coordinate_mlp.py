@@ -1,12 +1,20 @@
+import ctypes
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastws
 from fastws import _native
-from fastws.ops.coordinate_mlp import ACTIVATIONS, coordinate_mlp_backward_reference, coordinate_mlp_reference
+from fastws.ops.coordinate_mlp import (
+    ACTIVATIONS,
+    coordinate_mlp_backward_reference,
+    coordinate_mlp_reference,
+    fits_narrow,
+)
 from fastws.testing import assert_as_accurate, devices, implementations
 
 GRID = [(3, 2), (1, 1), (4, 3), (2, 70), (5, 1)]
@@ -209,6 +217,36 @@ def test_coordinate_mlp_opcheck(device):
 
 
 @pytest.mark.parametrize("device", devices())
+def test_coordinate_mlp_narrow_opcheck(device):
+    args = example(20, 9, 2, 3, device=device)
+    grad, kept = torch.randn(20, 3, device=device), torch.ops.fastws.coordinate_mlp_narrow(*args, False)[1]
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp_narrow_backward.default, (grad, kept, *args))
+    args = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    torch.library.opcheck(torch.ops.fastws.coordinate_mlp_narrow.default, (*args, False))
+
+
+@pytest.mark.parametrize("device", [device for device in devices() if device == "cuda"])
+@pytest.mark.skipif("coordinate_mlp_narrow" not in _native.COMPILED["cuda"], reason="_C_cuda.so is not loaded")
+def test_coordinate_mlp_narrow_has_one_result(device):
+    args = example(8192 + 300, 180, 3, 9, device=device)
+    grad, nothing = torch.randn(8192 + 300, 9, device=device), torch.empty(0, device=device)
+    runs = [torch.ops.fastws.coordinate_mlp_backward(grad, nothing, *args) for _ in range(3)]
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(run, runs[0], strict=True))
+    assert_gradients_as_accurate(runs[0], grad, *args)
+
+
+def test_coordinate_mlp_narrow_is_for_narrow_layers():
+    for shape, dtype, fits in [
+        ((192, 192), torch.float32, True),
+        ((180, 9), torch.bfloat16, True),
+        ((193, 9), torch.float16, False),
+        ((33, 200), torch.float32, False),
+        ((33, 9), torch.float64, False),
+    ]:
+        assert fits_narrow(*example(1, shape[0], 1, shape[1], dtype)) == fits
+
+
+@pytest.mark.parametrize("device", devices())
 def test_coordinate_mlp_compiles(device):
     *tables, grid, rows, weights, biases, weight, bias, _ = example(20, 9, 2, 3, device=device)
     weight = weight.clone().requires_grad_()
@@ -220,6 +258,70 @@ def test_coordinate_mlp_compiles(device):
     losses = function(weight), compiled(weight)
     assert losses[0] == losses[1]
     assert torch.equal(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory):
+    """The device code of coordinate_mlp_narrow, threads of which are fibers: predictions, or gradients given one."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    tests, library = Path(__file__).parent, tmp_path_factory.mktemp("on_host") / "coordinate_mlp.so"
+    includes = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", tests.parent / "csrc", tests)]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *includes, tests / "coordinate_mlp_on_host.cpp"]
+    subprocess.run([*command, "-o", library], check=True)
+    function = ctypes.CDLL(library).coordinate_mlp
+
+    def run(args, grad=None, shared=232448):
+        tensors = [x.contiguous() for x in args[:-1]]
+        parameters, grid, rows = tensors[:3] + tensors[5:], tensors[3], tensors[4]
+        y = torch.full((len(rows), len(parameters[6])), torch.nan, dtype=parameters[0].dtype)
+        grads = [torch.full_like(x, torch.nan) for x in parameters]
+        kind = -2 if y.dtype == torch.bfloat16 else y.itemsize
+        network = parameters[0].shape[1], len(parameters[3]), len(parameters[6]), args[-1], len(grid)
+        sizes = kind, *network, *(len(x) for x in parameters[:3]), len(rows), 2, shared, grad is not None
+        grad = y if grad is None else grad.float().contiguous()
+        pointers = [x.data_ptr() for x in (*parameters, y, grad, *grads)]
+        table = ctypes.c_int64 * len(sizes), ctypes.c_void_p * len(pointers)
+        places = ctypes.c_void_p(grid.data_ptr()), ctypes.c_void_p(rows.data_ptr())
+        function(table[0](*sizes), table[1](*pointers), *places)
+        return grads if sizes[-1] else y
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES[:3], (90, 180, 3, 9), (70, 100, 1, 25), (20, 30, 2, 130)])
+def test_coordinate_mlp_narrow_on_host(on_host, dtype, case):
+    args = example(*case, dtype, activation=list(ACTIVATIONS).index("gelu"))
+    grad = torch.randn(case[0], case[3], generator=torch.Generator().manual_seed(1)).to(dtype)
+    if case[0]:
+        assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+
+
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coordinate_mlp_narrow_activations_on_host(on_host, activation, dtype):
+    args = example(40, 40, 2, 9, dtype, activation=activation)
+    args, grad = (3 * args[0], *args[1:]), torch.ones(40, 9, dtype=dtype)
+    assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+    args[0][2, 5] = torch.nan
+    bad = fastws.ops.coordinate_mlp.coordinates(args[3], args[4])[0] == 2
+    assert torch.equal(on_host(args).isnan().all(1), bad) and torch.equal(on_host(args).isnan().any(1), bad)
+
+
+def test_coordinate_mlp_narrow_with_little_shared_memory_on_host(on_host):
+    args = example(300, 60, 3, 9, torch.bfloat16)
+    y = on_host(args)
+    assert all(torch.equal(on_host(args, shared=shared), y) for shared in (8192, 20000))
+
+
+def test_coordinate_mlp_narrow_sums_parts_on_host(on_host):
+    args = example(8192 + 40, 5, 1, 2)
+    grad = torch.randn(8192 + 40, 2, generator=torch.Generator().manual_seed(1))
+    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
 
 
 MEMORY = """

@@ -10,6 +10,7 @@ from torch.nn import functional
 from fastws import _native
 
 CHUNK = 2048  # rows that the reference computes at once
+NARROW = 192  # width of layers that CUDA C++ computes, at most
 KEPT = 2**26  # bytes of activations that a CPU keeps for the backward pass, at most
 ACTIVATIONS = {  # name: the function, and its derivative
     "relu": (functional.relu, lambda x: (x > 0).to(x.dtype)),
@@ -210,16 +211,16 @@ ARGUMENTS = (
     "Tensor layer_table, Tensor filter_table, Tensor channel_table, Tensor grid, Tensor rows, Tensor hidden_weights, "
     "Tensor hidden_biases, Tensor out_weight, Tensor out_bias, int activation"
 )
-torch.library.define("fastws::coordinate_mlp", f"({ARGUMENTS}, bool keep) -> (Tensor predictions, Tensor kept)")
-torch.library.define(
-    "fastws::coordinate_mlp_backward",
-    f"(Tensor grad, Tensor kept, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.register_kernel("fastws::coordinate_mlp", "default", coordinate_mlp_reference)
-torch.library.register_kernel("fastws::coordinate_mlp_backward", "default", coordinate_mlp_backward_reference)
+for name in ("coordinate_mlp", "coordinate_mlp_narrow"):  # CUDA C++ computes the second
+    torch.library.define(f"fastws::{name}", f"({ARGUMENTS}, bool keep) -> (Tensor predictions, Tensor kept)")
+    torch.library.define(
+        f"fastws::{name}_backward",
+        f"(Tensor grad, Tensor kept, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    torch.library.register_kernel(f"fastws::{name}", "default", coordinate_mlp_reference)
+    torch.library.register_kernel(f"fastws::{name}_backward", "default", coordinate_mlp_backward_reference)
 
 
-@torch.library.register_fake("fastws::coordinate_mlp")
 def coordinate_mlp_fake(*arguments):
     layer_table, rows, hidden_biases, out_bias = (arguments[i] for i in (0, 4, 6, 8))
     shape = kept_shape(rows.shape[0], *hidden_biases.shape, out_bias.shape[0]) if arguments[-1] else (0,)
@@ -227,7 +228,6 @@ def coordinate_mlp_fake(*arguments):
     return layer_table.new_empty(rows.shape[0], out_bias.shape[0]), kept
 
 
-@torch.library.register_fake("fastws::coordinate_mlp_backward")
 def coordinate_mlp_backward_fake(grad, kept, *arguments):
     differentiable = *arguments[:3], *arguments[5:9]
     return tuple(x.new_empty(x.shape) for x in differentiable)
@@ -249,8 +249,24 @@ def coordinate_mlp_double_backward(ctx, *grads):
     raise NotImplementedError("coordinate_mlp: differentiable once")
 
 
-torch.library.register_autograd(
-    "fastws::coordinate_mlp", coordinate_mlp_backward, setup_context=coordinate_mlp_setup_context
+def fits_narrow(layer_table, *arguments) -> bool:
+    out_weight, dtypes = arguments[6], (torch.float32, torch.bfloat16, torch.float16)
+    return layer_table.dtype in dtypes and max(out_weight.shape) <= NARROW
+
+
+for name in ("coordinate_mlp", "coordinate_mlp_narrow"):
+    torch.library.register_fake(f"fastws::{name}", coordinate_mlp_fake)
+    torch.library.register_fake(f"fastws::{name}_backward", coordinate_mlp_backward_fake)
+    torch.library.register_autograd(
+        f"fastws::{name}", coordinate_mlp_backward, setup_context=coordinate_mlp_setup_context
+    )
+    torch.library.register_autograd(f"fastws::{name}_backward", coordinate_mlp_double_backward)
+_native.register_part(
+    "coordinate_mlp", "coordinate_mlp_narrow", fits_narrow, coordinate_mlp_reference, file="coordinate_mlp"
 )
-torch.library.register_autograd("fastws::coordinate_mlp_backward", coordinate_mlp_double_backward)
-_native.register_triton("coordinate_mlp", file="coordinate_mlp")
+_native.register_part(
+    "coordinate_mlp_backward",
+    "coordinate_mlp_narrow_backward",
+    lambda grad, kept, *arguments: fits_narrow(*arguments),
+    coordinate_mlp_backward_reference,
+)

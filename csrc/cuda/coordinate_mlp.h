@@ -1,0 +1,321 @@
+#pragma once
+
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cmath>
+#include <cstdint>
+
+// A narrow predictor of weights from coordinates. A block takes some rows through all layers: what a layer hands on
+// stays in shared memory, and the weights pass by, slab after slab, from the second-level cache. A launcher,
+// launch(work, blocks, bytes), runs work.run(block, shared memory) in each thread of each block.
+
+namespace fastws {
+namespace {
+
+constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kSlab = 16;       // rows of a matrix in shared memory, of two slabs that take turns
+constexpr int kPadding = 64;    // of the width, with zeros, which all activations keep
+constexpr int kMaxWidth = 192;  // of hidden layers and of the last
+
+enum Activation { kRelu, kLeakyRelu, kHardswish, kGelu, kRelu6, kElu };
+
+// NaN stays NaN.
+template <int kKind>
+__device__ float activate(float x) {
+  if constexpr (kKind == kRelu) return x <= 0 ? 0 : x;
+  if constexpr (kKind == kLeakyRelu) return x > 0 ? x : 0.01f * x;
+  if constexpr (kKind == kHardswish) return x <= -3 ? 0 : x >= 3 ? x : x * (x + 3) / 6;
+  if constexpr (kKind == kGelu) return x * 0.5f * (1 + std::erf(x * 0.70710678f));
+  if constexpr (kKind == kRelu6) return x <= 0 ? 0 : x >= 6 ? 6 : x;
+  if constexpr (kKind == kElu) return x > 0 ? x : std::expm1(x);
+}
+
+template <int kKind>
+__device__ float slope(float x) {
+  if constexpr (kKind == kRelu) return x > 0;
+  if constexpr (kKind == kLeakyRelu) return x > 0 ? 1 : 0.01f;
+  if constexpr (kKind == kHardswish) return x <= -3 ? 0 : x < 3 ? (2 * x + 3) / 6 : 1;
+  if constexpr (kKind == kGelu) return 0.5f * std::erfc(x * -0.70710678f) + x * 0.39894228f * std::exp(-0.5f * x * x);
+  if constexpr (kKind == kRelu6) return x > 0 && x < 6;
+  if constexpr (kKind == kElu) return x > 0 ? 1 : std::exp(x);
+}
+
+// Calls body<kind>(), outside of loops that are unrolled.
+template <typename Body>
+__device__ void with_activation(int kind, const Body& body) {
+  switch (kind) {
+    case kRelu:
+      return body.template operator()<kRelu>();
+    case kLeakyRelu:
+      return body.template operator()<kLeakyRelu>();
+    case kHardswish:
+      return body.template operator()<kHardswish>();
+    case kGelu:
+      return body.template operator()<kGelu>();
+    case kRelu6:
+      return body.template operator()<kRelu6>();
+    case kElu:
+      return body.template operator()<kElu>();
+  }
+}
+
+C10_HOST_DEVICE inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A predictor. Its numbers are float32, in rows of `side`: three tables, then of all layers matrices [in, out], biases,
+// and matrices [out, in]. The layer behind the hidden ones is number `depth`.
+struct Network {
+  int width, depth, outputs, side, activation, num_layers, indices[3];
+  const float* numbers;
+  const int64_t *grid, *rows;
+  int64_t count;
+
+  C10_HOST_DEVICE int64_t matrix() const { return int64_t(side) * side; }
+  C10_HOST_DEVICE int64_t table(int axis) const {
+    return (int64_t(axis > 0) * indices[0] + int64_t(axis > 1) * indices[1]) * side;
+  }
+  C10_HOST_DEVICE int64_t forward(int layer) const { return table(2) + int64_t(indices[2]) * side + layer * matrix(); }
+  C10_HOST_DEVICE int64_t bias(int layer) const { return forward(depth + 1) + layer * side; }
+  C10_HOST_DEVICE int64_t backward(int layer) const { return bias(depth + 1) + layer * matrix(); }
+  C10_HOST_DEVICE int64_t size() const { return backward(depth + 1); }
+  C10_HOST_DEVICE int outs(int layer) const { return layer < depth ? width : outputs; }
+};
+
+template <typename scalar_t>
+struct Parameters {
+  const scalar_t *tables[3], *hidden_weights, *hidden_biases, *out_weight, *out_bias;
+};
+
+// Writes the numbers of a network, one per thread.
+template <typename scalar_t>
+struct Pack {
+  static constexpr int kResident = 4;
+  Network network;
+  Parameters<scalar_t> from;
+  float* to;
+
+  __device__ scalar_t weight(int layer, int out, int in) const {
+    if (in >= network.width || out >= network.outs(layer)) return scalar_t(0.f);
+    const scalar_t* of_layer = from.hidden_weights + int64_t(layer) * network.width * network.width;
+    return (layer < network.depth ? of_layer : from.out_weight)[out * network.width + in];
+  }
+
+  __device__ float number(int64_t row, int column) const {
+    const bool inside = column < network.width;
+    for (int axis = 0; axis < 3; row -= network.indices[axis++])
+      if (row < network.indices[axis]) return inside ? float(from.tables[axis][row * network.width + column]) : 0;
+    const int layers = network.depth + 1, side = network.side;
+    if (row < layers * side) return weight(row / side, column, row % side);
+    row -= layers * side;
+    if (row < network.depth) return inside ? float(from.hidden_biases[row * network.width + column]) : 0;
+    if (row == network.depth) return column < network.outputs ? float(from.out_bias[column]) : 0;
+    row -= layers;
+    return weight(row / side, row % side, column);
+  }
+
+  __device__ void run(int64_t block, char*) const {
+    const int64_t i = block * kThreads + threadIdx.x;
+    if (i < network.size()) to[i] = number(i / network.side, i % network.side);
+  }
+};
+
+// Layer, filter and channel of a kernel.
+__device__ inline void find(const Network& network, int64_t kernel, int (&place)[3]) {
+  const int64_t* sizes = network.grid;
+  int layer = 0;
+  for (; layer + 1 < network.num_layers && kernel >= sizes[0] * sizes[1]; ++layer, sizes += 2)
+    kernel -= sizes[0] * sizes[1];
+  place[0] = layer, place[1] = int(kernel / sizes[1]), place[2] = int(kernel % sizes[1]);
+}
+
+struct alignas(16) Quad {
+  float number[4];
+};
+
+// Sums of rows kM * warp + m and columns lane + 32 * c, in each thread of a block.
+template <int kM, int kC>
+struct Sums {
+  static constexpr int kRows = kWarps * kM, kColumns = kLanes * kC;
+  static constexpr int kStride = kRows + 4;  // of x: then lanes write to different banks
+  static constexpr int kSlabs = 2 * kSlab * kColumns;
+
+  float sum[kM][kC];
+
+  __device__ static int row(int m) { return kM * (threadIdx.x / kLanes) + m; }
+  __device__ static int column(int c) { return threadIdx.x % kLanes + kLanes * c; }
+
+  template <typename Function>
+  __device__ void each(const Function& function) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int c = 0; c < kC; ++c) function(sum[m][c], row(m), column(c));
+  }
+
+  // x[k][row] = sum of row and column k
+  __device__ void store(float* x) const {
+#pragma unroll
+    for (int c = 0; c < kC; ++c)
+#pragma unroll
+      for (int m = 0; m < kM; m += 4)
+        *reinterpret_cast<Quad*>(x + column(c) * kStride + row(m)) = {sum[m][c], sum[m + 1][c], sum[m + 2][c],
+                                                                      sum[m + 3][c]};
+  }
+
+  // sum[row][column] += sum of x[k][row] * matrix[k][column] for k < depth, a multiple of kSlab. All threads have
+  // stored x before, or store it in front of this, and may overwrite it behind.
+  __device__ void multiply(const float* x, const float* matrix, int stride, int depth, float* slabs) {
+    constexpr int kMine = kSlab / kWarps;  // rows of a slab that a warp copies
+    const int first = threadIdx.x / kLanes * kMine;
+    float next[kMine][kC];
+    const auto fetch = [&](int begin) {
+#pragma unroll
+      for (int k = 0; k < kMine; ++k)
+#pragma unroll
+        for (int c = 0; c < kC; ++c) next[k][c] = matrix[(begin + first + k) * stride + column(c)];
+    };
+    const auto place = [&](int slab) {
+#pragma unroll
+      for (int k = 0; k < kMine; ++k)
+#pragma unroll
+        for (int c = 0; c < kC; ++c) slabs[(slab % 2 * kSlab + first + k) * kColumns + column(c)] = next[k][c];
+    };
+    fetch(0);
+    place(0);
+    __syncthreads();
+    for (int slab = 0; slab < depth / kSlab; ++slab) {
+      const bool more = (slab + 1) * kSlab < depth;
+      if (more) fetch((slab + 1) * kSlab);
+      add(x + slab * kSlab * kStride, slabs + slab % 2 * kSlab * kColumns);
+      if (more) place(slab + 1);
+      __syncthreads();
+    }
+  }
+
+  __device__ void add(const float* x, const float* slab) {
+#pragma unroll 4
+    for (int k = 0; k < kSlab; ++k) {
+      float left[kM], right[kC];
+#pragma unroll
+      for (int m = 0; m < kM; m += 4) {
+        const Quad quad = *reinterpret_cast<const Quad*>(x + k * kStride + row(m));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[m + i] = quad.number[i];
+      }
+#pragma unroll
+      for (int c = 0; c < kC; ++c) right[c] = slab[k * kColumns + column(c)];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int c = 0; c < kC; ++c) sum[m][c] += left[m] * right[c];
+    }
+  }
+};
+
+// Rows through a network, in the shared memory of a block.
+template <int kM, int kC>
+struct Rows {
+  using S = Sums<kM, kC>;
+  static constexpr int64_t kBytes = 4 * (S::kColumns * S::kStride + S::kSlabs + 3 * S::kRows);
+
+  const Network& network;
+  float *x, *slabs;
+  int* places;  // [3, kRows], -1 behind the last row
+  S sums;
+
+  __device__ Rows(const Network& network, char* shared)
+      : network(network),
+        x(reinterpret_cast<float*>(shared)),
+        slabs(x + S::kColumns * S::kStride),
+        places(reinterpret_cast<int*>(slabs + S::kSlabs)) {}
+
+  __device__ void start_with_bias(int layer) {
+    const float* bias = network.numbers + network.bias(layer);
+    sums.each([&](float& sum, int, int column) { sum = bias[column]; });
+  }
+
+  // Sums become the inputs of the first activation of rows begin to begin + kRows.
+  __device__ void locate(int64_t begin) {
+    if (threadIdx.x < S::kRows) {
+      int place[3] = {-1, -1, -1};
+      if (begin + threadIdx.x < network.count) find(network, network.rows[begin + threadIdx.x], place);
+      for (int axis = 0; axis < 3; ++axis) places[axis * S::kRows + threadIdx.x] = place[axis];
+    }
+    __syncthreads();
+    sums.each([&](float& sum, int row, int column) {
+      sum = 0;
+      if (places[row] < 0) return;
+      for (int axis = 0; axis < 3; ++axis) {
+        const int64_t at = network.table(axis) + int64_t(places[axis * S::kRows + row]) * network.side;
+        sum += network.numbers[at + column];
+      }
+    });
+  }
+
+  // Runs all hidden layers; handle(layer) turns sums, the inputs of an activation, into its outputs.
+  template <typename Handle>
+  __device__ void run_hidden(int64_t begin, const Handle& handle) {
+    locate(begin);
+    for (int layer = 0;; ++layer) {
+      handle(layer);
+      sums.store(x);
+      if (layer == network.depth) return;
+      start_with_bias(layer);
+      sums.multiply(x, network.numbers + network.forward(layer), network.side, network.side, slabs);
+    }
+  }
+};
+
+template <int kM, int kC>
+struct Predict {
+  static constexpr int kResident = 2;
+  Network network;
+  float* predictions;
+
+  __device__ void run(int64_t block, char* shared) const {
+    Rows<kM, kC> rows(network, shared);
+    const int64_t begin = block * rows.sums.kRows;
+    rows.run_hidden(begin, [&](int) {
+      with_activation(network.activation,
+                      [&]<int kKind>() { rows.sums.each([](float& sum, int, int) { sum = activate<kKind>(sum); }); });
+    });
+    const float *bias = network.numbers + network.bias(network.depth),
+                *matrix = network.numbers + network.forward(network.depth);
+    for (int first = 0; first < network.outputs; first += kLanes) {
+      Sums<kM, 1> last;
+      last.each([&](float& sum, int, int column) { sum = bias[first + column]; });
+      last.multiply(rows.x, matrix + first, network.side, network.side, rows.slabs);
+      last.each([&](float& sum, int row, int column) {
+        if (begin + row < network.count && first + column < network.outputs)
+          predictions[(begin + row) * network.outputs + first + column] = sum;
+      });
+    }
+  }
+};
+
+// Calls body<side / 32>().
+template <typename Body>
+void dispatch_side(int side, const Body& body) {
+  side == 64    ? body.template operator()<2>()
+  : side == 128 ? body.template operator()<4>()
+                : body.template operator()<6>();
+}
+
+template <typename scalar_t, typename Launch>
+void pack(const Network& network, const Parameters<scalar_t>& from, float* numbers, const Launch& launch) {
+  launch(Pack<scalar_t>{network, from, numbers}, (network.size() + kThreads - 1) / kThreads, 0);
+}
+
+// Predictions of all rows. Few of them are dealt to more blocks.
+template <typename Launch>
+void predict(const Network& network, float* predictions, int64_t processors, const Launch& launch) {
+  dispatch_side(network.side, [&]<int kC>() {
+    const auto run = [&]<int kM>() {
+      constexpr int64_t kRows = kWarps * kM;
+      launch(Predict<kM, kC>{network, predictions}, (network.count + kRows - 1) / kRows, Rows<kM, kC>::kBytes);
+    };
+    network.count > processors * kWarps * 8 ? run.template operator()<8>() : run.template operator()<4>();
+  });
+}
+
+}  // namespace
+}  // namespace fastws
