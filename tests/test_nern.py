@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastws.nn.nern import NeRN, NeRNConfig, encode_axis
+from fastws.nn.nern import NeRN, NeRNConfig, encode_axis, load
 from fastws.testing import devices
 
 GRID = [(4, 3), (6, 4), (2, 6)]
@@ -128,3 +128,11 @@ def test_bad_states_and_sizes_are_named():
     for grid in ([], [(3, 0)]):
         with pytest.raises(ValueError, match="grid must hold filters and channels of layers, at least 1"):
             NeRN(NeRNConfig(hidden=8), grid)
+
+
+def test_checkpoints_with_more_layers_are_refused():
+    state = NeRN(NeRNConfig(hidden=8, blocks=6), [(2, 3)]).state_dict()
+    with pytest.raises(
+        ValueError, match="layers.4.weight must not be there, got more than 5 blocks; of another preset"
+    ):
+        load(NeRN(NeRNConfig(hidden=8), [(2, 3)]), state)

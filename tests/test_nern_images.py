@@ -141,3 +141,8 @@ def test_bad_images_are_refused(folder, tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="broken.png: file must be a readable image, got"):
         decode([path], 8)
+
+
+def test_grey_images_are_normalised_by_the_mean_of_colours():
+    images, _ = next(open_images("digits", limit=4).batches("test", 4))
+    assert images.shape == (4, 1, 8, 8) and images.min() == pytest.approx(-0.449 / 0.226, abs=1e-3)

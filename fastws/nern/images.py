@@ -98,8 +98,8 @@ def open_images(
     size: int | None = None,
     validation: int = 5000,
     limit: int | None = None,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> ImageSet:
     """Opens a data set.
 
@@ -111,7 +111,7 @@ def open_images(
         validation: Training images to hold out, drawn with seed 42; where there are fewer than ten times as many, a
             tenth of them.
         limit: At most so many images of each part, evenly spaced.
-        mean: Of pixels in [0, 1], of each channel.
+        mean: Of pixels in [0, 1], of each channel; by default those of ImageNet's colours, or of their mean.
         std: Likewise.
 
     Raises:
@@ -124,7 +124,8 @@ def open_images(
         kept, held_out = split(len(train.labels), min(validation, len(train.labels) // 10))
         parts = {"train": take(train, spaced(kept, limit)), "val": take(train, spaced(held_out, limit)), **parts}
         parts = {name: part for name, part in parts.items() if len(part.labels)}
-    channels = len(mean) if size else parts["train"].images.shape[1]
+    channels = len(MEAN) if size else parts["train"].images.shape[1]
+    mean, std = mean or default(MEAN, channels), std or default(STD, channels)
     if not len(mean) == len(std) == channels:
         raise ValueError(f"nern images: mean and std must have {channels} entries, got {len(mean)} and {len(std)}")
     shape = (channels, size, size) if size else tuple(parts["train"].images.shape[1:])
@@ -136,6 +137,10 @@ def uniform_images(shape: tuple[int, int, int], size: int, seed: int, step: int,
     low, high = philox_reference(seed, UNIFORM + step, 2, CPU).tolist()
     generator = torch.Generator().manual_seed(low << 31 ^ high)
     return (torch.rand(size, *shape, generator=generator) * 4 - 2).to(device)
+
+
+def default(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values if channels == len(values) else (sum(values) / len(values),) * channels
 
 
 # --- parts

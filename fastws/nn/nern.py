@@ -134,12 +134,18 @@ class NeRN(nn.Module):
 
 
 def load(nern: NeRN, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict; raises ValueError that names the first tensor of another size."""
-    for name, tensor in nern.state_dict().items():
+    """Loads a state dict; raises ValueError that names the first tensor of another size, or a layer too many."""
+    expected = nern.state_dict()
+    for name in state:
+        if name.startswith("layers.") and name not in expected:
+            raise ValueError(
+                f"NeRN: {name} must not be there, got more than {len(nern.layers) + 1} blocks; of another preset?"
+            )
+    for name, tensor in expected.items():
         found = list(state[name].shape) if name in state else None
         if found != list(tensor.shape):
             raise ValueError(f"NeRN: {name} must be {list(tensor.shape)}, got {found}; was it of another preset?")
-    nern.load_state_dict({name: state[name] for name in nern.state_dict()})
+    nern.load_state_dict({name: state[name] for name in expected})
 
 
 def encode_axis(config: NeRNConfig, count: int) -> Tensor:

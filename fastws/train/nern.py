@@ -117,8 +117,11 @@ class Config(loop.Config):
         distilling = distils(self)
         if distilling and self.images is None and not self.data_free:
             raise ValueError("train nern: images must be given to distil on, or --data-free, or both weights 0")
-        if self.reconstruction_weight == 0 and not distilling:
-            raise ValueError("train nern: reconstruction_weight must be above 0 without distillation, got 0")
+        for step in (0, self.steps - 1):  # of either phase
+            if not any(loss_weights(self, step)):
+                raise ValueError(f"train nern: a loss must be on in each step, got weights that are 0 in step {step}")
+        if self.orders is not None and self.order == "none":
+            raise ValueError(f"train nern: orders must be left out with the order none, got {self.orders!r}")
 
 
 class Job(NamedTuple):
