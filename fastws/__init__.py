@@ -19,6 +19,7 @@ LATER = {
     "coordinate_mlp": "fastws.ops.coordinate_mlp",
     "detokenize": "fastws.ops.tokenize",
     "feature_distance": "fastws.ops.feature_distance",
+    "kernel_gradients": "fastws.ops.kernel_gradients",
     "kernel_order": "fastws.ops.kernel_order",
     "layer_statistics": "fastws.ops.layer_statistics",
     "layer_table": "fastws.small_cnn",

@@ -20,6 +20,7 @@ from fastws.files import load_checkpoint
 from fastws.nern import losses
 from fastws.nern.batching import KernelBatches, Method, learn_from
 from fastws.nern.checkpoint import describe
+from fastws.nern.convolutions import LearnKernels, chosen_kernels
 from fastws.nern.folding import fold
 from fastws.nern.images import ImageSet, open_images, uniform_images
 from fastws.nern.layers import Reduction, StoredLayers, find_layers, rows_of
@@ -266,7 +267,8 @@ def compute_losses(config: Config, job: Job, model: nn.Module, batch: Batch) -> 
     if features or distillation:
         inner = getattr(model, "module", model)  # of DistributedDataParallel
         student = student_weights(job, inner, weights)
-        teacher, student = run_networks(config, job, student, batch.images, maps=features > 0)
+        with LearnKernels(student, chosen_kernels(job.stored.layers, batch.chosen)):
+            teacher, student = run_networks(config, job, student, batch.images, maps=features > 0)
     if features:
         metrics["features"] = losses.FEATURES[config.features](student.maps, teacher.maps, student.weights)
         loss = loss + features * metrics["features"]
