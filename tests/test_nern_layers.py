@@ -317,3 +317,32 @@ def test_presets_are_the_published_ones():
     assert (preset["batch_size"], preset["kernel_batch"], preset["sizes"]) == (32, 65_536, (3,))
     with pytest.raises(ValueError, match="preset must be one of cifar10-resnet20-140|160"):
         fields_of("cifar10-resnet20-181-crossfilter")
+
+
+class ReadTwice(nn.Module):
+    """Its convolution's weight is read beside the call, or the type of its input is checked."""
+
+    def __init__(self, check=False):
+        super().__init__()
+        self.conv, self.norm, self.check = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), check
+
+    def forward(self, x):
+        assert not self.check or isinstance(x, torch.Tensor)
+        y = self.norm(self.conv(x))
+        return y if self.check else y + F.conv2d(x, self.conv.weight)
+
+
+def hooked():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network[0].register_forward_hook(lambda module, arguments, output: 2 * output)
+    return network
+
+
+@pytest.mark.parametrize("make", [ReadTwice, lambda: ReadTwice(check=True), hooked])
+def test_convolutions_that_are_more_than_called_are_not_folded(make):
+    network = make().eval()
+    network.get_submodule("norm" if isinstance(network, ReadTwice) else "1").running_mean.normal_()
+    folded, factors = fold(network)
+    x = torch.randn(2, 3, 8, 8)
+    assert factors == {}
+    torch.testing.assert_close(folded(x), network(x))

@@ -5,6 +5,10 @@ import copy
 from torch import Tensor, fx, nn
 
 
+UNTRACEABLE = (fx.proxy.TraceError, ArithmeticError, AssertionError, AttributeError, LookupError)
+UNTRACEABLE += (RuntimeError, TypeError, ValueError)  # what a forward pass may raise when it meets no tensor
+
+
 def fold(network: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network that computes the same, without the batch norms that follow a convolution, and the factors it took.
 
@@ -39,10 +43,11 @@ def pairs(network: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, 
     """Names of the convolutions whose one result goes into a batch norm with fixed statistics, and of these."""
     try:
         nodes = list(fx.Tracer().trace(network).nodes)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError):
-        return []  # control flow that depends on values, or on shapes
+    except UNTRACEABLE:
+        return []  # control flow or checks that depend on values, shapes or types
     calls = [node for node in nodes if node.op == "call_module"]
     targets = [node.target for node in calls]
+    read = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}  # beside the module's own call
     owners = [id(parameter) for module in modules.values() for parameter in module._parameters.values()]
     found = []
     for node in calls:
@@ -50,6 +55,8 @@ def pairs(network: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, 
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or before not in calls:
             continue
         conv, once = modules[before.target], targets.count(node.target) == targets.count(before.target) == 1
-        if once and type(conv) is nn.Conv2d and len(before.users) == 1 and owners.count(id(conv.weight)) == 1:
+        plain = type(conv) is nn.Conv2d and not any(module._forward_hooks for module in (conv, norm))
+        alone = owners.count(id(conv.weight)) == len(before.users) == 1 and not {before.target, node.target} & read
+        if once and plain and alone:
             found.append((before.target, node.target))
     return found
