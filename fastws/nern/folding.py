@@ -4,7 +4,6 @@ import copy
 
 from torch import Tensor, fx, nn
 
-
 UNTRACEABLE = (fx.proxy.TraceError, ArithmeticError, AssertionError, AttributeError, LookupError)
 UNTRACEABLE += (RuntimeError, TypeError, ValueError)  # what a forward pass may raise when it meets no tensor
 
