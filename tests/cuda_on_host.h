@@ -75,22 +75,29 @@ inline void wait(Barrier& barrier, int size) {
 
 inline void wait_for_warp() { wait(warps[threadIdx.x / 32], 32); }
 
-// Runs a function in each thread of a block, in turns from the first and from the last, so that a barrier that is
-// missing shows. A thread that waits for one that has ended is an error.
+// Runs a function in each thread of a block: a warp as far as it gets, then the next, in turns from the first and from
+// the last, so that a barrier that is missing shows. A thread that waits for one that has ended is an error.
 inline void run_block(unsigned threads, const std::function<void()>& function) {
   fibers.resize(threads);
   body = function;
   all = {};
   warps.assign(threads / 32, {});
   for (Fiber& fiber : fibers) fiber.done = false;
-  for (bool left = true, backwards = false; left; backwards = !backwards) {
-    left = progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      threadIdx.x = backwards ? threads - 1 - i : i;
-      Fiber& fiber = fibers[threadIdx.x];
-      if (!fiber.done) enter(fiber), left = true;
+  const unsigned count = threads / 32;
+  for (bool left = true, moved = true, backwards = false; left; backwards = !backwards) {
+    if (!moved) throw std::runtime_error("a thread waits for one that has ended");
+    left = moved = false;
+    for (unsigned i = 0; i < count; ++i) {
+      do {
+        progress = false;
+        for (unsigned lane = 0; lane < 32; ++lane) {
+          threadIdx.x = (backwards ? count - 1 - i : i) * 32 + lane;
+          Fiber& fiber = fibers[threadIdx.x];
+          if (!fiber.done) enter(fiber), left = true;
+        }
+        moved |= progress;
+      } while (progress);
     }
-    if (left && !progress) throw std::runtime_error("a thread waits for one that has ended");
   }
 }
 
