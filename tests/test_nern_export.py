@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastws.nern.export import (
     PRECISIONS,
@@ -325,3 +326,13 @@ def test_what_cannot_be_written_is_said():
         write(Path("/proc/x.safetensors"), CIFARResNet(20, "b"))
     with pytest.raises(ValueError, match="nern export: image_size must be at least 1, got -2"):
         Config(model="x", out="x.safetensors", image_size=-2)
+
+
+def test_tied_weights_are_stored_under_all_their_names(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3)).eval()
+    network[2].weight = network[0].weight
+    predictor, stored = store(network)
+    found = reconstruct(predictor, stored, network)
+    write(tmp_path / "tied.safetensors", found)
+    state, expected = load_file(tmp_path / "tied.safetensors"), stored.weights(predictor(stored.rows))["0.weight"]
+    assert torch.equal(state["0.weight"], expected) and torch.equal(state["2.weight"], expected)

@@ -108,7 +108,13 @@ def write(path: Path, network: nn.Module) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, temporary)
+        save_file(
+            {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in network.state_dict().items()
+            },
+            temporary,
+        )
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"nern export: out must be a file that can be written, got {str(path)!r}: {error}") from error
@@ -214,17 +220,19 @@ def reconstruct(
     Raises:
         ValueError: If the network has not the stored layers.
     """
-    expected = network.state_dict()
-    for layer in stored.layers:
-        found = list(expected[layer.name].shape) if layer.name in expected else "nothing"
-        if found != list(layer.shape):
-            must = f"{list(layer.shape)}, as the NeRN stores it"
-            raise ValueError(f"nern export: {layer.name} of the original must be {must}, got {found}")
+    expected, learned = network.state_dict(), learned or {}
+    shapes = [(layer.name, layer.shape) for layer in stored.layers] + [(name, x.shape) for name, x in learned.items()]
+    for name, shape in shapes:
+        found = list(expected[name].shape) if name in expected else "nothing"
+        if found != list(shape):
+            must = f"{list(shape)}, as the NeRN stores it"
+            raise ValueError(f"nern export: {name} of the original must be {must}, got {found}")
     kept = deepcopy(nern)
     kept.load_state_dict(decompress(compress(nern.state_dict(), precision)))
     predictions = kept()[stored.rows.to(kept.grid.device)]
     copy = deepcopy(network)
-    copy.load_state_dict(expected | stored.weights(predictions) | (learned or {}))
+    # nothing else is loaded: another name of a tied weight would bring back the original
+    copy.load_state_dict(stored.weights(predictions) | learned, strict=False)
     return copy
 
 
