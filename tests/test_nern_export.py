@@ -324,6 +324,8 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, damage, message):
 def test_what_cannot_be_written_is_said():
     with pytest.raises(OSError, match="nern export: out must be a file that can be written, got '/proc/x.safetensors'"):
         write(Path("/proc/x.safetensors"), CIFARResNet(20, "b"))
+    with pytest.raises(OSError, match="nern export: out must be a file that can be written, got '/dev/null/x.safetens"):
+        write(Path("/dev/null/x.safetensors"), CIFARResNet(20, "b"))
     with pytest.raises(ValueError, match="nern export: image_size must be at least 1, got -2"):
         Config(model="x", out="x.safetensors", image_size=-2)
 

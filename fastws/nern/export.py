@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, log2
@@ -105,18 +106,14 @@ def show(images: ImageSet, size: int, precision: str, device: torch.device) -> I
 
 def write(path: Path, network: nn.Module) -> None:
     """Writes a temporary file, and renames it when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(
-            {
-                name: tensor.clone(memory_format=torch.contiguous_format)
-                for name, tensor in network.state_dict().items()
-            },
-            temporary,
-        )
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = network.state_dict().items()
+        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors}, temporary)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise OSError(f"nern export: out must be a file that can be written, got {str(path)!r}: {error}") from error
     os.replace(temporary, path)
 
