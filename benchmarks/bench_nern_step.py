@@ -4,19 +4,22 @@ ResNet-20 (29,744 kernels), width 180, 256 images, 4,096 kernels: a joint step, 
 which the published code runs teacher and student all the same. Images are given; both use the Ranger of this package.
 The loss and its gradients are compared before anything is timed.
 
-Predicted for one core of 109 GFLOP/s in float32. Joint: convolutions are 21 GFLOP in the teacher, 63 in the student
-with its backward pass; the predictor 5.9 for all kernels, without the first layer, and 3.2 for the batch. At the peak
-that is 0.9 s; convolutions of 16 to 64 channels reach 40 to 90 % of it, worst for gradients of weights, so 1.4 s. Maps
-of 134 MB are read twice by the feature distance, written once, rectified and added, 1 GB or 0.1 s. The plain step has
-the same convolutions, in a layout that costs reorders, 1.9 s; batch norms and their gradients, and the feature distance
-in ten passes, 10 GB more or 1 s: so 3 s, twice as long. Four times are out of reach while convolutions are float32 and
-oneDNN's; with bf16 convolutions, which need another processor, they are not. Reconstruction only: 9.1 GFLOP, 0.083 s,
-against those 3 s: 36 times.
+Predicted for one core of 109 GFLOP/s in float32. Joint: convolutions are 21 GFLOP in the teacher, 42 in the student
+with the gradients of its maps, which oneDNN computes at 80 % of the peak, 0.72 s; gradients of one kernel in seven take
+0.12 s (see bench_kernel_gradients.py), where those of all take 0.3 s. The predictor is 5.9 GFLOP for all kernels,
+without the first layer, and 1.6 for the gradient, 0.08 s. Maps of 193 MB are rectified, added and compared, and their
+gradients likewise, in about 25 passes of a map, 4.8 GB or 0.3 s: 1.2 s. The plain step has all gradients of
+convolutions, 1.1 s, in a layout that costs reorders, 0.4 s, and batch norms, and the feature distance in ten passes, 10
+GB more or 1 s: 2.6 s, twice as long. Four times would be 0.65 s, what 63 + 7.5 GFLOP take at the peak without anything
+else: out of reach in float32 but for algorithms that multiply less (Winograd), which oneDNN has not for AVX2, or in
+bf16, on another processor. Reconstruction only: 7.5 GFLOP, 0.07 s at the peak.
 
-What the prediction missed: while distillation does not count, the published loss leads back into the weights only. It
-runs both networks and compares their maps, forward, and never goes back through the student. So it takes 1.2 s, and no
-exact step in float32 can be more than 14 times as fast. Gradients of maps go into fresh memory, which costs more than
-filling it.
+What earlier predictions missed: while distillation does not count, the published loss leads back into the weights only.
+It runs both networks and compares their maps, forward, and never goes back through the student. So it takes 1.3 s, and
+no exact step in float32 can be more than 18 times as fast. And memory is not what the joint step waits for: to take the
+images through both networks in parts that stay in cache made it no faster.
+
+With one thread, times are those of the processor: what else runs on the machine does not count.
 
 Run: python benchmarks/bench_nern_step.py [--threads 2]
 """
@@ -161,11 +164,12 @@ def check(step, published, models, weights):
 
 
 def seconds(run, *args):
-    begin = time.perf_counter()
+    clock = time.thread_time if OPTIONS.threads == 1 and DEVICE == "cpu" else time.perf_counter
+    begin = clock()
     run(*args)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 for case, weights in (("joint", JOINT), ("reconstruction only", RECONSTRUCTION)):

@@ -56,20 +56,25 @@ template <typename real_t>
 FASTWS_CLONES void fill(const Planes& p, const real_t* image, real_t* planes) {
   using V = Vector<real_t>;
   constexpr int kLanes = kCount<real_t>;
-  const int64_t columns = p.width / kLanes * kLanes, channels = p.channels / kLanes * kLanes;
+  const int64_t width = p.width, all = p.channels, size = p.size, border = p.border;
+  const int64_t columns = width / kLanes * kLanes, channels = all / kLanes * kLanes;
+  const bool apart = p.stride > 1;
   for (int64_t h = 0; h < p.height; ++h) {
-    const real_t* from = image + h * p.width * p.channels;
-    real_t* to = planes + (h + p.border) * p.row;
+    const real_t* from = image + h * width * all;
+    real_t* to = planes + (h + border) * p.row;
     for (int64_t w = 0; w < columns; w += kLanes)
       for (int64_t c = 0; c < channels; c += kLanes) {
         V block[kLanes];
-        for (int i = 0; i < kLanes; ++i) std::memcpy(&block[i], from + (w + i) * p.channels + c, kBytes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; ++i) std::memcpy(&block[i], from + (w + i) * all + c, kBytes);
         transpose<real_t, kBytes>(block);
-        for (int i = 0; i < kLanes; ++i)
-          if (p.stride == 1)
-            std::memcpy(to + (c + i) * p.size + w + p.border, &block[i], kBytes);
-          else
-            for (int lane = 0; lane < kLanes; ++lane) to[(c + i) * p.size + p.place(w + lane)] = block[i][lane];
+        if (apart) {
+          for (int i = 0; i < kLanes; ++i)
+            for (int lane = 0; lane < kLanes; ++lane) to[(c + i) * size + p.place(w + lane)] = block[i][lane];
+        } else {
+#pragma GCC unroll 8
+          for (int i = 0; i < kLanes; ++i) std::memcpy(to + (c + i) * size + w + border, &block[i], kBytes);
+        }
       }
     for (int64_t w = 0; w < p.width; ++w)
       for (int64_t c = w < columns ? channels : 0; c < p.channels; ++c)
