@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import fastws
+from fastws import _native
 from fastws.ops.kernel_gradients import kernel_gradients_reference
 from fastws.testing import assert_as_accurate, devices, implementations
 
@@ -44,7 +45,8 @@ def test_kernel_gradients_are_those_of_autograd(format, device):
     torch.testing.assert_close(actual, weight.grad.flatten(0, 1)[kernels], rtol=1e-4, atol=1e-4)
 
 
-def test_kernel_gradients_do_not_depend_on_threads():
+@pytest.mark.skipif("kernel_gradients" not in _native.COMPILED["cpu"], reason="PyTorch's sums depend on the threads")
+def test_kernel_gradients_do_not_depend_on_the_threads():
     args, threads = example((40, 8, 8, 24, 17), 1), torch.get_num_threads()
     results = []
     for count in (1, 2):
