@@ -23,16 +23,20 @@ void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_
   const int32_t* out = layer.out < 0 ? nullptr : permutations + layer.out;
   from += layer.weight_offset, to += layer.weight_offset;
   if (out == nullptr && layer.in < 0) return copy(from + begin * length, to + begin * length, (end - begin) * length);
+  NearRow<scalar_t> near;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t other = out == nullptr ? row : out[row];
     const scalar_t* source = from + (kInverse ? row : other) * length;
     scalar_t* target = to + (kInverse ? other : row) * length;
-    if (layer.in < 0)
+    const int32_t* in = permutations + layer.in;
+    if (layer.in < 0) {
       copy(source, target, length);
-    else if constexpr (kInverse)
-      move_row<true, scalar_t>(target, source, permutations + layer.in, layer.block, layer.units, 0, length);
-    else
-      move_row<false, scalar_t>(source, target, permutations + layer.in, layer.block, layer.units, 0, length);
+    } else if constexpr (kInverse) {
+      move_row<true, scalar_t>(target, source, in, layer.block, layer.units, 0, length);
+    } else {
+      if (near.fits(layer)) source = near.hold(layer, source);
+      move_row<false, scalar_t>(source, target, in, layer.block, layer.units, 0, length);
+    }
   }
 }
 

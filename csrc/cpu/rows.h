@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "table.h"
@@ -56,5 +57,23 @@ inline void move_row(std::conditional_t<kInverse, scalar_t, const scalar_t>* row
       return move_units<0, kInverse, scalar_t>(row, out, in, block, units, begin, end);
   }
 }
+
+// One row in the nearest caches. Units in random order are what no hardware foresees; a row that is copied as it is, in
+// order, is taken apart here without waiting.
+template <typename scalar_t>
+class NearRow {
+ public:
+  static bool fits(const Layer& layer) { return layer.row_length * int64_t(sizeof(scalar_t)) <= kBytes; }
+
+  const scalar_t* hold(const Layer& layer, const scalar_t* row) {
+    if (int64_t(row_.size()) < layer.row_length) row_.resize(layer.row_length);
+    copy(row, row_.data(), layer.row_length);
+    return row_.data();
+  }
+
+ private:
+  static constexpr int64_t kBytes = 64 * 1024;  // a part of the second cache
+  std::vector<scalar_t> row_;
+};
 
 }  // namespace fastws

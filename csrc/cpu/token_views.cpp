@@ -82,47 +82,48 @@ void augment(wide_t* x, int64_t size, const Options& options, int64_t entry) {
   if (options.erase_threshold > 0) erase(x, size, options.erase_threshold, options.seed, 2 * options.offset + 1, entry);
 }
 
-// Entries 0 to length of one token, permuted: chunk q of row c.
+// The place of a row in a group that is permuted.
+inline int64_t permuted(const int32_t* permutations, int64_t place, int64_t row) {
+  return permutations && place >= 0 ? permutations[place + row] : row;
+}
+
+// Entries 0 to length of one token: chunk q of row c, whose weights are those at from.
 template <typename scalar_t>
-void gather_token(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row, int64_t chunk,
-                  int64_t token_size, int64_t length, scalar_t* token) {
-  const auto permuted = [=](int64_t place) { return permutations && place >= 0 ? permutations[place + row] : row; };
+void gather_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, const int32_t* permutations,
+                  int64_t row, int64_t chunk, int64_t token_size, int64_t length, scalar_t* token) {
   const int64_t begin = chunk * token_size, end = std::min(begin + length, layer.row_length);
-  const scalar_t* from = weights + layer.weight_offset + permuted(layer.out) * layer.row_length;
   if (end > begin) {
     if (permutations && layer.in >= 0)
       move_row<false, scalar_t>(from, token, permutations + layer.in, layer.block, layer.units, begin, end);
     else
       copy(from + begin, token, end - begin);
   }
-  if (begin + length > layer.row_length) token[length - 1] = weights[layer.bias_offset + permuted(layer.bias)];
+  if (begin + length > layer.row_length)
+    token[length - 1] = weights[layer.bias_offset + permuted(permutations, layer.bias, row)];
 }
 
-// Asks for entries begin to end of a row that is needed soon: its units are read in random order, which no hardware
-// foresees. Into the second cache: in the first one they would push out the row that is in use.
+// The weights of a row, from which some tokens are to be cut; held near if they are permuted and most are needed.
 template <typename scalar_t>
-void prefetch(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row, int64_t begin,
-              int64_t end) {
-  if (row >= layer.rows) return;
-  const int64_t other = layer.out >= 0 ? permutations[layer.out + row] : row;
-  const scalar_t* from = weights + layer.weight_offset + other * layer.row_length;
-  for (int64_t i = begin; i < std::min(end, layer.row_length); i += 64 / sizeof(scalar_t))
-    __builtin_prefetch(from + i, 0, 2);
+const scalar_t* read_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row,
+                         int64_t tokens, NearRow<scalar_t>& near) {
+  const scalar_t* from = weights + layer.weight_offset + permuted(permutations, layer.out, row) * layer.row_length;
+  const bool gathers = permutations && layer.in >= 0, most = 2 * tokens >= layer.chunks;
+  return gathers && most && near.fits(layer) ? near.hold(layer, from) : from;
 }
 
 // One token: gathered where it can stay, widened for arithmetic if there is any, and stored. Where values are as wide
 // as the arithmetic, what is random is left to augment(), which is faster for several tokens at once.
 template <typename scalar_t, typename to_t>
-void make_token(const scalar_t* weights, const Layer& layer, int64_t l, const int32_t* permutations, int64_t row,
-                int64_t chunk, int64_t token_size, int64_t length, int64_t entry, const Options& options,
-                scalar_t* gathered, wide_type<scalar_t>* wide, to_t* token) {
+void make_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, int64_t l,
+                const int32_t* permutations, int64_t row, int64_t chunk, int64_t token_size, int64_t length,
+                int64_t entry, const Options& options, scalar_t* gathered, wide_type<scalar_t>* wide, to_t* token) {
   using wide_t = wide_type<scalar_t>;
   constexpr bool kStays = std::is_same_v<scalar_t, to_t>, kWide = std::is_same_v<scalar_t, wide_t>;
   if constexpr (std::is_same_v<wide_t, to_t>) wide = token;
   if constexpr (kWide) gathered = wide;
   if constexpr (kStays && !kWide)
     if (!options.arithmetic()) gathered = token;
-  gather_token(weights, layer, permutations, row, chunk, token_size, length, gathered);
+  gather_token(weights, from, layer, permutations, row, chunk, token_size, length, gathered);
   if constexpr (kStays && !kWide)
     if (!options.arithmetic()) return;
 
@@ -179,6 +180,7 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
                  int64_t end) {
   std::vector<scalar_t> gathered(views.token_size);
   std::vector<wide_type<scalar_t>> wide(views.token_size);
+  NearRow<scalar_t> near;
   const int64_t size = views.token_size;
   constexpr bool kRuns = std::is_same_v<to_t, wide_type<scalar_t>>;  // else make_token has augmented them
   Runs<wide_type<scalar_t>> runs(reinterpret_cast<wide_type<scalar_t>*>(values), size, options, begin);
@@ -189,27 +191,26 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
     int64_t l = find_layer(views.table, first, last, token);
     int64_t row = (token - views.table[l].first_token) / views.table[l].chunks;
     int64_t chunk = (token - views.table[l].first_token) % views.table[l].chunks;
+    const scalar_t* from = nullptr;  // the weights of this row
     for (const int64_t stop = std::min(end, (view + 1) * views.window); k < stop; ++k, ++token) {
       const Layer& layer = views.table[l];
       const bool inside = row < layer.rows;  // else the sequence is over, and only padding follows
       const int64_t entries = layer.row_length + (layer.bias_offset >= 0) - chunk * size;
       const int64_t length = inside ? std::clamp<int64_t>(entries, 0, size) : 0;
-      if (permutations && layer.in >= 0) {
-        // a piece of the next row for each token of this one: all of it at once would stop everything else
-        const scalar_t* from = weights + views.base[view];
-        if (k == begin || k == stop - views.window) prefetch(from, layer, permutations, row, 0, layer.row_length);
-        prefetch(from, layer, permutations, row + 1, chunk * size, (chunk + 1) * size);
+      const scalar_t* network = weights + views.base[view];
+      if (length > 0) {
+        if (from == nullptr)
+          from = read_row(network, layer, permutations, row, std::min(layer.chunks - chunk, stop - k), near);
+        make_token(network, from, layer, l, permutations, row, chunk, size, length, k * size, options, gathered.data(),
+                   wide.data(), values + k * size);
       }
-      if (length > 0)
-        make_token(weights + views.base[view], layer, l, permutations, row, chunk, size, length, k * size, options,
-                   gathered.data(), wide.data(), values + k * size);
       std::fill(values + k * size + length, values + (k + 1) * size, to_t(0));
       if constexpr (kRuns)
         if (options.random()) runs.add(k, length);
       views.lengths[k] = int32_t(length);
       const int64_t position[3] = {token, l - first, row};
       for (int i = 0; i < 3; ++i) views.positions[3 * k + i] = inside ? int32_t(position[i]) : 0;
-      if (++chunk == layer.chunks) chunk = 0, ++row;
+      if (++chunk == layer.chunks) chunk = 0, ++row, from = nullptr;
       if (row == layer.rows && l + 1 < last) row = 0, ++l;
     }
   }
