@@ -119,7 +119,8 @@ def store(
     nern.train(one, teacher, images, device)
     predictor, stored, learned = load_nern(Path(one.out, "best.pt"))
     rate = next(line["steps_per_second"] for line in reversed(log(one)) if "train/loss" in line)
-    row = {"hidden": hidden, "seed": seed, "steps": one.steps, "hours": one.steps / rate / 3600, "precisions": {}}
+    row = {"hidden": hidden, "seed": seed, "steps": one.steps, "warmup": one.warmup, "objective": one.objective}
+    row |= {"hours": one.steps / rate / 3600, "precisions": {}}
     for precision in PRECISIONS:
         network = reconstruct(predictor, stored, teacher, precision, learned)
         found = {"share": measure(predictor, stored, precision).share}

@@ -55,16 +55,24 @@ def probes(found: dict) -> str:
 
 
 def teacher(found: dict) -> str:
-    return f"{found['steps']} steps: test accuracy {found['test accuracy']:.4f}"
+    before, after = found["test accuracy before"], found["test accuracy"]
+    return f"{found['steps']:,} steps: test accuracy {before:.4f} before, {after:.4f} after"
 
 
 def nern(found: dict) -> str:
-    """Accuracies on the test images, and the last error of each curve."""
-    parts = [f"{order}: error {points[-1][1]:.4f} at step {points[-1][0]}" for order, points in found["curves"].items()]
+    """Accuracies on the test images by precision of the predictor, and the last error of each curve."""
+    parts = []
     for run in found["stored"]:
-        full = run["precisions"]["fp32"]
-        about = f"h = {run['hidden']}, seed {run['seed']}, {run['steps']} steps, {run['hours']:.1f} h"
-        parts.append(f"{about}: accuracy {full['original_accuracy']:.4f} before, {full['accuracy']:.4f} after")
+        schedule = f"{run['steps']:,} steps, {run['warmup']:,} of them of reconstruction alone, {run['objective']}"
+        accuracies = (
+            f"{name} {one['accuracy']:.4f} in {one['share']:.0%} of the bytes"
+            for name, one in run["precisions"].items()
+        )
+        original = run["precisions"]["fp32"]["original_accuracy"]
+        about = f"h = {run['hidden']}, seed {run['seed']}, {schedule}, {run['hours']:.1f} h"
+        parts.append(f"{about}: accuracy {original:.4f} before; after: {', '.join(accuracies)}")
+    for order, points in found["curves"].items():
+        parts.append(f"{order}: relative error of the weights {points[-1][1]:.4f} at step {points[-1][0]:,}")
     return "; ".join(parts)
 
 
