@@ -3,11 +3,13 @@
 python experiments/report.py                                             # writes the table anew
 python experiments/report.py --add quickstart-0 runs/quickstart/results.json   # first keeps the results of a run
 
-A name begins with the kind of its experiment (KINDS). Long lists, which are only for plots, are not kept.
+A name begins with the kind of its experiment (KINDS). Long lists, which are only for plots, are not kept, and of
+absolute paths only the last part: the rest is of one machine.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,10 @@ def without_long_lists(found: Any) -> Any:
     return found
 
 
+def without_machine(text: str) -> str:
+    return re.sub(r'(?<=[" ])/(?:[^"/ ]+/)*([^"/ ]+)', r"\1", text)
+
+
 def table() -> str:
     lines = ["| run | result |", "| --- | --- |"]
     for path in sorted((HERE / "results").glob("*.json")):
@@ -115,7 +121,7 @@ def main() -> None:
         name, path = added
         kind(name)
         found = without_long_lists(json.loads(Path(path).read_text()))
-        (HERE / f"results/{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (HERE / f"results/{name}.json").write_text(without_machine(json.dumps(found, indent=1)) + "\n")
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -88,3 +88,16 @@ def test_imagenet_without_images(experiment, tmp_path):
     module.run(replace(module.PRESET, **paths, smoke=True, curve_orders=("none",), image_size=32))
     (row,) = results(tmp_path / "out")["stored"]
     assert row["precisions"]["fp32"]["relative_error"] > 0 and "accuracy" not in row["precisions"]["fp32"]
+
+
+def test_kept_results_have_no_paths_of_a_machine(experiment):
+    report = experiment("report")
+    found = '{"out": "/home/me/runs/q0", "command": "x --out /a/b/q0 --data data/mnist", "rate": "1/2 a / b"}'
+    kept = '{"out": "q0", "command": "x --out q0 --data data/mnist", "rate": "1/2 a / b"}'
+    assert report.without_machine(found) == kept
+    for path in (EXPERIMENTS / "results").glob("*.json"):
+        assert report.without_machine(path.read_text()) == path.read_text(), path
+
+
+def test_table_of_results_is_what_the_files_say(experiment):
+    assert experiment("report").table() in (EXPERIMENTS / "README.md").read_text()
