@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
-from fastws.nern.teachers import load_teacher
-from fastws.train import loop, nern_job, processes
+from fastws.nern.teachers import fast_format, load_teacher
+from fastws.train import loop, processes
 from fastws.zoo.format import write_json
 
 
@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, float]:
     with processes.join(config.device) as device:
         images = open_images(config.data, limit=64 if config.smoke else None)
         network = load_teacher(config.architecture, config.weights).requires_grad_(True)
-        network = network.to(device, memory_format=nern_job.fast_format(network))
+        network = network.to(device, memory_format=fast_format(network))
         results = {"test accuracy before": accuracy(network, images, "test", device)}
         network.train()
         loop.train(

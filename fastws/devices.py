@@ -1,4 +1,7 @@
-"""The device that a command works on."""
+"""The device that a command works on, and the name of the processor."""
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -21,3 +24,10 @@ def find_device(name: str | None) -> torch.device:
         must = "cpu, or cuda where torch and the machine have it"
         raise ValueError(f"device: name must be {must}, got {name!r}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

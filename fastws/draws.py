@@ -1,4 +1,6 @@
-"""Unbiased random integers of 64 bits; csrc/cpu/integers.h and kernels/integers.py draw the same."""
+"""Unbiased random integers of 64 bits, which csrc/cpu/integers.h and kernels/integers.py draw too; rows of batches."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,3 +38,19 @@ def first_places(draws: Tensor) -> Tensor:
     new = torch.ones_like(values, dtype=torch.bool)
     new[1:] = values[1:] != values[:-1]
     return places[new].sort().values
+
+
+def epoch_rows(count: int, size: int, seed: int, offset: int, step: int) -> Tensor:
+    """The rows of batch ``step``, ``[size]``: each epoch visits every row below ``count`` once.
+
+    Epochs have orders of their own; that of epoch e is from draw ``offset + e``.
+    """
+    begin = step * size
+    epochs = range(begin // count, (begin + size - 1) // count + 1)
+    rows = torch.cat([epoch_order(count, seed, offset + epoch) for epoch in epochs])
+    return rows[begin - epochs[0] * count :][:size]
+
+
+@lru_cache(maxsize=8)
+def epoch_order(count: int, seed: int, offset: int) -> Tensor:
+    return philox_reference(seed, offset, count, torch.device("cpu")).argsort(stable=True)

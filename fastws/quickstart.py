@@ -8,7 +8,6 @@ validation split of seed 0, never on a test split.
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastws import pages, report
+from fastws.devices import processor_name
 from fastws.downstream import predict
 from fastws.downstream.embed import (
     Pool,
@@ -341,13 +341,6 @@ def command_of(config: Config) -> str:
             values = value if isinstance(value, tuple) else (value,)
             words.append(f"--{option} {' '.join(map(str, values))}")
     return " ".join(words)
-
-
-def processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def read_log(folder: Path) -> list[dict]:

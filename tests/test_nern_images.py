@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 
 from fastws.data.images import read
+from fastws.draws import epoch_rows
 from fastws.nern import images
-from fastws.nern.images import MEAN, STD, choose, decode, flip_and_crop, open_images, uniform_images
+from fastws.nern.images import MEAN, ORDER, STD, decode, flip_and_crop, open_images, uniform_images
 
 COUNTS = {"train": 30, "test": 8}
 
@@ -85,11 +86,15 @@ def test_batches_depend_on_seed_and_step_alone(folder):
     assert not torch.equal(first.batch(7, 0, 5), first.batch(7, 1, 5))
 
 
-def test_every_epoch_visits_every_image():
-    rows = torch.cat([choose(10, 4, 0, step) for step in range(10)]).view(4, 10)
-    assert rows.sort(1).values.tolist() == [list(range(10))] * 4
-    assert len({tuple(row) for row in rows.tolist()}) == 4
-    assert len(choose(3, 8, 0, 1)) == 8  # more than an epoch
+def test_every_epoch_visits_every_image(folder):
+    images = open_images(folder, validation=0)
+    count = len(images.parts["train"].labels)
+    rows = torch.cat([epoch_rows(count, 4, 0, ORDER, step) for step in range(count)])[: 2 * count].view(2, count)
+    for step in range(3):
+        labels = images.parts["train"].labels[rows[0, 4 * step : 4 * step + 4]]
+        assert torch.equal(images.labelled_batch(4, 0, step)[1], labels)
+    assert rows.sort(1).values.tolist() == [list(range(count))] * 2 and not torch.equal(*rows)
+    assert len(epoch_rows(3, 8, 0, ORDER, 1)) == 8  # more than an epoch
 
 
 def test_files_are_read_when_wanted(folder):

@@ -16,6 +16,7 @@ import torch
 from small_zoo import make_small_zoo
 
 import fastws
+from fastws.draws import epoch_rows
 from fastws.testing import devices
 from fastws.train import processes, sane
 
@@ -139,7 +140,7 @@ def test_views_are_windows_of_permuted_networks(zoo, permute):
     config = replace(CONFIG, noise=0.0, permute=permute)
     source = sane.make_source(config, zoo, CPU)
     batch = sane.draw(config, source, "train", 5)
-    rows = sane.choose(source.rows["train"], 8, config.seed, 5)
+    rows = source.rows["train"][epoch_rows(len(source.rows["train"]), 8, config.seed, sane.ORDER, 5)]
     start = batch.positions[:, 0, 0]
     permutations = zoo.symmetry.random(16, config.seed, sane.PERMUTATION + 5).unflatten(0, (2, 8))
     for view in (0, 1):
@@ -190,10 +191,10 @@ def test_moments_of_layers_that_do_not_vary():
 
 def test_every_epoch_visits_every_row_once():
     rows = torch.arange(100, 110)
-    chosen = torch.cat([sane.choose(rows, 4, 0, step) for step in range(10)]).view(4, 10)
+    chosen = torch.cat([rows[epoch_rows(len(rows), 4, 0, sane.ORDER, step)] for step in range(10)]).view(4, 10)
     assert all(sorted(epoch.tolist()) == rows.tolist() for epoch in chosen)
     assert len({tuple(epoch.tolist()) for epoch in chosen}) == 4
-    assert sane.choose(rows, 25, 0, 3).shape == (25,)
+    assert epoch_rows(len(rows), 25, 0, sane.ORDER, 3).shape == (25,)
 
 
 @pytest.mark.parametrize("shared", [False, True])

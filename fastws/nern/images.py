@@ -7,7 +7,6 @@ for evaluation only.
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from torch.nn.functional import pad
 
 from fastws.data import encoded
 from fastws.data.images import SPLIT_SEED, read, spaced
+from fastws.draws import epoch_rows
 from fastws.philox import philox_reference
 
 # where the draws of each kind begin in the stream of random numbers; each adds the step
@@ -72,7 +72,7 @@ class ImageSet:
         part = self.parts.get("train")
         if part is None:
             raise ValueError("nern images: data must have training images, got none; train without data instead")
-        chosen = take(part, choose(len(part.labels), size, seed, step))
+        chosen = take(part, epoch_rows(len(part.labels), size, seed, ORDER, step))
         words = philox_reference(seed, AUGMENT + step, 5 * size, CPU).view(5, size)
         if isinstance(chosen, Files):
             images = decode(chosen.paths, self.shape[1], words)
@@ -176,19 +176,6 @@ def take(part: Pixels | Files, rows: Tensor) -> Pixels | Files:
 def split(count: int, held_out: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[: count - held_out], order[count - held_out :]
-
-
-def choose(count: int, size: int, seed: int, step: int) -> Tensor:
-    """The rows of a batch: each epoch visits every row once, in an order of its own."""
-    begin = step * size
-    epochs = range(begin // count, (begin + size - 1) // count + 1)
-    places = torch.cat([epoch_order(count, seed, epoch) for epoch in epochs])
-    return places[begin - epochs[0] * count :][:size]
-
-
-@lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    return philox_reference(seed, ORDER + epoch, count, CPU).argsort(stable=True)
 
 
 # --- augmentation

@@ -74,7 +74,7 @@ def kernel_gradients_fake(inputs, grad, kernels, stride):
 
 
 def kernel_gradients_backward(ctx, grad):
-    raise NotImplementedError("kernel_gradients: no gradients")
+    raise NotImplementedError("kernel_gradients: no gradients of its own; detach its arguments")
 
 
 torch.library.register_autograd("fastws::kernel_gradients", kernel_gradients_backward)

@@ -13,12 +13,12 @@ from fastws.nern.folding import fold
 from fastws.nern.images import ImageSet
 from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import load_orders, network_orders
+from fastws.nern.teachers import fast_format
 from fastws.nn.nern import NeRN, load
 from fastws.ops.random_subset import complement
 from fastws.train import loop, processes
 from fastws.train.nern_config import Config, size_of
 
-FEW_CHANNELS = 16
 CLASSIFIER = "classifier"  # name of the one weight of the student that may be learned as it is
 
 
@@ -61,18 +61,6 @@ def make_job(config: Config, teacher: nn.Module, images: ImageSet | None, device
         )
     originals = [weight.to(device) for weight in weights]
     return Job(folded, factors, stored, originals, kernels, images, shape, format, learned, {})
-
-
-def fast_format(network: nn.Module) -> torch.memory_format:
-    """Channels last, but where oneDNN's strided 1x1 convolutions of few channels write past their memory in it.
-
-    See https://github.com/uxlfoundation/oneDNN/issues/6035.
-    """
-    for module in network.modules():
-        strided = isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride)
-        if strided and module.in_channels // module.groups < FEW_CHANNELS:
-            return torch.contiguous_format
-    return torch.channels_last
 
 
 def read_orders(config: Config, weights: list[Tensor]):
