@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastws.nern.checkpoint import load_nern
-from fastws.nern.export import PRECISIONS, compare, measure, reconstruct, relative_error
+from fastws.nern.export import PRECISIONS, answers, compare, measure, reconstruct, relative_error
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.teachers import load_teacher
 from fastws.train import files, nern, processes
@@ -121,13 +121,15 @@ def store(
     rate = next(line["steps_per_second"] for line in reversed(log(one)) if "train/loss" in line)
     row = {"hidden": hidden, "seed": seed, "steps": one.steps, "warmup": one.warmup, "objective": one.objective}
     row |= {"hours": one.steps / rate / 3600, "precisions": {}}
+    if images is not None:
+        theirs, labels = answers(teacher.to(device), images.batches("test", 250, device)), images.parts["test"].labels
+        teacher.cpu()
     for precision in PRECISIONS:
         network = reconstruct(predictor, stored, teacher, precision, learned)
         found = {"share": measure(predictor, stored, precision).share}
         found["relative_error"] = relative_error(network, teacher, stored)
         if images is not None:
-            found |= compare(network.to(device), teacher.to(device), images.batches("test", 250, device))
-        teacher.cpu()
+            found |= compare(answers(network.to(device), images.batches("test", 250, device)), theirs, labels)
         row["precisions"][precision] = found
     return row
 

@@ -109,6 +109,16 @@ def test_feature_distance_takes_any_memory_format(formats):
     assert grads[1].is_contiguous(memory_format=torch.channels_last) == formats[0]
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1e4, 1e8])
+@pytest.mark.parametrize("name, function, device", implementations("feature_distance"))
+def test_feature_distance_of_maps_of_other_lengths(name, function, device, ratio):
+    student, teacher = (x.to(device) for x in example(3, 20_001, torch.float64))
+    student = student * ratio
+    args = student, teacher, 1 / 3
+    exact = published([student], [teacher]).item()
+    assert function(*args)[0].item() == pytest.approx(exact, rel=0, abs=5e-15 * ratio)
+
+
 @pytest.mark.skipif("feature_distance" not in _native.COMPILED["cpu"], reason="PyTorch's own sums depend on threads")
 def test_feature_distance_does_not_depend_on_the_threads():
     threads, maps, losses = torch.get_num_threads(), example(64, 5000), []

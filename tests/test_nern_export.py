@@ -12,6 +12,7 @@ from torch import nn
 from fastws.nern.export import (
     PRECISIONS,
     Config,
+    answers,
     compare,
     compress,
     decompress,
@@ -212,7 +213,7 @@ def test_compare_counts():
 
     images, labels = torch.arange(5.0), torch.tensor([0, 1, 2, 0, 1])
     batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
-    found = compare(Says([0, 1, 2, 1, 2]), Says([0, 1, 0, 1, 0]), batches)
+    found = compare(answers(Says([0, 1, 2, 1, 2]), batches), answers(Says([0, 1, 0, 1, 0]), batches), labels)
     assert found == pytest.approx({"accuracy": 0.6, "original_accuracy": 0.4, "agreement": 0.6})
 
 

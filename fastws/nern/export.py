@@ -72,6 +72,8 @@ def run(config: Config) -> None:
     images = None
     if config.images is not None:
         images = open_images(config.images, size=config.image_size or training["image_size"])
+        batches = show(images, config.batch_size, "original", device)
+        theirs, labels = answers(deepcopy(original).to(device), batches), images.parts["test"].labels
     report = {"model": config.model, "layers": len(stored.layers), "kernels": len(stored.rows)}
     report |= {"weights": stored.num_weights, "precisions": {}}
     for precision in PRECISIONS:
@@ -79,8 +81,8 @@ def run(config: Config) -> None:
         size = measure(nern, stored, precision)
         row = size._asdict() | {"share": size.share, "relative_error": relative_error(network, original, stored)}
         if images is not None:
-            networks = [one.to(device) for one in (network, deepcopy(original))]
-            row |= compare(*networks, show(images, config.batch_size, precision, device))
+            batches = show(images, config.batch_size, precision, device)
+            row |= compare(answers(network.to(device), batches), theirs, labels)
         report["precisions"][precision] = row
         if precision == config.precision:
             write(Path(config.out), network.cpu())
@@ -234,15 +236,15 @@ def reconstruct(
 
 
 @torch.no_grad()
-def compare(network: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Accuracy of both on labelled images, and the share of images of which both say the same."""
-    right = torch.zeros(3, dtype=torch.int64)
-    count = 0
-    for images, labels in batches:
-        ours, theirs = network(images).argmax(1), teacher(images).argmax(1)
-        right += torch.tensor([int((x == y).sum()) for x, y in ((ours, labels), (theirs, labels), (ours, theirs))])
-        count += len(labels)
-    return dict(zip(("accuracy", "original_accuracy", "agreement"), (right / count).tolist(), strict=True))
+def answers(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The class that a network sees in each image, ``[n]``, on the CPU."""
+    return torch.cat([network(images).argmax(1).cpu() for images, _ in batches])
+
+
+def compare(ours: Tensor, theirs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy of the answers of two networks, and the share of images of which both say the same."""
+    shares = {"accuracy": ours == labels, "original_accuracy": theirs == labels, "agreement": ours == theirs}
+    return {name: right.double().mean().item() for name, right in shares.items()}
 
 
 def relative_error(network: nn.Module, original: nn.Module, stored: StoredLayers) -> float:

@@ -19,7 +19,7 @@ def feature_distance(
     ``t = teacher_maps[m][b]``: the feature loss of NeRN (arXiv 2212.13554, where it is called attention loss), in the
     form of its published code. Each map is read once for the loss and once for the gradient, whatever its memory
     format, and half precision is added up in float32 or better. Differentiable once, in maps of either side; the
-    gradient of a map of zeros is finite. The error is at most about 1e-15 times the ratio of the lengths of a and t.
+    gradient of a map of zeros is finite. The error is a few times 1e-15 times the ratio of the lengths of a and t.
 
     Args:
         student_maps: One or more maps, ``[B, ...]``, floating point, of the same B.
