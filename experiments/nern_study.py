@@ -14,12 +14,12 @@ import matplotlib
 import torch
 from torch import nn
 
+from fastws.atomic import write_json
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.export import PRECISIONS, answers, compare, measure, reconstruct, relative_error
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.teachers import load_teacher
 from fastws.train import files, nern, processes
-from fastws.zoo.format import write_json
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of how to draw

@@ -13,15 +13,14 @@ from typing import Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastws.atomic import write_json, write_tensors
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
 from fastws.nern.teachers import fast_format, load_teacher
 from fastws.train import loop, processes
-from fastws.zoo.format import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,8 @@ def run(config: Config) -> dict[str, float]:
         )
         network.eval()
         results |= {f"{part} accuracy": accuracy(network, images, part, device) for part in ("val", "test")}
-        save_file(
-            {name: x.contiguous() for name, x in network.state_dict().items()}, Path(config.out, "teacher.safetensors")
-        )
+        tensors = {name: x.contiguous() for name, x in network.state_dict().items()}
+        write_tensors(Path(config.out, "teacher.safetensors"), tensors)
         write_json(Path(config.out, "results.json"), loop.plain(config) | results)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     print(f"teacher: {Path(config.out, 'teacher.safetensors')}")

@@ -12,8 +12,8 @@ from time import perf_counter
 import numpy
 import tyro
 
+from fastws.atomic import write_json
 from fastws.zoo import Zoo, make
-from fastws.zoo.format import write_json
 from fastws.zoo.make import Config as ZooConfig
 
 ZOOS = {"mnist-s-seed": 1000, "mnist-s-hyp-fix": 256}  # preset: networks

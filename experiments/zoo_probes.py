@@ -18,7 +18,8 @@ import tyro
 from torch import Tensor
 
 import fastws
-from fastws.downstream.predict import fit_probes, r2_interval, write_results
+from fastws.atomic import write_json
+from fastws.downstream.predict import fit_probes, r2_interval
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, aligned_rows
 from fastws.zoo.diversity import tensor_offsets
@@ -58,8 +59,10 @@ def run(config: Config) -> None:
             print_line(results[-1])
     sizes = {split: len(found) for split, found in rows.items()}
     content = {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results}
-    write_results(Path(config.out, "results.json"), content)
-    print(f"results: {Path(config.out, 'results.json')}")
+    path = Path(config.out, "results.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    print(f"results: {path}")
 
 
 def probed_rows(config: Config, zoo: Zoo) -> dict[str, Tensor]:

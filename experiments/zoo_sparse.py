@@ -13,8 +13,8 @@ from time import perf_counter
 import numpy
 import tyro
 
+from fastws.atomic import write_json
 from fastws.zoo import Zoo, make
-from fastws.zoo.format import write_json
 from fastws.zoo.make import Config as ZooConfig
 from fastws.zoo.sparsify import Config as TwinConfig
 from fastws.zoo.sparsify import sparsify

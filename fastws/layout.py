@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastws.atomic import write_file
 from fastws.ops.tokenize import detokenize, tokenize
 from fastws.roles import Role, bias_name, describe_source, load_state
 from fastws.tokens import Tokens
@@ -347,9 +348,7 @@ class Layout:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the layout as JSON."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.replace(path)
+        write_file(Path(path), json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Layout":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastws import pages, report
+from fastws.atomic import write_json
 from fastws.devices import processor_name
 from fastws.downstream import predict
 from fastws.downstream.embed import (
@@ -34,7 +35,7 @@ from fastws.downstream.embed import (
 from fastws.train import files, nern_demo, sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
-from fastws.zoo.format import Zoo, write_json
+from fastws.zoo.format import Zoo
 from fastws.zoo.make import Config as ZooConfig
 from fastws.zoo.make import make
 from fastws.zoo.writer import ZooWriter

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy
 
 from fastws import pages
+from fastws.atomic import write_file
 from fastws.pages import BLUE, GREY, ORANGE, make_figure, number, table
-from fastws.zoo.format import write_atomically
 
 if find_spec("matplotlib"):
     from matplotlib.figure import Figure
@@ -33,9 +33,7 @@ class Curves(NamedTuple):
 
 def write(path: Path, results: Mapping, curves: Curves) -> None:
     """Writes the report; all numbers in it are those of ``results``, the content of results.json."""
-    content = page(results, curves).encode()
-    with write_atomically(path, len(content)) as file:
-        file.write(content)
+    write_file(path, page(results, curves).encode())
 
 
 def page(results: Mapping, curves: Curves) -> str:

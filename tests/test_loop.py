@@ -263,14 +263,22 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    temporary = tmp_path / f"checkpoint.pt.{os.getpid()}.tmp"
+
     def fill_disk(step):
         if step == 5:
-            (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+            temporary.symlink_to("/dev/full")
 
     message = r"train: disk must have room for 1 MiB at .*No space left.*; free it, then run the same command"
     with pytest.raises(OSError, match=message):
         train(replace(CONFIG, out=str(tmp_path)), fill_disk)
-    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not (tmp_path / "checkpoint.tmp").exists()
+    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not temporary.is_symlink()
+
+
+def test_half_a_file_of_a_killed_process_is_removed(tmp_path):
+    (tmp_path / "checkpoint.pt.1.tmp").write_text("half")
+    train(replace(CONFIG, out=str(tmp_path)))
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["checkpoint.pt", "log.jsonl"]
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):

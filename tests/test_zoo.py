@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastws import atomic
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 from fastws.zoo import Zoo, ZooWriter, format, writer
@@ -142,7 +143,7 @@ def test_zoo_of_a_million_states_opens_at_once(tmp_path):
     manifest = json.loads((tmp_path / "zoo.json").read_text())
     manifest["weights"][0]["rows"] = manifest["models"][0]["rows"] = states
     manifest["splits"]["train"] = [str(model) for model in range(states // 50)]
-    format.write_json(tmp_path / "zoo.json", manifest)
+    atomic.write_json(tmp_path / "zoo.json", manifest)
     weights = tmp_path / manifest["weights"][0]["file"]
     size = 4 * states * layout.num_weights
     header = {"dtype": "F32", "shape": [states, layout.num_weights], "data_offsets": [0, size]}

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_zoo import LAYOUT, assert_holds, describe, numbered
 
-from fastws.zoo import Zoo, ZooWriter, format, writer
+from fastws import atomic
+from fastws.zoo import Zoo, ZooWriter, writer
 
 
 class Death(BaseException):
@@ -46,7 +47,7 @@ class Disk:
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(format, "open", lambda path, mode: MortalFile(self, path, mode), raising=False)
+        self.patch.setattr(atomic, "open", lambda path, mode: MortalFile(self, path, mode), raising=False)
         self.patch.setattr(writer, "MERGE", 2)
         self.patch.setattr(os, "fsync", self.guard(lambda file: None))
         for name in ("unlink", "replace"):

@@ -1,18 +1,18 @@
 """Embeddings of networks by a trained SANE (arXiv 2406.09997, algorithm 2): encoded in chunks with a halo."""
 
 import json
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import fastws
+from fastws.atomic import write_tensors
 from fastws.devices import find_device
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format import Zoo
@@ -180,10 +180,9 @@ def compare_distances(features: Tensor, moved: Tensor) -> dict[str, float]:
 
 
 def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout) -> None:
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"embeddings": embeddings}, temporary, {"fastws": json.dumps({"fingerprint": layout.fingerprint})})
-    temporary.replace(path)
+    path, metadata = Path(path), {"fastws": json.dumps({"fingerprint": layout.fingerprint})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {"embeddings": embeddings}, metadata)
 
 
 def load_embeddings(path: str | Path, rows: int) -> Tensor:

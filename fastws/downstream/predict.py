@@ -1,7 +1,5 @@
 """Linear probes: how well properties of networks are predicted from their embeddings, statistics or weights."""
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import fastws
+from fastws.atomic import write_json
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
 from fastws.zoo.format import Zoo
 
@@ -94,15 +93,9 @@ def run(config: Config) -> None:
             print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e}")
     path = Path(config.out) / "results.json"
     sizes = {split: len(numbers) for split, numbers in rows.items()}
-    write_results(path, {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results})
-    print(f"results: {path}")
-
-
-def write_results(path: Path, content: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    write_json(path, {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results})
+    print(f"results: {path}")
 
 
 def read_target(zoo: Zoo, name: str) -> Tensor:

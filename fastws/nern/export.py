@@ -1,9 +1,7 @@
 """The network that a NeRN stores, as an ordinary checkpoint; and how small and how good it is."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, log2
@@ -11,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastws.atomic import write_tensors
 from fastws.devices import find_device
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
@@ -107,17 +104,12 @@ def show(images: ImageSet, size: int, precision: str, device: torch.device) -> I
 
 
 def write(path: Path, network: nn.Module) -> None:
-    """Writes a temporary file, and renames it when it is whole."""
-    temporary = path.with_suffix(".tmp")
+    tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in network.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = network.state_dict().items()
-        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors}, temporary)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
+        write_tensors(path, tensors)
+    except OSError as error:
         raise OSError(f"nern export: out must be a file that can be written, got {str(path)!r}: {error}") from error
-    os.replace(temporary, path)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """What a run writes: checkpoint.pt, of which a complete one is there at any moment, and the lines of log.jsonl."""
 
 import json
-import os
 import pickle
 import platform
 import shutil
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastws
+from fastws.atomic import write_atomically, write_file
 from fastws.version import __version__
 
 if find_spec("tensorboard"):
@@ -30,34 +30,29 @@ def make_folder(path: str) -> Path:
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        for half in folder.glob("checkpoint.pt.*.tmp"):  # of processes that were killed
+            half.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"train: out must be a folder that can be written, got {path!r}: {error.strerror}") from error
     return folder
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain containers to a temporary file, and renames it to ``path`` when it is on the disk.
+    """Writes tensors and plain containers, atomically.
 
     Raises:
         OSError: If the disk is full.
     """
-    temporary = path.with_suffix(".tmp")
     size = sum(tensor.nbytes for tensor in tensors(state))
     try:
         if shutil.disk_usage(path.parent).free < size:
             raise OSError("No space left on device")
-        with open(temporary, "wb") as file:
+        with write_atomically(path, size) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's archive writer, after a failed write
-        temporary.unlink(missing_ok=True)
         room = f"disk must have room for {(size >> 20) + 1} MiB at {path}"
-        raise OSError(f"train: {room}, got {error}; free it, then run the same command again to resume") from error
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name outlives a power cut
-    os.close(folder)
+        reason = error.__cause__ or error
+        raise OSError(f"train: {room}, got {reason}; free it, then run the same command again to resume") from error
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -106,9 +101,7 @@ class Log:
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines() if done and path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= done]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept or [json.dumps(header)]))
-        os.replace(temporary, path)
+        write_file(path, "".join(line + "\n" for line in kept or [json.dumps(header)]).encode())
         self.file = open(path, "a")  # noqa: SIM115  closed with the log
         self.board = SummaryWriter(str(folder), purge_step=done + 1) if SummaryWriter else None
 

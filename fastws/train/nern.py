@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastws.atomic import write_json
 from fastws.nern import losses
 from fastws.nern.checkpoint import describe
 from fastws.nern.convolutions import LearnKernels, chosen_kernels
@@ -25,7 +26,6 @@ from fastws.nn.nern import NeRN
 from fastws.train import files, loop, processes
 from fastws.train.nern_config import Config, distils, loss_weights
 from fastws.train.nern_job import Job, evaluate_part, make_job, make_model, predict, student_weights
-from fastws.zoo.format import write_json
 
 SMALLEST_LR = 1e-6  # where schedules end
 MOST_SKIPPED = 100  # batches in a row

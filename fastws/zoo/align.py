@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy
 import pyarrow
 import pyarrow.compute
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from fastws.atomic import write_tensors
 from fastws.symmetry import Symmetry
 from fastws.zoo.canonical import Form, canonical
-from fastws.zoo.format import Zoo, write_atomically
+from fastws.zoo.format import Zoo
 from fastws.zoo.matching import Norms, batch_size, match, objective
 
 FORMAT = 1
@@ -86,9 +86,7 @@ class Alignment:
         fields = {name: getattr(self, name) for name in ("reference", "chosen", "norms", "models", "method")}
         text = json.dumps(fields | {"format": FORMAT, "fingerprint": zoo.layout.fingerprint})
         tensors = {name: getattr(self, name) for name in ("permutations", "before", "after")}
-        content = safetensors.torch.save(tensors, {"alignment": text})
-        with write_atomically(path, len(content)) as file:
-            file.write(content)
+        write_tensors(path, tensors, {"alignment": text})
 
 
 def aligned_rows(zoo: Zoo, rows: Tensor | Sequence[int], alignment: Alignment | None = None) -> Tensor:

@@ -8,15 +8,13 @@ A zoo that is being written has more and smaller files. ``zoo.json`` is replaced
 not list: so a writer may die at any byte, and readers may come at any time.
 """
 
-import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import pyarrow
 import pyarrow.compute
@@ -24,6 +22,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from fastws.atomic import write_atomically
 from fastws.files import DTYPES, read_safetensors_header
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
@@ -274,59 +273,6 @@ def write_weights(path: Path, parts: Iterable[Tensor], shape: tuple[int, int], d
         file.write(len(header).to_bytes(8, "little") + header)
         for part in parts:
             file.write(part.contiguous().view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """A file that appears under ``path`` when the block ends without error, complete and on disk; else nothing does.
-
-    Args:
-        path: Where it appears, replacing what is there.
-        size: Bytes needed, for the message if the disk is full.
-
-    Raises:
-        OSError: If the folder cannot be written, or the disk is full; says what to do.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = "more" if size is None else f"{size:,} bytes of"
-            raise OSError(error.errno, f"{path}: writing it needs {needed} free disk space; make room") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
-            raise OSError(error.errno, f"{path}: folder must be writable, got {error.strerror}") from error
-        raise
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    if path.parent.is_dir():
-        path.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder survive a power cut, where the system offers that."""
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path: Path, content: Mapping) -> None:
-    # a line for each key: indentation would take ten times as long, and a zoo is written to at every step of its making
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-    with write_atomically(path, len(text)) as file:
-        file.write(text)
 
 
 def write_models(path: Path, table: pyarrow.Table) -> None:

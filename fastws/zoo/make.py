@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy
-import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from fastws.atomic import remove, write_tensors
 from fastws.data.images import Transform, load
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
@@ -23,7 +24,7 @@ from fastws.version import __version__
 from fastws.zoo import ranks
 from fastws.zoo.architectures import Activation, Architecture, Init
 from fastws.zoo.explain import explain
-from fastws.zoo.format import MANIFEST, Zoo, read_manifest, remove, write_atomically
+from fastws.zoo.format import MANIFEST, Zoo, read_manifest
 from fastws.zoo.grids import PRESETS, Preset
 from fastws.zoo.ranks import LOG, RESUME
 from fastws.zoo.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
@@ -258,20 +259,18 @@ def workers(config: Config, job: Job) -> Iterator[Executor]:
 def write_resume(path: Path, first: int, wave: Wave) -> None:
     """Where a killed run goes on: the first network of the wave, its epoch, weights, moments and random numbers."""
     tensors = {"state": wave.state, "orders": wave.orders.state}
-    content = safetensors.torch.save(tensors, {"first": str(first), "epoch": str(wave.epoch)})
-    with write_atomically(path / RESUME, len(content)) as file:
-        file.write(content)
+    write_tensors(path / RESUME, tensors, {"first": str(first), "epoch": str(wave.epoch)})
 
 
 def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
     if not (path / RESUME).exists():
         return 0, -1, {}
     try:
-        with safetensors.safe_open(path / RESUME, framework="pt") as file:
+        with safe_open(path / RESUME, framework="pt") as file:
             place = file.metadata()
             tensors = {name: file.get_tensor(name).clone() for name in ("state", "orders")}
             return int(place["first"]), int(place["epoch"]), tensors
-    except safetensors.SafetensorError as error:
+    except SafetensorError as error:
         raise ValueError(f"{path / RESUME}: file must be readable, got {error}; take another folder") from error
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastws.zoo.format import MANIFEST, Zoo, write_atomically
+from fastws.atomic import write_file
+from fastws.zoo.format import MANIFEST, Zoo
 from fastws.zoo.writer import ZooWriter
 
 DONE = "done"  # marks a part that is whole
@@ -67,8 +68,7 @@ def finished(path: Path, place: Place) -> bool:
 def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter]) -> None:
     """Waits until all parts are done; the first process writes the zoo, the others wait for it."""
     parts = folder(path, place).parent
-    with write_atomically(folder(path, place) / DONE):
-        pass
+    write_file(folder(path, place) / DONE, b"")
     if place.rank > 0:
         while parts.exists():
             time.sleep(POLL)
@@ -80,8 +80,7 @@ def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter]) -> None
         for states, properties in read_parts(folders, writer.submitted):
             writer.append(states, properties)
     logs = b"".join((part / LOG).read_bytes() for part in folders)
-    with write_atomically(path / LOG, len(logs)) as file:
-        file.write(logs)
+    write_file(path / LOG, logs)
     shutil.rmtree(path / JOINED, ignore_errors=True)
     parts.rename(path / JOINED)
     shutil.rmtree(path / JOINED)

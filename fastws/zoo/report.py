@@ -10,9 +10,10 @@ import numpy
 from torch import Tensor
 
 from fastws import pages
+from fastws.atomic import write_file
 from fastws.pages import BLUE, GREY, ORANGE, make_figure, number, table
 from fastws.zoo.diversity import Distances, Duplicates, Functions, Sample, Weights, pairs, tensor_names, tensor_offsets
-from fastws.zoo.format import Zoo, write_atomically
+from fastws.zoo.format import Zoo
 
 if find_spec("matplotlib"):
     from matplotlib.figure import Figure
@@ -38,8 +39,7 @@ class Findings(NamedTuple):
 def write(path: Path, findings: Findings) -> None:
     content = pages.document(f"zoo {findings.zoo.path.name}", body(findings)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, len(content)) as file:
-        file.write(content)
+    write_file(path, content)
 
 
 def body(findings: Findings) -> Iterable[str]:

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from fastws.atomic import sync_folder, write_json
 from fastws.files import DTYPES
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
@@ -24,8 +25,6 @@ from fastws.zoo.format import (
     map_weights,
     read_manifest,
     read_models,
-    sync_folder,
-    write_json,
     write_models,
     write_weights,
 )

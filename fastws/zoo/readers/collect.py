@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastws.atomic import write_json
 from fastws.files import load_checkpoint
 from fastws.layout import Layout
 from fastws.version import __version__
-from fastws.zoo.format import MANIFEST, Zoo, write_json
+from fastws.zoo.format import MANIFEST, Zoo
 from fastws.zoo.readers.states import BadState, make_layout
 from fastws.zoo.writer import ZooWriter
 

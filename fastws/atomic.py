@@ -1,0 +1,73 @@
+"""Files that appear whole or not at all: whoever dies while writing leaves what was there before."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors.torch
+from torch import Tensor
+
+
+@contextmanager
+def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file that appears under ``path`` when the block ends without error, complete and on disk; else nothing does.
+
+    Args:
+        path: Where it appears, replacing what is there.
+        size: Bytes needed, for the message if the disk is full.
+
+    Raises:
+        OSError: If the folder cannot be written, or the disk is full; says what to do.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = "more" if size is None else f"{size:,} bytes of"
+            raise OSError(error.errno, f"{path}: writing it needs {needed} free disk space; make room") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+            raise OSError(error.errno, f"{path}: folder must be writable, got {error.strerror}") from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    if path.parent.is_dir():
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in a folder survive a power cut, where the system offers that."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    with write_atomically(path, len(content)) as file:
+        file.write(content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of contiguous tensors."""
+    write_file(path, safetensors.torch.save(tensors, metadata))
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    # a line for each key: indentation would take ten times as long, and a zoo is written to at every step of its making
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    write_file(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
