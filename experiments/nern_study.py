@@ -18,6 +18,7 @@ from fastws.atomic import write_json
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.export import PRECISIONS, answers, compare, measure, reconstruct, relative_error
 from fastws.nern.images import ImageSet, open_images
+from fastws.nern.presets import fields_of
 from fastws.nern.teachers import load_teacher
 from fastws.train import files, nern, processes
 
@@ -68,7 +69,9 @@ def run(config: Config) -> dict[str, Any]:
         teacher = load_teacher(config.architecture, config.weights)
         images = None
         if config.images is not None:
-            images = open_images(config.images, size=config.image_size, limit=8 if config.smoke else None)
+            augment = fields_of(f"{config.preset}-{config.hidden[0]}-crossfilter")["augment"]
+            limit = 8 if config.smoke else None
+            images = open_images(config.images, size=config.image_size, limit=limit, augment=augment)
         out = files.make_folder(config.out)
         results = {"config": {"weights": config.weights, "architecture": config.architecture, "smoke": config.smoke}}
         results |= files.describe(device) | {"curves": {}, "stored": []}

@@ -111,6 +111,16 @@ def test_files_are_read_when_wanted(folder):
     assert labels.tolist() == [int(path.parent.name == "b") for path in part.paths]
 
 
+def test_strong_augmentation_changes_training_images_alone(folder):
+    plain, strong = (open_images(folder, size=16, augment=augment) for augment in ("crop", "rand"))
+    batches = [images.batch(20, 0, 3) for images in (plain, strong, open_images(folder, size=16, augment="rand"))]
+    assert torch.equal(batches[1], batches[2]) and not torch.equal(batches[1], strong.batch(20, 0, 4))
+    assert (batches[0] - batches[1]).abs().amax((1, 2, 3)).gt(0).sum() > 10
+    assert torch.equal(plain.labelled_batch(20, 0, 3)[1], strong.labelled_batch(20, 0, 3)[1])
+    ((test, _),), ((same, _),) = (list(images.batches("test", 100)) for images in (plain, strong))
+    assert torch.equal(test, same)
+
+
 def test_random_parts_are_inside_and_vary():
     words = torch.randint(0, 2**32, (5, 500), generator=torch.Generator().manual_seed(0))
     boxes = [images.random_part(120, 80, draws) for draws in (words * images.UNIT).T.tolist()]
@@ -140,6 +150,8 @@ def test_uniform_images():
 def test_bad_images_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="nern images: mean and std must have 3 entries, got 1 and 1"):
         open_images(folder, mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match="nern images: augment must be 'crop' for images in memory, got 'rand'"):
+        open_images(folder, augment="rand")
     with pytest.raises(FileNotFoundError, match="data must have a folder 'test' or 'val' with a folder per class"):
         open_images(tmp_path / "train", size=8)
     path = tmp_path / "broken.png"

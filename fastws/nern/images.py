@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy
 import torch
@@ -19,12 +19,14 @@ from torch.nn.functional import pad
 from fastws.data import encoded
 from fastws.data.images import SPLIT_SEED, read, spaced
 from fastws.draws import epoch_rows
+from fastws.nern.augment import DRAWS, mix, randaugment
 from fastws.philox import philox_reference
 
 # where the draws of each kind begin in the stream of random numbers; each adds the step
-AUGMENT, ORDER, UNIFORM = 2**59, 2**60, 2**61
+MIX, AUGMENT, ORDER, UNIFORM = 2**58, 2**59, 2**60, 2**61
 UNIT = 2.0**-32
 CPU = torch.device("cpu")
+Augment = Literal["crop", "rand"]
 PARTS = ("train", "val", "test")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; the published code uses them on CIFAR as well
 MARGIN = 4  # pixels of black around CIFAR's images before they are cropped
@@ -55,25 +57,37 @@ class ImageSet:
         num_classes: Of the labels.
     """
 
-    def __init__(self, parts: dict[str, Pixels | Files], shape: tuple[int, int, int], mean: tuple, std: tuple):
-        self.parts, self.shape = parts, shape
+    def __init__(
+        self,
+        parts: dict[str, Pixels | Files],
+        shape: tuple[int, int, int],
+        mean: tuple,
+        std: tuple,
+        augment: Augment = "crop",
+    ):
+        self.parts, self.shape, self.augment = parts, shape, augment
         self.mean, self.std = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
         self.num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
 
     def batch(self, size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:
         """Training images of a step, flipped at random and cropped at random, normalised: ``[size, C, H, W]`` float32.
 
-        Each epoch visits every image once, in an order of its own.
+        With ``augment="rand"`` changed by RandAugment, and mixed with each other. Each epoch visits every image once,
+        in an order of its own.
         """
-        return self.labelled_batch(size, seed, step, device)[0]
+        images = self.labelled_batch(size, seed, step, device)[0]
+        if self.augment == "crop":
+            return images
+        return mix(images, int(philox_reference(seed, MIX + step, 1, CPU)))
 
     def labelled_batch(self, size: int, seed: int, step: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-        """The same images and their labels, ``[size]`` int64."""
+        """The same images, not mixed, and their labels, ``[size]`` int64."""
         part = self.parts.get("train")
         if part is None:
             raise ValueError("nern images: data must have training images, got none; train without data instead")
         chosen = take(part, epoch_rows(len(part.labels), size, seed, ORDER, step))
-        words = philox_reference(seed, AUGMENT + step, 5 * size, CPU).view(5, size)
+        draws = 5 + (DRAWS if self.augment == "rand" else 0)
+        words = philox_reference(seed, AUGMENT + step, draws * size, CPU).view(draws, size)
         if isinstance(chosen, Files):
             images = decode(chosen.paths, self.shape[1], words)
         else:
@@ -100,6 +114,7 @@ def open_images(
     limit: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    augment: Augment = "crop",
 ) -> ImageSet:
     """Opens a data set.
 
@@ -113,6 +128,8 @@ def open_images(
         limit: At most so many images of each part, evenly spaced.
         mean: Of pixels in [0, 1], of each channel; by default those of ImageNet's colours, or of their mean.
         std: Likewise.
+        augment: How training images are changed: flipped and cropped, or, those of files, by RandAugment, mixup and
+            cutmix as well, as published for ImageNet.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -129,7 +146,9 @@ def open_images(
     if not len(mean) == len(std) == channels:
         raise ValueError(f"nern images: mean and std must have {channels} entries, got {len(mean)} and {len(std)}")
     shape = (channels, size, size) if size else tuple(parts["train"].images.shape[1:])
-    return ImageSet(parts, shape, mean, std)
+    if augment == "rand" and not size:
+        raise ValueError("nern images: augment must be 'crop' for images in memory, got 'rand'; give their size")
+    return ImageSet(parts, shape, mean, std, augment)
 
 
 def uniform_images(shape: tuple[int, int, int], size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:
@@ -198,7 +217,10 @@ def flip_and_crop(images: Tensor, words: Tensor) -> Tensor:
 
 
 def decode(paths: list[Path], size: int, words: Tensor | None = None) -> Tensor:
-    """Images ``[B, 3, size, size]`` uint8: random parts with ``words`` ``[5, B]``, else the middle."""
+    """Images ``[B, 3, size, size]`` uint8: the middle of each without ``words``, with ``[5, B]`` random parts.
+
+    With ``[5 + DRAWS, B]`` also changed by RandAugment.
+    """
     draws = [None] * len(paths) if words is None else (words * UNIT).T.tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.from_numpy(numpy.stack(list(pool.map(decode_one, paths, [size] * len(paths), draws))))
@@ -214,6 +236,8 @@ def decode_one(path: Path, size: int, draws: list[float] | None) -> numpy.ndarra
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     if draws is not None and draws[4] < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if draws is not None and len(draws) > 5:
+        image = randaugment(image, draws[5:])
     return numpy.asarray(image).transpose(2, 0, 1)
 
 

@@ -43,7 +43,7 @@ def run(config: Config) -> None:
         images = None
         if config.images is not None:
             held_out = {"validation": 0} if config.select == "test" else {}
-            images = open_images(config.images, size=config.image_size, **held_out)
+            images = open_images(config.images, size=config.image_size, augment=config.augment, **held_out)
         nern, metrics = train(config, teacher, images, device)
         if processes.rank() == 0:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

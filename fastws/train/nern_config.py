@@ -5,6 +5,7 @@ from math import inf
 from typing import Literal
 
 from fastws.nern.batching import Method
+from fastws.nern.images import Augment
 from fastws.nern.layers import Reduction
 from fastws.nern.optimizer import Name, Schedule
 from fastws.nern.presets import fields_of
@@ -22,6 +23,7 @@ class Config(loop.Config):
     images: str | None = None  # data set to distil on and to evaluate on: cifar10, or a folder
     data_free: bool = False  # distil on noise instead
     image_size: int | None = None  # of folders of large images, read as they are wanted, and of noise (by default 32)
+    augment: Augment | None = None  # flips and crops alone, or, for such folders, RandAugment, mixup and cutmix as well
 
     hidden: int | None = None  # width of the NeRN
     order: Literal["none", "infilter", "crossfilter"] | None = None  # of kernels; by default crossfilter
