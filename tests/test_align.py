@@ -23,13 +23,7 @@ from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
 from fastws.zoo.assignment import PRICED_SIZE, solve
 from fastws.zoo.matching import match, objective
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 @cache

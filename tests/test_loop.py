@@ -4,11 +4,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import one_thread, run_two_processes
 from torch import nn
 
 from fastws.philox import philox_reference
@@ -57,14 +56,6 @@ def train(config, at_step=lambda step: None):
         arguments = {"batch": batch, "loss": losses, "evaluate": evaluate, "extra": {"sizes": (5, 16, 1)}}
         loop.train(config, model=model, optimizer=loop.adamw(model, config), **arguments)
     return model
-
-
-@contextmanager
-def one_thread():  # sums depend on their number
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def read_log(out):
@@ -140,14 +131,7 @@ def read_whole_lines(out):
 
 
 def test_two_processes_equal_one(reference, tmp_path):
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
-    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
-    command = [sys.executable, __file__, str(tmp_path)]
-    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    run_two_processes(__file__, tmp_path)
     assert read_log(tmp_path)[0]["processes"] == 2
     ours, theirs = (files.load(Path(out) / "checkpoint.pt")["model"] for out in (tmp_path, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

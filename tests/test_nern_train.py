@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from copy import deepcopy
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from running import run_two_processes
 from test_nern import encode_position
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +26,7 @@ from fastws.nn.resnet import CIFARBlock, CIFARResNet
 from fastws.testing import devices
 from fastws.train import nern
 
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 GOLDEN = Path(__file__).parent / "golden/nern.txt"
 CPU = torch.device("cpu")
 CONFIG = nern.Config(
@@ -72,14 +73,6 @@ def make_images():
         said[::7] = (said[::7] + 1) % 5
         images.parts[name] = Pixels(part.images, said)
     return images
-
-
-@pytest.fixture(autouse=True)
-def one_thread():  # sums depend on their number
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(out, **changes):
@@ -281,14 +274,7 @@ def assert_same_runs(out, other):
 
 
 def test_two_processes_equal_one(ten_steps, tmp_path):
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
-    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
-    command = [sys.executable, __file__, str(tmp_path)]
-    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    run_two_processes(__file__, tmp_path)
     for name in ("train/loss", "val/accuracy", "val/relative_error"):
         assert read_log(tmp_path, name) == pytest.approx(read_log(ten_steps, name), rel=1e-5)
     torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)

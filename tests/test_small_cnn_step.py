@@ -23,12 +23,7 @@ ODD = {  # name: layers and image shape; corner cases of kernels, strides, pooli
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():  # where another program runs too, threads wait longer for each other than these networks take
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 def make_network(name, activation="tanh"):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy
 import pytest
 import torch
+from running import run_two_processes
 from small_zoo import make_small_zoo
 
 import fastws
@@ -20,6 +19,7 @@ from fastws.draws import epoch_rows
 from fastws.testing import devices
 from fastws.train import processes, sane
 
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 GOLDEN = Path(__file__).parent / "golden/sane.txt"
 CPU = torch.device("cpu")
 CONFIG = sane.Config(
@@ -31,14 +31,6 @@ CONFIG = sane.Config(
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     return make_small_zoo(tmp_path_factory.mktemp("zoo"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():  # sums depend on their number
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def read_losses(out, split="train"):
@@ -90,14 +82,7 @@ def test_resumed_run_is_the_same(zoo, ten_steps, tmp_path, monkeypatch):
 
 
 def test_two_processes_equal_one(ten_steps, tmp_path):
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun sets them
-    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
-    command = [sys.executable, __file__, str(tmp_path)]
-    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    run_two_processes(__file__, tmp_path)
     for split in ("train", "val"):
         assert read_losses(tmp_path, split) == pytest.approx(read_losses(ten_steps, split), rel=1e-5)
     # Adam divides by the root of tiny second moments, which magnifies rounding

@@ -18,12 +18,7 @@ SHAPES = {"cnn-s": (1, 28, 28), "cnn2": (1, 28, 28), "cnn-l": (3, 32, 32), "mlp"
 KL_WEIGHT = 0.004
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 class Variational(nn.Module):

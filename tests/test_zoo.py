@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from running import keep_moments
 
 from fastws import atomic
 from fastws.layout import Layout
@@ -200,17 +200,9 @@ def test_given_splits_are_kept(tmp_path):
 
 
 def test_every_moment_of_writing_is_a_valid_zoo(tmp_path, monkeypatch):
-    """The folder is copied whenever anything reaches the disk, as a power cut would leave it."""
-    path, moments, fsync = tmp_path / "zoo", [], os.fsync
-
-    def fsync_and_copy(file):
-        fsync(file)
-        if (path / "zoo.json").exists():
-            moments.append(shutil.copytree(path, tmp_path / f"moment {len(moments)}"))
-
-    monkeypatch.setattr(os, "fsync", fsync_and_copy)
     monkeypatch.setattr(writer, "MERGE", 3)
-    write(path, 23)
+    with keep_moments(tmp_path / "zoo", tmp_path) as moments:
+        write(tmp_path / "zoo", 23)
     monkeypatch.undo()
     counts = []
     for moment in moments:

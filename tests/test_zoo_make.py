@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict
 import numpy
 import pytest
 import torch
+from running import keep_moments
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
@@ -21,13 +21,7 @@ from fastws.zoo import Zoo, ZooWriter, ranks
 from fastws.zoo.architectures import build, initialize
 from fastws.zoo.make import MAY_CHANGE, Config, draw_recipes, make
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 # --- recipes
@@ -125,18 +119,9 @@ def test_zoo_is_the_same_on_two_threads_and_in_bf16(tmp_path):
     assert half.dtype == torch.bfloat16 and torch.equal(half.weights, zoo.weights.bfloat16())
 
 
-def test_run_that_dies_at_any_moment_resumes_to_the_same_zoo(tmp_path, monkeypatch):
-    """The folder is copied whenever anything reaches the disk, as a power cut would leave it."""
-    path, moments, fsync = tmp_path / "zoo", [], os.fsync
-
-    def fsync_and_copy(file):
-        fsync(file)
-        if (path / "zoo.json").exists():
-            moments.append(shutil.copytree(path, tmp_path / f"moment {len(moments)}"))
-
-    monkeypatch.setattr(os, "fsync", fsync_and_copy)
-    expected = make(tiny(path))
-    monkeypatch.undo()
+def test_run_that_dies_at_any_moment_resumes_to_the_same_zoo(tmp_path):
+    with keep_moments(tmp_path / "zoo", tmp_path) as moments:
+        expected = make(tiny(tmp_path / "zoo"))
     assert len(moments) > 30
     for moment in moments[::5]:
         assert_same(make(tiny(moment)), expected)

@@ -1,10 +1,8 @@
 """fastws zoo sparsify: twins, their properties, kills."""
 
-import os
-import shutil
-
 import pytest
 import torch
+from running import keep_moments
 
 import fastws
 from fastws.cli import main
@@ -23,12 +21,7 @@ DENSE = {"networks": 6, "epochs": 2, "limit": 96, "seed": 1, "threads": 1, "init
 DENSE |= {"activations": ("tanh", "relu"), "dropouts": (0.0, 0.2), "optimizers": ("adam", "momentum"), "lrs": (0.003,)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -129,25 +122,16 @@ def test_network_that_dropping_changes_is_left_out(dense, tmp_path):
 
 
 @pytest.mark.parametrize("variational", [False, True])
-def test_run_that_dies_at_any_moment_resumes_to_the_same_twins(dense, tmp_path, monkeypatch, variational):
-    """The folder is copied whenever anything reaches the disk, as a power cut would leave it."""
-    path, moments, fsync = tmp_path / "twins", [], os.fsync
+def test_run_that_dies_at_any_moment_resumes_to_the_same_twins(dense, tmp_path, variational):
     options = {"models": 2, "epochs": 1, "wave": 1, "variational": variational}
-
-    def fsync_and_copy(file):
-        fsync(file)
-        if (path / "zoo.json").exists():
-            moments.append(shutil.copytree(path, tmp_path / f"moment {len(moments)}"))
-
-    monkeypatch.setattr(os, "fsync", fsync_and_copy)
-    expected = sparsify(tiny(dense, path, **options))
-    monkeypatch.undo()
+    with keep_moments(tmp_path / "twins", tmp_path) as moments:
+        expected = sparsify(tiny(dense, tmp_path / "twins", **options))
     assert len(moments) > 20
     for moment in moments[:: 11 if variational else 7]:
         zoo = sparsify(tiny(dense, moment, **options))
         assert torch.equal(zoo.weights, expected.weights) and zoo.properties.equals(expected.properties)
         if variational:
-            kept, wanted = (Zoo.open(folder / "variational") for folder in (moment, path))
+            kept, wanted = (Zoo.open(folder / "variational") for folder in (moment, expected.path))
             assert torch.equal(kept.weights, wanted.weights) and kept.properties.equals(wanted.properties)
 
 
