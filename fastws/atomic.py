@@ -37,6 +37,8 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
             raise OSError(error.errno, f"{path}: writing it needs {needed} free disk space; make room") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise OSError(error.errno, f"{path}: folder must be writable, got {error.strerror}") from error
+        if error.errno == errno.EISDIR:
+            raise OSError(error.errno, f"{path}: name must be that of a file, got a folder") from error
         raise
     finally:
         remove(temporary)

@@ -34,7 +34,7 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the format
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 # what torch.load raises for a file that is not one of its own: it reads pickle codes until one makes no sense
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-DAMAGED += (AssertionError, struct.error)
+DAMAGED += (AssertionError, struct.error, OSError)
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -118,6 +118,11 @@ def read_headers(path: Path) -> dict[str, Header]:
     return read_safetensors_header(path)
 
 
+def unreadable(error: OSError) -> None:
+    """For ``os.walk``, which leaves out folders that it may not read unless ``onerror`` raises."""
+    raise OSError(error.errno, f"{error.filename}: folder must be readable, got {error.strerror}") from error
+
+
 def is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
 
@@ -159,10 +164,16 @@ def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
         loaded = loaded[inner] if inner else loaded
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(loaded)}")
+    for name, value in loaded.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise ValueError(f"{where}: {name!r} must be a dense tensor, got {value.layout}")
+    loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in loaded):
             loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
-    return dict(loaded)
+    return loaded
 
 
 def describe_value(value: object) -> str:

@@ -5,7 +5,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -28,8 +29,16 @@ def run_two_processes(*command):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
     command = [sys.executable, *map(str, command)]
-    running = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    with ExitStack() as stack:
+        said = [stack.enter_context(TemporaryFile("w+")) for _ in environments]
+        running = [
+            subprocess.Popen(command, env=env, stderr=file) for env, file in zip(environments, said, strict=True)
+        ]
+        codes = [process.wait(timeout=120) for process in running]
+        if codes != [0, 0]:
+            for file in said:
+                file.seek(0)
+            raise AssertionError(f"exit codes {codes}: {' / '.join(file.read()[-1500:] for file in said)}")
 
 
 @contextmanager

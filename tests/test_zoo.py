@@ -255,7 +255,7 @@ def test_killed_writer_leaves_a_zoo_and_no_lock(tmp_path):
             line = process.stdout.readline()
         while_written = Zoo.open(tmp_path)
         assert_holds(while_written, len(while_written))
-        with pytest.raises(RuntimeError, match=f"zoo must have one writer, process {process.pid} has it open"):
+        with pytest.raises(BlockingIOError, match=f"zoo must have one writer, process {process.pid} has it open"):
             ZooWriter(tmp_path, LAYOUT)
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read().split()
@@ -269,7 +269,7 @@ def test_killed_writer_leaves_a_zoo_and_no_lock(tmp_path):
 
 
 def test_second_writer_is_refused_until_the_first_closes(tmp_path):
-    with ZooWriter(tmp_path, LAYOUT), pytest.raises(RuntimeError, match=f"process {os.getpid()} has it open"):
+    with ZooWriter(tmp_path, LAYOUT), pytest.raises(BlockingIOError, match=f"process {os.getpid()} has it open"):
         ZooWriter(tmp_path, LAYOUT)
     with pytest.raises(KeyError), ZooWriter(tmp_path, LAYOUT):
         raise KeyError

@@ -126,7 +126,7 @@ def apply(path, pipe):
     try:
         writer = ZooWriter(path, LAYOUT)
         os.write(pipe, b"accepted\\n")
-    except RuntimeError:
+    except BlockingIOError:
         os.write(pipe, b"refused\\n")
     time.sleep(60)
 

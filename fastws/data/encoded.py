@@ -1,6 +1,7 @@
 """Data sets of encoded images: parquet files of the Hugging Face hub, and folders of one class each."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastws.data.raw import Kind
+from fastws.files import unreadable
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -22,7 +24,7 @@ def decode(encoded: bytes | Path, where: str) -> numpy.ndarray:
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             pixels = numpy.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{where} must be a readable PNG or JPEG, got {error}") from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -122,12 +124,18 @@ def list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         lines = (line.split("\t") for line in annotations.read_text().splitlines())
         found = [(folder / "images" / words[0], words[1]) for words in lines]
     else:
-        images = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+        images = [path for path in sorted(walk(folder)) if path.suffix.lower() in SUFFIXES]
         found = [(path, path.relative_to(folder).parts[0]) for path in images]
     for path, name in found:
         if name not in classes:
             raise ValueError(f"{path}: image must be in a folder of a class of the training images, got {name!r}")
     return [(path, classes.index(name)) for path, name in found]
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder; one that cannot be read is an error."""
+    for place, _, files in os.walk(folder, onerror=unreadable):
+        yield from (Path(place, file) for file in files)
 
 
 def read_classes(folder: Path, part: str, limit: int | None) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,11 @@ def normalise(parts: list[Tensor], transform: Transform, where: str) -> tuple[li
     return [(x - mean) / std for x in parts], (-mean / std).flatten()
 
 
+def check_labels(labels: Tensor) -> None:
+    if labels.dim() != 1 or labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(f"labels that are no integers [n] from 0 on, but {labels.dtype} {list(labels.shape)}")
+
+
 def read_dump(path: Path, limit: int | None) -> Images:
     """The ``dataset.pt`` of a published zoo: tensor data sets that are split and normalised already."""
     if not path.is_file():
@@ -169,6 +174,8 @@ def read_dump(path: Path, limit: int | None) -> Images:
         for name in ("train", "val", "test"):
             tensors = saved[f"{name}set"].tensors if saved.get(f"{name}set") is not None else (None, None)
             parts[name] = [None if x is None else x[spaced(torch.arange(len(x)), limit)] for x in tensors]
+            if tensors[1] is not None:
+                check_labels(tensors[1])
         (train_x, train_y), (test_x, test_y) = parts["train"], parts["test"]
         num_classes = int(max(train_y.max(), test_y.max())) + 1
     except raw.DAMAGED as error:

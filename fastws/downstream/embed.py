@@ -1,12 +1,12 @@
 """Embeddings of networks by a trained SANE (arXiv 2406.09997, algorithm 2): encoded in chunks with a halo."""
 
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +14,7 @@ from tqdm import tqdm
 import fastws
 from fastws.atomic import write_tensors
 from fastws.devices import find_device
+from fastws.files import DAMAGED
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format import Zoo
 
@@ -34,6 +35,10 @@ class Config:
     batch_size: int = 64  # windows per forward pass
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"embed: batch_size must be at least 1, got {self.batch_size}")
 
 
 class Encoder(NamedTuple):
@@ -69,7 +74,7 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         extra = state["extra"]
         layout, sizes, mean, std = (extra[name] for name in ("layout", "sane", "mean", "std"))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {error}") from error
     with torch.device("meta"):
         model = SANE(SANEConfig(**sizes))
@@ -191,7 +196,10 @@ def load_embeddings(path: str | Path, rows: int) -> Tensor:
     Raises:
         ValueError: If the file holds something else.
     """
-    embeddings = load_file(path).get("embeddings")
+    try:
+        embeddings = load_file(path).get("embeddings")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"predict: {path} must be a file that fastws embed wrote, got {error}") from error
     if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:
         got = "none" if embeddings is None else list(embeddings.shape)
         raise ValueError(f"predict: {path} must hold embeddings [{rows}, E], one per row of the zoo, got {got}")

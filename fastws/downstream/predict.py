@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 import fastws
 from fastws.atomic import write_json
+from fastws.devices import find_device
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
 from fastws.zoo.format import Zoo
 
@@ -57,6 +58,10 @@ class Config:
     standardize: bool = False  # features to mean 0 and std 1 over the training split
     padded: int | None = None  # count the padding of tokens of this size in statistics, as published results do
     device: str | None = None  # of the model; by default cuda where there is one
+
+    def __post_init__(self):
+        if not self.targets:
+            raise ValueError("predict: targets must name at least one property, got none")
 
 
 class Probe(NamedTuple):
@@ -111,7 +116,7 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     if config.embeddings is not None:
         features["sane"] = load_embeddings(config.embeddings, len(zoo))
     elif config.model is not None:
-        encoder = load_encoder(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        encoder = load_encoder(config.model, find_device(config.device))
         features["sane"] = embed(encoder, zoo, halo=default_halo(encoder))
     layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm else "skip")
     if config.statistics:

@@ -1,6 +1,5 @@
 """The network that a NeRN stores, as an ordinary checkpoint; and how small and how good it is."""
 
-import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastws.atomic import write_tensors
+from fastws.atomic import write_json, write_tensors
 from fastws.devices import find_device
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers
+from fastws.nern.orders import content_key
 from fastws.nern.teachers import load_teacher
 from fastws.nn.nern import NeRN
 
@@ -64,8 +64,12 @@ class Size(NamedTuple):
 def run(config: Config) -> None:
     device = find_device(config.device)
     nern, stored, learned = load_nern(config.model)
-    training = read_training(config.model)
-    original = load_teacher(training["architecture"], config.weights or training["weights"])
+    training, key = read_training(config.model)
+    weights = config.weights or training["weights"]
+    original = load_teacher(training["architecture"], weights)
+    layers = list(stored.originals(original).values())
+    if content_key(layers, training["order"], training["improve"]) != key:
+        raise ValueError(f"nern export: weights must be those that {config.model} stores, got others in {weights}")
     images = None
     if config.images is not None:
         images = open_images(config.images, size=config.image_size or training["image_size"])
@@ -82,20 +86,22 @@ def run(config: Config) -> None:
             row |= compare(answers(network.to(device), batches), theirs, labels)
         report["precisions"][precision] = row
         if precision == config.precision:
-            write(Path(config.out), network.cpu())
+            chosen = network.cpu()
     beside = Path(config.out).with_suffix(".json")
-    beside.write_text(json.dumps(report, indent=1))
+    write(Path(config.out), chosen)
+    write_json(beside, report)
     print_report(report)
     print(f"network: {config.out}, report: {beside}")
 
 
-def read_training(path: str) -> dict[str, Any]:
-    """The config of the run that wrote a checkpoint, which ``load_nern`` has read before."""
-    config = torch.load(path, map_location="cpu", weights_only=True).get("config", {})
-    for name in ("architecture", "weights", "image_size"):
+def read_training(path: str) -> tuple[dict[str, Any], str]:
+    """The config of a run, whose checkpoint ``load_nern`` has read before, and the key of the weights it stores."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    config = content.get("config", {})
+    for name in ("architecture", "weights", "image_size", "order", "improve"):
         if name not in config:
             raise ValueError(f"{path}: config must be that of fastws train nern, got no {name}")
-    return config
+    return config, content["extra"].get("key", "")
 
 
 def show(images: ImageSet, size: int, precision: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

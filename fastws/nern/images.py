@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastws.data import encoded
+from fastws.data import digits, encoded
 from fastws.data.images import SPLIT_SEED, read, spaced
 from fastws.draws import epoch_rows
 from fastws.nern.augment import DRAWS, mix, randaugment
@@ -64,9 +64,10 @@ class ImageSet:
         mean: tuple,
         std: tuple,
         augment: Augment = "crop",
+        white: int = 255,
     ):
         self.parts, self.shape, self.augment = parts, shape, augment
-        self.mean, self.std = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values)[:, None, None] * white for values in (mean, std))
         self.num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
 
     def batch(self, size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:
@@ -148,7 +149,8 @@ def open_images(
     shape = (channels, size, size) if size else tuple(parts["train"].images.shape[1:])
     if augment == "rand" and not size:
         raise ValueError("nern images: augment must be 'crop' for images in memory, got 'rand'; give their size")
-    return ImageSet(parts, shape, mean, std, augment)
+    white = digits.WHITE if data == "digits" else 255
+    return ImageSet(parts, shape, mean, std, augment, white)
 
 
 def uniform_images(shape: tuple[int, int, int], size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:
@@ -221,7 +223,8 @@ def decode(paths: list[Path], size: int, words: Tensor | None = None) -> Tensor:
 
     With ``[5 + DRAWS, B]`` also changed by RandAugment.
     """
-    draws = [None] * len(paths) if words is None else (words * UNIT).T.tolist()
+    # in float32 the largest words would become 1
+    draws = [None] * len(paths) if words is None else (words.double() * UNIT).T.tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return torch.from_numpy(numpy.stack(list(pool.map(decode_one, paths, [size] * len(paths), draws))))
 
@@ -230,7 +233,7 @@ def decode_one(path: Path, size: int, draws: list[float] | None) -> numpy.ndarra
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{path}: file must be a readable image, got {error}") from error
     box = middle(*image.size) if draws is None else random_part(*image.size, draws)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -4,6 +4,7 @@ Weights never move. An order says which coordinate each kernel gets: ``crossfilt
 layer; ``infilter`` one path over the channels of each filter, and one over the filters.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -198,7 +199,11 @@ def save_orders(
             write(whole, orders, manifest)
             if folder.exists():
                 shutil.move(folder, Path(temporary, "old"))
-            os.replace(whole, folder)
+            try:
+                os.replace(whole, folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # else another process of the run was faster
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's archive writer, after a failed write
         raise OSError(f"nern orders: folder must be on a disk with room, got {str(folder)!r}: {error}") from error
 

@@ -82,7 +82,7 @@ def score(
 
 
 def keep(scores: Tensor, share: float) -> Tensor:
-    """False for the lowest; of equals the first."""
+    """False for the lowest; of equals the first. The product with a share as 0.29 may be just below a whole number."""
     kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().argsort(stable=True)[: int(share * scores.numel())]] = False
+    kept[scores.flatten().argsort(stable=True)[: int(share * scores.numel() * (1 + 1e-12))]] = False
     return kept.view(scores.shape)

@@ -44,7 +44,8 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
     if num_classes is None:
         with torch.device("meta"):
             last = list(make_architecture(architecture, 2).state_dict())[-1]
-        num_classes = len(state.get(last, (None, None)))  # what else is wrong is said below
+        found = state.get(last)
+        num_classes = 2 if found is None or found.dim() == 0 else len(found)  # what else is wrong is said below
     teacher = make_architecture(architecture, num_classes)
     load_weights(teacher, state, f"{weights}")
     return teacher.eval().requires_grad_(False)

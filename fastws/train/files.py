@@ -1,7 +1,6 @@
 """What a run writes: checkpoint.pt, of which a complete one is there at any moment, and the lines of log.jsonl."""
 
 import json
-import pickle
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from torch import Tensor
 
 import fastws
 from fastws.atomic import write_atomically, write_file
+from fastws.files import DAMAGED
+from fastws.train import processes
 from fastws.version import __version__
 
 if find_spec("tensorboard"):
@@ -29,8 +30,8 @@ def make_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
-        for half in folder.glob("checkpoint.pt.*.tmp"):  # of processes that were killed
+        probe.unlink(missing_ok=True)  # another process of the run may have been faster
+        for half in folder.glob("*.tmp") if processes.rank() == 0 else ():  # of processes that were killed
             half.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"train: out must be a folder that can be written, got {path!r}: {error.strerror}") from error
@@ -66,8 +67,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads what ``save`` wrote; nothing but tensors and plain containers is accepted."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except DAMAGED as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"train: {path} must be a checkpoint, got {reason}; remove it to start anew") from error
 
 

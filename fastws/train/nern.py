@@ -191,7 +191,7 @@ class Watch:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.memory = {
-            "best": torch.tensor(-torch.inf),
+            "best": torch.tensor(-torch.inf, dtype=torch.float64),
             "window": torch.full((config.greedy_window,), torch.inf),
             "seen": torch.tensor(0),
             "skipped": torch.tensor(0),  # batches, in all
@@ -200,9 +200,9 @@ class Watch:
 
     def keep(self, found: loop.Metrics, *, model: nn.Module, extra: dict[str, Any]) -> None:
         """Writes best.pt if no evaluation before was as good: by accuracy, without images by the error of weights."""
-        score = found["accuracy"] if "accuracy" in found else -found["relative_error"]
+        score = float(found["accuracy"] if "accuracy" in found else -found["relative_error"])
         if found["relative_error"].isfinite() and score > self.memory["best"]:
-            self.memory["best"].fill_(float(score))
+            self.memory["best"].fill_(score)
             if processes.rank() == 0:
                 state = {"config": loop.plain(self.config), "extra": extra, "model": model.state_dict()}
                 files.save(Path(self.config.out) / "best.pt", state)

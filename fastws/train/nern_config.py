@@ -28,7 +28,7 @@ class Config(loop.Config):
     hidden: int | None = None  # width of the NeRN
     order: Literal["none", "infilter", "crossfilter"] | None = None  # of kernels; by default crossfilter
     improve: bool = False  # greedy orders by 2-opt and Or-opt
-    orders: str | None = None  # folder of orders, made before; by default they are made, and kept in out/orders
+    orders: str | None = None  # folder of orders, made before; by default they are made, and kept in out/orders/<key>
     blocks: int = 5  # linear layers
     activation: Literal["relu", "leaky_relu", "hardswish", "gelu", "relu6", "elu"] = "relu"
     encoding: Literal["basic", "ffn"] = "basic"  # sines of each coordinate, or of random sums of all

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+# its functions keep the group that there is when it is imported, and with it threads at whose end a process may abort
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 from fastws.devices import find_device

@@ -198,6 +198,8 @@ def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[st
     if config.best not in zoo.properties.column_names:
         known = ", ".join(zoo.properties.column_names)
         raise ValueError(f"zoo align: best must be one of {known}, got {config.best!r}; or name a reference")
+    if not pyarrow.types.is_integer(kind := zoo.properties[config.best].type) and not pyarrow.types.is_floating(kind):
+        raise ValueError(f"zoo align: best must be a number, got {config.best!r} of type {kind}")
     values = zoo.properties[config.best].to_numpy()
     candidates = [model for model in zoo.splits["train"] if model in last and numpy.isfinite(values[last[model]])]
     if not candidates:

@@ -89,8 +89,13 @@ def draw_sample(zoo: Zoo, count: int, seed: int) -> Sample:
     place = numpy.full(len(names), -1)
     place[chosen] = numpy.arange(count)
     known = "epoch" in table.column_names
-    epochs, epoch = numpy.unique(table["epoch"].to_numpy() if known else numpy.zeros(len(zoo)), return_inverse=True)
-    here = numpy.flatnonzero(place[member] >= 0)
+    number = table["epoch"].cast("float64").to_numpy() if known else numpy.zeros(len(zoo))
+    dated = numpy.isfinite(number)  # states without an epoch stand in no table of epochs
+    if not dated.any():
+        number, dated = numpy.zeros(len(zoo)), numpy.ones(len(zoo), dtype=bool)
+    epochs = numpy.unique(number[dated])
+    epoch = numpy.searchsorted(epochs, number)
+    here = numpy.flatnonzero((place[member] >= 0) & dated)
     rows = torch.full((count, len(epochs)), -1)
     rows[place[member[here]], epoch[here]] = torch.from_numpy(here)
     return Sample([names[int(number)].as_py() for number in chosen], [int(e) for e in epochs], rows)

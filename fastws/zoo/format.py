@@ -28,6 +28,7 @@ from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 
 FORMAT = 1
+KEYS = ("layout", "symmetry", "provenance", "splits", "dtype", "weights", "models", "submitted", "dropped", "next_file")
 MANIFEST = "zoo.json"
 WEIGHTS = "weights"  # name of the tensor in every safetensors file of a zoo
 SPLITS = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -227,6 +228,9 @@ def read_manifest(path: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"{file}: format must be {FORMAT}, got {got!r}; it was written by another version")
+    missing = [key for key in KEYS if key not in manifest]
+    if missing:
+        raise ValueError(f"{file}: file must have a key {missing[0]!r}, got none; restore it")
     return manifest
 
 
@@ -252,7 +256,8 @@ def read_models(path: Path, rows: int) -> pyarrow.Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file must be there, {MANIFEST} lists it; restore it")
     try:
-        table = pyarrow.parquet.read_table(path)
+        with open(path, "rb") as file:  # pyarrow knows no names but those in UTF-8
+            table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: file must be readable as parquet, got {error}; restore it") from error
     if len(table) < rows or "model" not in table.column_names:

@@ -17,7 +17,7 @@ def take_lock(path: Path) -> BinaryIO:
 
     Raises:
         OSError: If the folder cannot be written.
-        RuntimeError: If another writer has the lock.
+        BlockingIOError: If another writer has the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def take_lock(path: Path) -> BinaryIO:
                 lock.seek(0)
                 owner = lock.read().decode().strip() or "unknown"
                 lock.close()
-                raise RuntimeError(
+                raise BlockingIOError(
                     f"{path}: zoo must have one writer, process {owner} has it open; wait for it"
                 ) from None
             if (path / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (path / LOCK).stat()):
@@ -40,6 +40,8 @@ def take_lock(path: Path) -> BinaryIO:
                 lock.flush()
                 return lock
             lock.close()  # its last owner has removed it meanwhile
+    except BlockingIOError:
+        raise
     except OSError as error:
         raise OSError(error.errno, f"{path}: folder must be writable, got {error.strerror}") from error
 

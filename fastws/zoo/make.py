@@ -7,6 +7,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,8 +94,15 @@ class Config:
         for name in CHOICES:
             if getattr(self, name) == ():
                 raise ValueError(f"{name} must name at least one choice, got none")
+        if self.seed >= 2**62:
+            raise ValueError(f"seed must be less than 2^62, got {self.seed}")
         if not all(0 <= dropout < 1 for dropout in self.dropouts):
             raise ValueError(f"dropouts must be in [0, 1), got {self.dropouts}")
+        for name in ("lrs", "weight_decays"):
+            if not all(0 <= value < inf for value in getattr(self, name)):
+                raise ValueError(f"{name} must be numbers from 0 on, got {getattr(self, name)}")
+        if not all(map(isfinite, self.mean)) or not all(0 < value < inf for value in self.std):
+            raise ValueError(f"mean and std must be finite, std more than 0, got {self.mean} and {self.std}")
         if self.schedule == "one-cycle" and set(self.optimizers) != {"momentum"}:
             raise ValueError(f"optimizers must be momentum for a one-cycle schedule, got {' '.join(self.optimizers)}")
 
@@ -164,19 +172,20 @@ def make(config: Config) -> Zoo:
 
     Raises:
         ValueError: If the folder holds a zoo with another configuration, or the data does not fit.
-        RuntimeError: If another process is writing the zoo.
+        BlockingIOError: If another process is writing the zoo.
     """
     path, place = Path(config.zoo), ranks.place()
-    check_config(path, config)
+    for begun in (path, *ranks.parts(path)):
+        check_config(begun, config)
     ranks.check(path, place)
-    if place.world > 1 and ranks.finished(path, place):
+    if place.world > 1 and ranks.finished(path, place, config.networks * (config.epochs + 1)):
         return Zoo.open(path)
     job = prepare(config)
     if place.world == 1:
         return make_part(config, job, path)
     share = job._replace(recipes=job.recipes[place.rank :: place.world])
     make_part(config, share, ranks.folder(path, place))
-    ranks.join(path, place, lambda: open_writer(config, job, path))
+    ranks.join(path, place, lambda: open_writer(config, job, path), lambda part: check_config(part, config))
     return Zoo.open(path)
 
 

@@ -61,28 +61,48 @@ def check(path: Path, place: Place) -> None:
             raise ValueError(f"zoo make: WORLD_SIZE must be {what}; start as many, or take another folder")
 
 
-def finished(path: Path, place: Place) -> bool:
-    return (path / MANIFEST).exists() and not folder(path, place).parent.exists()
+def parts(path: Path) -> list[Path]:
+    """Zoos that processes write or have written."""
+    return sorted(path.glob("parts-of-*/*/"))
 
 
-def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter]) -> None:
-    """Waits until all parts are done; the first process writes the zoo, the others wait for it."""
-    parts = folder(path, place).parent
+def finished(path: Path, place: Place, states: int) -> bool:
+    """Whether the zoo is whole, with so many states.
+
+    Raises:
+        ValueError: If one process began it, without others.
+    """
+    if not (path / MANIFEST).exists() or folder(path, place).parent.exists():
+        return False
+    zoo = Zoo.open(path)
+    if len(zoo) + zoo.dropped < states:
+        what = f"1, the number of processes that began {path}, got {place.world}"
+        raise ValueError(f"zoo make: WORLD_SIZE must be {what}; start as many, or take another folder")
+    if place.rank == 0:
+        shutil.rmtree(path / JOINED, ignore_errors=True)  # if a process was killed while it did that
+    return True
+
+
+def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter], check: Callable[[Path], None]) -> None:
+    """Waits until all parts are done; the first process checks them and writes the zoo, the others wait for it."""
+    place_of_parts = folder(path, place).parent
     write_file(folder(path, place) / DONE, b"")
     if place.rank > 0:
-        while parts.exists():
+        while place_of_parts.exists():
             time.sleep(POLL)
         return
-    folders = [parts / str(rank) for rank in range(place.world)]
+    folders = [place_of_parts / str(rank) for rank in range(place.world)]
     while not all((part / DONE).exists() for part in folders):
         time.sleep(POLL)
+    for part in folders:
+        check(part)
     with open_writer() as writer:
         for states, properties in read_parts(folders, writer.submitted):
             writer.append(states, properties)
-    logs = b"".join((part / LOG).read_bytes() for part in folders)
+    logs = b"".join((part / LOG).read_bytes() for part in folders if (part / LOG).exists())  # none without networks
     write_file(path / LOG, logs)
     shutil.rmtree(path / JOINED, ignore_errors=True)
-    parts.rename(path / JOINED)
+    place_of_parts.rename(path / JOINED)
     shutil.rmtree(path / JOINED)
 
 

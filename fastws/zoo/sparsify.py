@@ -4,6 +4,7 @@ Every twin begins at the last state of its network and keeps its recipe. A state
 network after an epoch: its weights, zero where they were dropped. Source: arXiv 2209.14764, with its schedule.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from fastws.layout import Layout
 from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, kl_divergence, sparse_weights, variational_cnn_step
 from fastws.version import __version__
 from fastws.zoo.align import last_rows
-from fastws.zoo.format import Zoo
+from fastws.zoo.format import MANIFEST, Zoo, read_manifest
 from fastws.zoo.make import RESUME, Job, check_config, prepare, train, workers
 from fastws.zoo.make import Config as MakeConfig
 from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData
@@ -64,10 +65,11 @@ def sparsify(config: Config) -> Zoo:
     Raises:
         ValueError: If the zoo was not made by ``zoo make``, its networks are too large, or the folder holds twins of
             another configuration.
-        RuntimeError: If another process is writing the folder.
+        BlockingIOError: If another process is writing the folder.
     """
     zoo, path = Zoo.open(config.zoo), Path(config.out)
     check_config(path, config, "zoo sparsify", MAY_CHANGE)
+    check_parent(path, zoo)
     made = made_by(zoo, config)
     job = prepare(made)
     if job.one_by_one:
@@ -88,6 +90,15 @@ def sparsify(config: Config) -> Zoo:
         train(config, job, writer, pool, make_wave)
         remove(path / RESUME)
     return Zoo.open(path)
+
+
+def check_parent(path: Path, zoo: Zoo) -> None:
+    """Twins are gone on with only where the zoo is the one they were begun with, wherever it lies."""
+    if (path / MANIFEST).exists():
+        parent = read_manifest(path)["provenance"].get("parent", {})
+        if parent.get("provenance") != json.loads(json.dumps(zoo.provenance)):
+            what = f"{parent.get('path')}, with which {path} was begun, or a copy of it, got {zoo.path}"
+            raise ValueError(f"zoo sparsify: zoo must be {what}; take another folder")
 
 
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:

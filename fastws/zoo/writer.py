@@ -31,7 +31,9 @@ from fastws.zoo.format import (
 from fastws.zoo.lock import release_lock, take_lock
 
 MODELS = "models.parquet"
-OWN_FILES = re.compile(r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)|(.*\.\d+\.tmp)")
+OWN = r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)"
+HALF = rf"({OWN}|models\.parquet|zoo\.json|resume\.safetensors|read\.json)\.\d+\.tmp"  # not those of other commands
+OWN_FILES = re.compile(f"{OWN}|{HALF}")
 MERGE = 64  # files of one append each, after which they become one
 
 
@@ -72,7 +74,7 @@ class ZooWriter:
 
         Raises:
             OSError: If the folder cannot be written.
-            RuntimeError: If another writer has it open.
+            BlockingIOError: If another writer has it open.
             ValueError: If the folder holds a zoo of another architecture or dtype, or an argument is out of range.
         """
         if on_bad not in ("drop", "raise"):
@@ -222,7 +224,8 @@ class ZooWriter:
         table = pyarrow.table(columns)
         if not self._manifest["models"]:
             return table
-        schema = pyarrow.parquet.read_schema(self.path / self._manifest["models"][0]["file"])
+        with open(self.path / self._manifest["models"][0]["file"], "rb") as file:
+            schema = pyarrow.parquet.read_schema(file)
         different = sorted(set(schema.names) ^ set(columns))
         if different:
             raise ValueError(f"append: columns must be those of the zoo, {schema.names}, which differ in {different}")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from fastws.files import unreadable
 from fastws.zoo.format import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models
+from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, printable
 from fastws.zoo.readers.ray import flatten
 from fastws.zoo.readers.states import StateReader
 
@@ -45,9 +46,10 @@ def read_checkpoints(
         raise ValueError(f"read_checkpoints: model must be 'file' or 'folder', got {model!r}")
     check_new(out)
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = [file for path in paths for file in find_checkpoints(Path(path))]
+    found = (file for path in paths for file in find_checkpoints(Path(path)))
+    files = list({file.absolute(): file for file in found}.values())
     names = name_models([file.parent if model == "folder" else file for file in files])
-    columns = {"model": names, "file": [file.name for file in files]}
+    columns = {"model": names, "file": [printable(file.name) for file in files]}
     if model == "folder":
         numbers = [NUMBER.findall(file.stem) for file in files]
         columns["epoch"] = [int(number[-1]) if number else None for number in numbers]
@@ -104,7 +106,7 @@ def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: source must be a folder or a file, got nothing")
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in os.walk(path, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(folder), sorted(files)
 

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,7 +101,7 @@ class Report:
             if submitted:
                 raise ValueError(f"{path}: folder must be new or empty, got a zoo of {submitted} states")
             return cls(digest, states)
-        report = cls(**json.loads((path / REPORT).read_text()))
+        report = cls(**read_content(path))
         if report.digest != digest:
             raise ValueError(f"{path}: folder must be new or empty, got what another call has read; remove it")
         # written before the batch itself: a reader that died between the two reads it again
@@ -120,8 +120,17 @@ class Report:
 
 def read_report(path: str | os.PathLike) -> Report:
     """What was left out when a zoo was read, and why."""
-    content = json.loads((Path(path) / REPORT).read_text())
+    content = read_content(Path(path))
     return Report(**content | {"bad": [Bad(*entry) for entry in content["bad"]]})
+
+
+def read_content(path: Path) -> dict[str, object]:
+    names = [part.name for part in fields(Report)]
+    try:
+        content = json.loads((path / REPORT).read_text())
+        return {name: content[name] for name in names}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path / REPORT}: file must be that of zoo read, got {error!r}; remove {path}") from error
 
 
 def collect(out: str | os.PathLike, population: Population, options: ReadOptions) -> Zoo:
@@ -152,14 +161,18 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
             writer.append(rows if not bad else rows[good], columns)
     if report.bad:
         warnings.warn(f"{out}: {report}; {REPORT} names them", stacklevel=3)
-    return Zoo.open(out)
+    zoo = Zoo.open(out)
+    if len(zoo) == 0:
+        raise ValueError(f"zoo read: source must hold states that can be used, got none: {report}")
+    return zoo
 
 
 def digest(population: Population, options: ReadOptions) -> str:
     """Equal for two calls that read the same."""
-    state = hashlib.sha256(json.dumps([dict(population.source), options.threshold], default=str).encode())
+    what = [dict(population.source), options.threshold, list(population.columns)]
+    state = hashlib.sha256(json.dumps(what, default=str).encode())
     for name in population.states:
-        state.update(f"{name}\n".encode())
+        state.update(f"{name}\n".encode(errors="surrogateescape"))  # file names may be anything
     return state.hexdigest()[:16]
 
 
@@ -255,9 +268,14 @@ def to_array(column: Sequence) -> pyarrow.Array:
 
 def name_models(paths: Sequence[Path]) -> list[str]:
     """Names of folders or files without the part that all share."""
-    folders = [path.parent for path in paths]
-    common = Path(os.path.commonpath(folders)) if folders else Path()
-    return [path.relative_to(common).as_posix() for path in paths]
+    paths = [path.absolute() for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    return [printable(path.relative_to(common).as_posix()) for path in paths]
+
+
+def printable(name: str) -> str:
+    """File names that are no UTF-8 with escapes for what is not."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def check_new(out: str | os.PathLike) -> None:
