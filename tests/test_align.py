@@ -384,6 +384,7 @@ def test_last_epoch_is_that_of_the_largest_number(tmp_path):
         (dict(reference="m9"), "reference must be a model of .*: m0, m1, m2 ..; got 'm9'"),
         (dict(device="mps"), "device must be cpu where no GPU is, got 'mps'"),
         (dict(best="loss"), "best must be one of model, epoch, test_accuracy, got 'loss'; or name a reference"),
+        (dict(best="model"), "best must be a number, got 'model' of type string"),
     ],
 )
 def test_bad_configurations(tmp_path, options, sentence):

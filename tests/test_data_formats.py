@@ -159,6 +159,11 @@ def test_dump_of_a_published_zoo_stays_as_it_is(tmp_path):
     assert torch.equal(images.train_x, parts["trainset"].tensors[0]) and images.num_classes == 6
     assert torch.equal(images.val_x, parts["valset"].tensors[0]) and torch.equal(images.test_y, torch.arange(2))
     assert load(tmp_path / "dataset.pt", limit=3).train_y.tolist() == [0, 2, 4]
+    for labels in (torch.rand(6), torch.arange(6) - 1, torch.arange(6)[:, None]):
+        bad = torch.utils.data.TensorDataset(torch.randn(6, 1, 4, 4), labels)
+        torch.save(parts | {"trainset": bad}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match="bad.pt: .* got labels that are no integers"):
+            load(tmp_path / "bad.pt")
     torch.save(parts | {"trainset": torch.nn.Linear(1, 1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt: file must hold a trainset and a testset of tensors, got Weights"):
         load(tmp_path / "other.pt")

@@ -71,6 +71,12 @@ def test_prune_takes_the_worst(unit, criterion, share):
         assert torch.equal(x, y)
 
 
+def test_share_of_a_hundred_is_a_whole_number():
+    original = [torch.arange(1.0, 101).view(10, 10)]
+    for share in (0.29, 0.57, 0.58):
+        assert (prune(original, share, "magnitude")[0] == 0).sum() == round(100 * share)
+
+
 def test_random_pruning_is_uniform_and_repeats():
     original = [torch.ones(40, 25, 3, 3)]
     (first,), (again,), (other,) = (prune(original, 0.25, "random", seed=seed) for seed in (0, 0, 1))
@@ -291,6 +297,11 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, network):
     save_file({name: x for name, x in state.items() if name != "conv1.weight"}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="'conv1.weight' must be"):
         export(trained, tmp_path, weights=str(tmp_path / "other.safetensors"))
+    others = {name: x + 1e-3 if name == "conv1.weight" else x for name, x in network.state_dict().items()}
+    save_file(others, tmp_path / "others.safetensors")
+    with pytest.raises(ValueError, match="nern export: weights must be those that .*best.pt stores, got others in"):
+        export(trained, tmp_path, weights=str(tmp_path / "others.safetensors"))
+    assert not (tmp_path / "stored.safetensors").exists()
     predictor, stored = store(network)
     with pytest.raises(
         ValueError, match=r"nern export: layer2.0.shortcut.0.weight of the original must be .* got nothing"

@@ -6,6 +6,7 @@ from PIL import Image
 from fastws.data.images import read
 from fastws.draws import epoch_rows
 from fastws.nern import images
+from fastws.nern.augment import DRAWS
 from fastws.nern.images import MEAN, ORDER, STD, decode, flip_and_crop, open_images, uniform_images
 
 COUNTS = {"train": 30, "test": 8}
@@ -121,6 +122,13 @@ def test_strong_augmentation_changes_training_images_alone(folder):
     assert torch.equal(test, same)
 
 
+def test_largest_words_are_below_one(folder):
+    paths = open_images(folder, size=6).parts["test"].paths
+    for word in (0, 2**32 - 1):
+        words = torch.full((5 + DRAWS, len(paths)), word)
+        assert decode(paths, 6, words).shape == (len(paths), 3, 6, 6)
+
+
 def test_random_parts_are_inside_and_vary():
     words = torch.randint(0, 2**32, (5, 500), generator=torch.Generator().manual_seed(0))
     boxes = [images.random_part(120, 80, draws) for draws in (words * images.UNIT).T.tolist()]
@@ -160,6 +168,16 @@ def test_bad_images_are_refused(folder, tmp_path):
         decode([path], 8)
 
 
+def test_damaged_png_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[36] = 0  # the length of its pixels
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="a.png: file must be a readable image, got"):
+        decode([tmp_path / "a.png"], 8)
+
+
 def test_grey_images_are_normalised_by_the_mean_of_colours():
     images, _ = next(open_images("digits", limit=4).batches("test", 4))
     assert images.shape == (4, 1, 8, 8) and images.min() == pytest.approx(-0.449 / 0.226, abs=1e-3)
+    assert images.max() == pytest.approx((1 - 0.449) / 0.226, abs=1e-2)  # white is 16

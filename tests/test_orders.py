@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,21 @@ def test_orders_show_progress(capsys):
     assert "infilter orders: 100%" in (text := capsys.readouterr().err) and f"{total}/{total}" in text
     network_orders(network(), "infilter")
     assert capsys.readouterr().err == ""
+
+
+def test_orders_of_a_faster_process_stay(tmp_path, monkeypatch):
+    weights = [torch.randn(4, 3, 3, 3)]
+    orders, replace = network_orders(weights, "infilter"), os.replace
+
+    def replace_second(source, target):
+        shutil.copytree(source, target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_second)
+    save_orders(tmp_path / "orders", orders, weights, "infilter")
+    found = load_orders(tmp_path / "orders", weights, "infilter")
+    assert all(torch.equal(x, y) for x, y in zip(found[0], orders[0], strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["orders"]
 
 
 def test_orders_that_cannot_be_written_are_one_sentence(tmp_path):

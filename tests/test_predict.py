@@ -269,7 +269,11 @@ def test_halo_must_leave_room(encoder, zoo, halo):
 def test_model_must_be_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="embed: model must be the checkpoint.pt of fastws train sane, got no"):
         embed.load_encoder(tmp_path / "none.pt")
-    torch.save({"extra": {}}, tmp_path / "other.pt")
+    torch.save({"extra": {}, "padding": torch.zeros(20_000)}, tmp_path / "other.pt")
+    for size in (100, 4300, 60_000):
+        (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:size])
+        with pytest.raises(ValueError, match="embed: model must be the checkpoint.pt of fastws train sane, got"):
+            embed.load_encoder(tmp_path / "cut.pt")
     with pytest.raises(ValueError, match="embed: model must be the checkpoint.pt of fastws train sane"):
         embed.load_encoder(tmp_path / "other.pt")
 
@@ -283,6 +287,19 @@ def test_embeddings_must_fit_the_zoo(tmp_path):
     save_file({"embeddings": torch.zeros(3, 2)}, tmp_path / "e.safetensors")
     with pytest.raises(ValueError, match=r"must hold embeddings \[4, E\], one per row of the zoo, got \[3, 2\]"):
         embed.load_embeddings(tmp_path / "e.safetensors", 4)
+
+
+def test_embeddings_must_be_a_file_of_tensors(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="empty must be a file that fastws embed wrote, got"):
+        embed.load_embeddings(tmp_path / "empty", 4)
+
+
+def test_configs_are_checked():
+    with pytest.raises(ValueError, match="embed: batch_size must be at least 1, got 0"):
+        embed.Config(model="", zoo="", out="", batch_size=0)
+    with pytest.raises(ValueError, match="predict: targets must name at least one property, got none"):
+        predict.Config(zoo="", out="", targets=())
 
 
 def test_features_must_be_asked_for(zoo):

@@ -18,6 +18,7 @@ import fastws
 from fastws.draws import epoch_rows
 from fastws.testing import devices
 from fastws.train import processes, sane
+from fastws.zoo import Zoo, ZooWriter
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 GOLDEN = Path(__file__).parent / "golden/sane.txt"
@@ -248,7 +249,14 @@ def test_permuting_needs_a_symmetry(tmp_path):
         sane.train(replace(CONFIG, out=str(tmp_path)), make_small_zoo(tmp_path / "zoo", symmetry=False), CPU)
 
 
-@pytest.mark.parametrize("field, value", [("gamma", 1.5), ("batch_size", 1), ("steps", -1)])
+def test_epochs_must_be_known(zoo, tmp_path):
+    with ZooWriter(tmp_path / "zoo", zoo.layout, zoo.symmetry) as writer:
+        writer.append(zoo.weights, {"model": [str(row) for row in range(len(zoo))]})
+    with pytest.raises(ValueError, match="train sane: epochs must be left out for .*zoo, which does not know them"):
+        sane.train(replace(CONFIG, out=str(tmp_path), epochs=(1, 2)), Zoo.open(tmp_path / "zoo"), CPU)
+
+
+@pytest.mark.parametrize("field, value", [("gamma", 1.5), ("batch_size", 1), ("steps", -1), ("val_batches", 0)])
 def test_config_is_checked(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
         replace(CONFIG, **{field: value})

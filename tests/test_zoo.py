@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import pyarrow.parquet
@@ -362,6 +363,21 @@ def test_full_disk_leaves_the_zoo_as_it_was(tmp_path, monkeypatch):
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
         zoo.append(numbered(2, 3), describe(2, 3))
     assert_holds(Zoo.open(tmp_path), 5)
+
+
+def test_path_must_be_in_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    for use in (Zoo.open, lambda path: ZooWriter(path, LAYOUT)):
+        with pytest.raises(ValueError, match=r"zoo: path must be in UTF-8, got b'.*\\xff'; take another folder"):
+            use(path)
+    assert not path.exists()
+
+
+def test_half_files_of_other_commands_stay(tmp_path):
+    (tmp_path / "alignment.safetensors.1.tmp").write_text("half")
+    (tmp_path / "weights-00007.safetensors.1.tmp").write_text("half")
+    write(tmp_path, 5)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["alignment.safetensors.1.tmp"]
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):

@@ -38,6 +38,22 @@ def test_info_prints_what_is_there(tmp_path, capsys):
     assert "report" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
 
 
+def test_states_without_an_epoch_are_in_no_table(tmp_path, no_images):
+    zoo = make_small_zoo(tmp_path / "zoo")
+    epochs = [None if row % 5 == 0 else epoch for row, epoch in enumerate(zoo.properties["epoch"].to_pylist())]
+    properties = {name: zoo.properties[name] for name in zoo.properties.column_names} | {"epoch": epochs}
+    with ZooWriter(tmp_path / "some", zoo.layout, zoo.symmetry) as writer:
+        writer.append(zoo.weights, {name: list(map(plain, column)) for name, column in properties.items()})
+    info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "report.html")))
+    assert "72 states of 36 networks" in read(tmp_path / "report.html")
+    with pytest.raises(OSError, match="some: name must be that of a file, got a folder"):
+        info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "some")))
+
+
+def plain(value):
+    return value.as_py() if hasattr(value, "as_py") else value
+
+
 def test_report_of_a_zoo_that_was_made(tmp_path, capsys):
     options = {"networks": 6, "epochs": 2, "limit": 300, "threads": 1, "lrs": (1e-2,), "inits": ("kaiming_uniform",)}
     zoo = make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))

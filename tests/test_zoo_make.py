@@ -57,6 +57,11 @@ def test_grid_recipes_are_all_combinations_then_the_next_seed():
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"lrs": ()}, "lrs must name at least one choice"),
         ({"dropouts": (1.0,)}, r"dropouts must be in \[0, 1\)"),
+        ({"lrs": (float("nan"),)}, "lrs must be numbers from 0 on"),
+        ({"lrs": (-1.0,)}, "lrs must be numbers from 0 on"),
+        ({"weight_decays": (float("inf"),)}, "weight_decays must be numbers from 0 on"),
+        ({"mean": (float("nan"),)}, "mean and std must be finite, std more than 0"),
+        ({"seed": 2**63}, r"seed must be less than 2\^62"),
         ({"validation": -1}, "validation must be at least 0, got -1"),
         ({"schedule": "one-cycle"}, "optimizers must be momentum for a one-cycle schedule, got adam momentum"),
     ],
@@ -239,6 +244,46 @@ def test_number_of_processes_stays(tmp_path, monkeypatch):
     (tmp_path / "zoo/parts-of-3").mkdir(parents=True)
     with pytest.raises(ValueError, match="WORLD_SIZE must be 3, the number of processes that began .*zoo, got 2"):
         make(tiny(tmp_path / "zoo"))
+    zoo = Zoo.open(make_alone(tmp_path / "alone", monkeypatch))
+    with ZooWriter(tmp_path / "begun", zoo.layout, zoo.symmetry, zoo.provenance):
+        pass  # one process that was killed at once
+    with pytest.raises(ValueError, match="WORLD_SIZE must be 1, the number of processes that began .*begun, got 2"):
+        make(tiny(tmp_path / "begun"))
+
+
+def make_alone(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delenv("WORLD_SIZE")
+        return make(tiny(path)).path
+
+
+def test_parts_of_another_configuration_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(tiny(tmp_path / "zoo", lrs=(0.5,)))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"lrs must be \[0.5\], with which .*1 was begun, got \[0.1\]"):
+        make(tiny(tmp_path / "zoo", lrs=(0.1,)))
+
+
+def test_more_processes_than_networks(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        with monkeypatch.context() as patch:
+            if rank == "1":
+                patch.setattr(ranks.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    make(tiny(tmp_path / "zoo", networks=1))
+            else:
+                zoo = make(tiny(tmp_path / "zoo", networks=1))
+    assert len(zoo.properties["model"].unique()) == 1
+    (tmp_path / "zoo/joined").mkdir()  # of a process that was killed at the end
+    assert_same(make(tiny(tmp_path / "zoo", networks=1)), zoo)
+    assert not (tmp_path / "zoo/joined").exists()
 
 
 # --- the command

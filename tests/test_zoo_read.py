@@ -1,6 +1,7 @@
 """Readers of other people's zoos, on synthetic ones."""
 
 import collections
+import errno
 import json
 import os
 import subprocess
@@ -127,6 +128,13 @@ def test_chosen_epochs_and_properties(tmp_path):
     assert reasons(zoo) == [("a", "missing")]
     with pytest.raises(ValueError, match=r"properties must be some of model, epoch, .*, got 'loss'"):
         read_ray(tmp_path / "raw", tmp_path / "other", properties=["loss"])
+
+
+def test_other_properties_are_another_call(tmp_path):
+    write_trial(tmp_path / "raw/NN_0", 0)
+    read_ray(tmp_path / "raw", tmp_path / "zoo", properties=["test_acc"])
+    with pytest.raises(ValueError, match="folder must be new or empty, got what another call has read"):
+        read_ray(tmp_path / "raw", tmp_path / "zoo", properties=["train_acc"])
 
 
 def test_results_without_iterations_or_without_an_end(tmp_path):
@@ -446,6 +454,60 @@ def test_checkpoints_of_all_kinds(tmp_path):
         read_checkpoints(folder / "g.pt", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="source must be a folder or a file, got nothing"):
         read_checkpoints(tmp_path / "nowhere", tmp_path / "none")
+
+
+def test_files_that_hold_more_than_tensors(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    torch.save({number: torch.zeros(2) for number in range(3)}, folder / "a.pt")
+    torch.save({"weight": torch.eye(2).to_sparse()}, folder / "b.pt")
+    torch.save(make_state(1) | {"epoch": 3, "note": "x"}, folder / "c.pt")
+    torch.save(make_state(2), folder / "d.pt")
+    zoo = read_quietly(read_checkpoints, folder, tmp_path / "zoo")
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (1, 2)]))
+    reasons = [entry.reason for entry in read_report(zoo.path).bad]
+    assert "names of tensors must be strings, got 0" in reasons[0] and "must be a dense tensor" in reasons[1]
+
+
+def test_paths_may_be_mixed_and_named_twice(tmp_path, monkeypatch):
+    (tmp_path / "files").mkdir()
+    torch.save(make_state(1), tmp_path / "files/a.pt")
+    with open(os.fsencode(tmp_path / "files") + b"/x\xff.pt", "wb") as file:
+        torch.save(make_state(2), file)
+    monkeypatch.chdir(tmp_path)
+    paths = ["files", tmp_path / "files/a.pt", "files"]
+    zoo = read_checkpoints(paths, tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["a.pt", "x\\xff.pt"]
+
+
+def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "files/closed").mkdir(parents=True)
+    torch.save(make_state(1), tmp_path / "files/a.pt")
+    look = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="closed: folder must be readable, got Permission denied"):
+        read_checkpoints(tmp_path / "files", tmp_path / "zoo")
+
+
+def test_states_of_which_none_can_be_used(tmp_path):
+    torch.save({name: tensor * torch.nan for name, tensor in make_state(1).items()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="source must hold states that can be used, got none: 1 of 1 states left out"):
+        read_quietly(read_checkpoints, tmp_path / "a.pt", tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"digest": "', '{"digest": ""}'])
+def test_damaged_report_is_named(tmp_path, content):
+    torch.save(make_state(1), tmp_path / "a.pt")
+    read_checkpoints(tmp_path / "a.pt", tmp_path / "zoo")
+    (tmp_path / "zoo/read.json").write_text(content)
+    with pytest.raises(ValueError, match="read.json: file must be that of zoo read, got .*; remove"):
+        read_checkpoints(tmp_path / "a.pt", tmp_path / "zoo")
 
 
 def test_folders_of_epochs_are_networks(tmp_path):

@@ -1,5 +1,7 @@
 """fastws zoo sparsify: twins, their properties, kills."""
 
+import shutil
+
 import pytest
 import torch
 from running import keep_moments
@@ -153,6 +155,15 @@ def test_errors(dense, tmp_path):
     with pytest.raises(ValueError, match="begun must hold networks of epoch 2, got none; finish it first"):
         sparsify(tiny(Zoo.open(tmp_path / "begun"), tmp_path / "twins of begun"))
     assert not (tmp_path / "twins of begun").exists()
+
+
+def test_another_zoo_is_refused_and_a_moved_one_is_not(dense, tmp_path):
+    sparsify(tiny(dense, tmp_path / "twins", models=1, epochs=0))
+    moved = Zoo.open(shutil.copytree(dense.path, tmp_path / "moved"))
+    sparsify(tiny(moved, tmp_path / "twins", models=1, epochs=0))
+    other = make(MakeConfig(zoo=str(tmp_path / "other"), **DENSE | {"seed": 2}))
+    with pytest.raises(ValueError, match="zoo sparsify: zoo must be .*, with which .*twins was begun, or a copy of it"):
+        sparsify(tiny(other, tmp_path / "twins", models=1, epochs=0))
 
 
 def test_command(dense, tmp_path, capsys):

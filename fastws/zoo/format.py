@@ -85,6 +85,7 @@ class Zoo:
         if on_bad not in (None, "drop", "raise"):
             raise ValueError(f"Zoo.open: on_bad must be 'drop', 'raise' or None, got {on_bad!r}")
         path = Path(path)
+        check_path(path)
         manifest = read_manifest(path)
         while True:
             try:
@@ -208,6 +209,14 @@ class Zoo:
         return Zoo(**fields | {"bad_rows": bad_rows})
 
 
+def check_path(path: Path) -> None:
+    """torch and pyarrow open files by names in UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"zoo: path must be in UTF-8, got {os.fsencode(path)!r}; take another folder") from error
+
+
 def find_nonfinite(rows: Tensor) -> Tensor:
     """Which rows hold NaN or infinity, int64."""
     # one pass in the usual case: a sum is finite only if all numbers are
@@ -256,8 +265,7 @@ def read_models(path: Path, rows: int) -> pyarrow.Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file must be there, {MANIFEST} lists it; restore it")
     try:
-        with open(path, "rb") as file:  # pyarrow knows no names but those in UTF-8
-            table = pyarrow.parquet.read_table(file)
+        table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: file must be readable as parquet, got {error}; restore it") from error
     if len(table) < rows or "model" not in table.column_names:

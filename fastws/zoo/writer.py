@@ -21,6 +21,7 @@ from fastws.zoo.format import (
     FORMAT,
     MANIFEST,
     SPLITS,
+    check_path,
     find_nonfinite,
     map_weights,
     read_manifest,
@@ -83,6 +84,7 @@ class ZooWriter:
             raise ValueError(f"ZooWriter: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         self.path, self.layout, self.dtype = Path(path), layout, dtype
         self.on_bad, self.seed, self.shard_bytes = on_bad, seed, shard_bytes
+        check_path(self.path)
         self._lock = take_lock(self.path)
         try:
             self._manifest = self._open(symmetry, provenance, splits)
@@ -224,8 +226,7 @@ class ZooWriter:
         table = pyarrow.table(columns)
         if not self._manifest["models"]:
             return table
-        with open(self.path / self._manifest["models"][0]["file"], "rb") as file:
-            schema = pyarrow.parquet.read_schema(file)
+        schema = pyarrow.parquet.read_schema(self.path / self._manifest["models"][0]["file"])
         different = sorted(set(schema.names) ^ set(columns))
         if different:
             raise ValueError(f"append: columns must be those of the zoo, {schema.names}, which differ in {different}")
