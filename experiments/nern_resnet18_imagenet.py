@@ -9,6 +9,8 @@ the network is distilled on noise, as in section 4.4 of the paper, and nothing b
 import tyro
 from nern_study import Config, run
 
+from fastws.cli import one_sentence
+
 PRESET = Config(
     weights=tyro.MISSING,
     architecture="resnet18",
@@ -21,4 +23,5 @@ PRESET = Config(
 )
 
 if __name__ == "__main__":
-    run(tyro.cli(Config, default=PRESET))
+    with one_sentence():
+        run(tyro.cli(Config, default=PRESET))

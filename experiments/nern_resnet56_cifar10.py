@@ -8,6 +8,8 @@ python experiments/nern_resnet56_cifar10.py --weights runs/teacher56/teacher.saf
 import tyro
 from nern_study import Config, run
 
+from fastws.cli import one_sentence
+
 PRESET = Config(
     weights=tyro.MISSING,
     architecture="cifar-resnet56-a",
@@ -18,4 +20,5 @@ PRESET = Config(
 )
 
 if __name__ == "__main__":
-    run(tyro.cli(Config, default=PRESET))
+    with one_sentence():
+        run(tyro.cli(Config, default=PRESET))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastws.atomic import write_json, write_tensors
+from fastws.cli import one_sentence
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
 from fastws.nern.teachers import fast_format, load_teacher
@@ -88,4 +89,5 @@ def accuracy(network: nn.Module, images: ImageSet, part: str, device: torch.devi
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    with one_sentence():
+        run(tyro.cli(Config))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastws
 from fastws.atomic import write_json
+from fastws.cli import one_sentence
 from fastws.downstream.predict import fit_probes, r2_interval
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, aligned_rows
@@ -143,4 +144,5 @@ def print_line(line: dict) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    with one_sentence():
+        run(tyro.cli(Config))

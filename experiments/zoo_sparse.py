@@ -14,6 +14,7 @@ import numpy
 import tyro
 
 from fastws.atomic import write_json
+from fastws.cli import one_sentence
 from fastws.zoo import Zoo, make
 from fastws.zoo.make import Config as ZooConfig
 from fastws.zoo.sparsify import Config as TwinConfig
@@ -75,4 +76,5 @@ def print_table(path: Path, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    with one_sentence():
+        run(tyro.cli(Config))

@@ -20,6 +20,8 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, ImportError) as error:
         must = "cpu, or cuda where torch and the machine have it"
         raise ValueError(f"device: name must be {must}, got {name!r}: {str(error).splitlines()[0]}") from error

@@ -1,5 +1,6 @@
 """Checkpoint files: what tensors they hold, without loading them, and their tensors, without unpickling anything."""
 
+import errno
 import json
 import math
 import pickle
@@ -34,7 +35,7 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the format
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 # what torch.load raises for a file that is not one of its own: it reads pickle codes until one makes no sense
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-DAMAGED += (AssertionError, struct.error, OSError)
+DAMAGED += (AssertionError, struct.error)
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -127,6 +128,16 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
 
 
+def load_plain(path: str | Path, **options: object) -> object:
+    """``torch.load`` of tensors and plain containers, which raises one of DAMAGED where the file is not whole."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which torch gets when it looks for an end that is missing
+            raise
+        raise ValueError("a file whose end is missing") from error
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU.
 
@@ -150,7 +161,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_plain(path)
     except DAMAGED as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: file must load with weights_only=True, nothing else is run; got {first}") from error
@@ -159,21 +170,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
     """The state dict in what a training script saved."""
-    if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+    if isinstance(loaded, Mapping):
         inner = next((key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
         loaded = loaded[inner] if inner else loaded
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(loaded)}")
-    for name, value in loaded.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
-        if isinstance(value, Tensor) and value.layout != torch.strided:
-            raise ValueError(f"{where}: {name!r} must be a dense tensor, got {value.layout}")
     loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    check_tensors(where, loaded)
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in loaded):
             loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
     return loaded
+
+
+def check_tensors(where: str, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless all names are strings and all tensors dense and real."""
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{where}: {name!r} must be a dense tensor, got {tensor.layout}")
+        if tensor.is_complex():
+            raise ValueError(f"{where}: {name!r} must be of real numbers, got {tensor.dtype}")
 
 
 def describe_value(value: object) -> str:

@@ -93,6 +93,8 @@ class Layout:
         shapes, aliases, roles = describe_source(source)
         entries, offset = [], 0
         for name, (shape, dtype) in shapes.items():
+            if dtype.is_complex:
+                raise ValueError(f"layout: {name!r} must be of real numbers, got {dtype}")
             if dtype.is_floating_point:
                 entries.append(Entry(name, shape, dtype, roles[name], offset))
                 offset += math.prod(shape)
@@ -170,7 +172,8 @@ class Layout:
         Differentiable in the tensors.
 
         Raises:
-            ValueError: If a tensor is missing, has another shape or is not floating point; it is named.
+            ValueError: If a tensor is missing, has another shape, is not floating point, or other than the one that it
+                is tied to; it is named.
         """
         state = load_state(source)
         pieces = []
@@ -188,6 +191,9 @@ class Layout:
         extra = next((name for name, value in state.items() if name not in known and value.is_floating_point()), None)
         if extra is not None:
             raise ValueError(f"flatten: {extra!r} must be in the layout, which is that of another architecture")
+        for alias, name in self.aliases.items():
+            if alias in state and not is_same(state[alias], state[name]):
+                raise ValueError(f"flatten: {alias!r} must be {name!r}, to which it is tied, got other values")
         dtype = flat_dtype(piece.dtype for piece in pieces)
         return torch.cat([piece.reshape(-1).to(dtype) for piece in pieces])
 
@@ -395,6 +401,13 @@ def row_length(entry: Entry, bias: Entry | None) -> int:
     return entry.numel // (entry.shape[0] if entry.shape else 1) + (bias is not None)
 
 
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are one, or hold the same values, NaN among them."""
+    if x.shape != y.shape or x.data_ptr() == y.data_ptr():
+        return x.shape == y.shape
+    return bool(torch.isclose(x.double(), y.double().to(x.device), rtol=0, atol=0, equal_nan=True).all())
+
+
 def flat_dtype(dtypes) -> torch.dtype:
-    """The smallest dtype of a flat vector that holds all of ``dtypes`` exactly; 8-bit floats fit into bfloat16."""
+    """The smallest dtype of a flat vector that holds all of ``dtypes`` exactly; float32 for floats of 8 bits."""
     return reduce(torch.promote_types, (d if d in NATIVE else torch.float32 for d in dtypes))

@@ -91,6 +91,12 @@ class Config:
                 raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
         if not self.probe_epochs or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs):
             raise ValueError(f"quickstart: probe_epochs must be in [0, {self.epochs}], got {self.probe_epochs}")
+        if self.threads < 0:
+            raise ValueError(f"quickstart: threads must be at least 0, got {self.threads}")
+        for name in ("width", "depth", "latent"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
+        sane_config(self, Path(self.out), zoo="", window=1)  # says what else is out of range
 
 
 def run(config: Config) -> None:
@@ -199,7 +205,8 @@ def align_zoo(config: Config, folder: Path) -> dict:
 def train_sane(config: Config, folder: Path) -> dict:
     """an autoencoder of weights, trained on the training networks with permuted and noised views"""
     zoo = used_zoo(config, folder)
-    sane.train(sane_config(config, folder, zoo), zoo, torch.device("cpu"))
+    window = zoo.layout.with_tokens(None, "skip").num_tokens
+    sane.train(sane_config(config, folder, str(zoo.path), window), zoo, torch.device("cpu"))
     return {name: value for record in read_log(folder) for name, value in record.items() if "/" in name}
 
 
@@ -207,9 +214,9 @@ def used_zoo(config: Config, folder: Path) -> Zoo:
     return Zoo.open(folder / ("aligned" if config.align else "zoo"))
 
 
-def sane_config(config: Config, folder: Path, zoo: Zoo) -> sane.Config:
+def sane_config(config: Config, folder: Path, zoo: str, window: int) -> sane.Config:
     return sane.Config(
-        zoo=str(zoo.path),
+        zoo=zoo,
         out=str(folder / "sane"),
         steps=config.steps,
         batch_size=config.batch_size,
@@ -219,7 +226,7 @@ def sane_config(config: Config, folder: Path, zoo: Zoo) -> sane.Config:
         width=config.width,
         depth=config.depth,
         latent=config.latent,
-        window=zoo.layout.with_tokens(None, "skip").num_tokens,
+        window=window,
         gamma=config.gamma,
         noise=config.noise,
         erase=config.erase,
@@ -269,7 +276,7 @@ def probed_rows(config: Config, zoo: Zoo) -> dict[str, Tensor]:
 
 def make_features(config: Config, folder: Path, zoo: Zoo, rows: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """What is compared: name: split: features ``[n, d]``."""
-    embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo))
+    embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo), zoo.layout)
     raw = Zoo.open(folder / "zoo")
     features = {"SANE": {split: embeddings[numbers] for split, numbers in rows.items()}}
     features["s(W)"] = {split: predict.layer_statistics(zoo.rows(r), zoo.layout) for split, r in rows.items()}
@@ -357,7 +364,7 @@ def read_curves(config: Config, folder: Path) -> report.Curves:
     _, model = numpy.unique(zoo.properties["model"].to_pylist(), return_inverse=True)
     accuracy = torch.full((int(model.max()) + 1, config.epochs + 1), torch.nan, dtype=torch.float64)
     accuracy[torch.from_numpy(model), epochs] = known
-    embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo))[rows]
+    embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo), zoo.layout)[rows]
     unseen = torch.isin(rows, zoo.split("test"))
     arrays = (x.numpy() for x in (accuracy, embeddings, known[rows], unseen))
     return report.Curves(*arrays, read_log(folder))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastws.files import is_safetensors, load_checkpoint, read_headers
+from fastws.files import check_tensors, is_safetensors, load_checkpoint, read_headers
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
@@ -37,6 +37,7 @@ def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtyp
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"layout: {name!r} must be a tensor, got {type(tensor).__name__}")
+        check_tensors("layout", {name: tensor})
         key = storage_key(name, tensor)
         if key in seen:
             aliases[name] = seen[key]

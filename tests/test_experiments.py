@@ -1,6 +1,7 @@
 """Experiments in seconds: that they run, and what they write; not what they find."""
 
 import json
+import runpy
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -101,3 +102,11 @@ def test_kept_results_have_no_paths_of_a_machine(experiment):
 
 def test_table_of_results_is_what_the_files_say(experiment):
     assert experiment("report").table() in (EXPERIMENTS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["zoo_probes.py", "zoo_sparse.py"])
+def test_bad_input_ends_with_one_sentence(script, tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTWS_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "argv", [script, "--zoo", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="fastws: .*none.zoo.json: zoo must be a folder"):
+        runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")

@@ -102,6 +102,32 @@ def test_strides_ties_and_batches():
     assert torch.equal(layout.flatten({name: value[1] for name, value in batch.items()}), 2 * flat)
 
 
+def test_tied_tensors_that_differ_are_refused():
+    linear = nn.Linear(4, 4)
+    layout = Layout.from_checkpoint(tied := nn.ModuleDict({"a": linear, "b": linear}))
+    state = {name: tensor.detach().clone() for name, tensor in tied.state_dict().items()}
+    state["a.bias"][0] = state["b.bias"][0] = torch.nan
+    assert len(layout.flatten(state)) == 20
+    state["b.weight"][3, 3] += 1
+    with pytest.raises(ValueError, match="flatten: 'b.weight' must be 'a.weight', to which it is tied, got"):
+        layout.flatten(state)
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({1: torch.ones(2, 2)}, "names of tensors must be strings, got 1"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' must be a dense tensor, got torch.sparse_coo"),
+        ({"a": torch.ones(2, 2, dtype=torch.complex64)}, "'a' must be of real numbers, got torch.complex64"),
+    ],
+)
+def test_tensors_of_no_layout_are_refused(state, message, tmp_path):
+    for source in (state, str(tmp_path / "a.pt")):
+        torch.save(state, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=message):
+            Layout.from_checkpoint(source)
+
+
 def test_unflatten_gives_views_and_gradients_flow():
     layout = Layout.from_checkpoint(small_checkpoint())
     flat = layout.flatten(small_checkpoint()).requires_grad_()

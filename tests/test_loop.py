@@ -1,5 +1,6 @@
 """The training loop on a small regression, which is also a program: ``python tests/test_loop.py OUT`` trains it."""
 
+import errno
 import json
 import os
 import shutil
@@ -261,8 +262,18 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 def test_half_a_file_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / "checkpoint.pt.1.tmp").write_text("half")
+    (tmp_path / "mine.tmp").write_text("not of a run")
     train(replace(CONFIG, out=str(tmp_path)))
-    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["checkpoint.pt", "log.jsonl", "mine.tmp"]
+
+
+def test_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "checkpoint.pt")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        files.load(tmp_path / "checkpoint.pt")
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from scipy.stats import kendalltau
 from small_zoo import make_small_zoo
 
+import fastws
 from fastws.downstream import predict
 from fastws.nn.sane import SANE, SANEConfig
 
@@ -210,7 +211,7 @@ def test_distances_by_hand():
 def test_embeddings_survive_a_file(tmp_path, encoder):
     embeddings = torch.randn(7, 6)
     embed.save_embeddings(tmp_path / "new" / "e.safetensors", embeddings, encoder.layout)
-    assert torch.equal(embed.load_embeddings(tmp_path / "new" / "e.safetensors", 7), embeddings)
+    assert torch.equal(embed.load_embeddings(tmp_path / "new" / "e.safetensors", 7, encoder.layout), embeddings)
 
 
 # --- the commands
@@ -283,16 +284,26 @@ def test_targets_must_be_properties(zoo):
         predict.read_target(zoo, "size")
 
 
-def test_embeddings_must_fit_the_zoo(tmp_path):
+def test_embeddings_must_fit_the_zoo(zoo, tmp_path):
     save_file({"embeddings": torch.zeros(3, 2)}, tmp_path / "e.safetensors")
     with pytest.raises(ValueError, match=r"must hold embeddings \[4, E\], one per row of the zoo, got \[3, 2\]"):
-        embed.load_embeddings(tmp_path / "e.safetensors", 4)
+        embed.load_embeddings(tmp_path / "e.safetensors", 4, zoo.layout)
 
 
-def test_embeddings_must_be_a_file_of_tensors(tmp_path):
+def test_embeddings_must_be_of_the_architecture_and_finite(zoo, tmp_path):
+    path, other = tmp_path / "e.safetensors", fastws.Layout.from_checkpoint(torch.nn.Linear(2, 2))
+    embed.save_embeddings(path, torch.zeros(4, 2), other)
+    with pytest.raises(ValueError, match=f"of the architecture .* of the zoo, got those of {other.fingerprint}"):
+        embed.load_embeddings(path, 4, zoo.layout)
+    embed.save_embeddings(path, torch.tensor([[0.0], [torch.nan]]), zoo.layout)
+    with pytest.raises(ValueError, match="must hold finite embeddings, got others first in row 1"):
+        embed.load_embeddings(path, 2, zoo.layout)
+
+
+def test_embeddings_must_be_a_file_of_tensors(zoo, tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="empty must be a file that fastws embed wrote, got"):
-        embed.load_embeddings(tmp_path / "empty", 4)
+        embed.load_embeddings(tmp_path / "empty", 4, zoo.layout)
 
 
 def test_configs_are_checked():

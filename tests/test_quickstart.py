@@ -123,6 +123,11 @@ def test_run_is_resumed_only_as_it_was_begun(finished, changed, message):
         ({"permutations": 0}, "permutations must be at least 1, got 0"),
         ({"epochs": 5}, r"probe_epochs must be in \[0, 5\]"),
         ({"probe_epochs": ()}, "probe_epochs must be"),
+        ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2, for contrast, got 1"),
+        ({"gamma": 2.0}, r"gamma must be in \[0, 1\], got 2.0"),
     ],
 )
 def test_config_is_checked(fields, message):

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import fastws
 from fastws.atomic import write_tensors
 from fastws.devices import find_device
-from fastws.files import DAMAGED
+from fastws.files import DAMAGED, load_plain
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format import Zoo
 
@@ -71,7 +70,7 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     if not Path(path).is_file():
         raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = load_plain(path, mmap=True)
         extra = state["extra"]
         layout, sizes, mean, std = (extra[name] for name in ("layout", "sane", "mean", "std"))
     except DAMAGED as error:
@@ -190,17 +189,25 @@ def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout)
     write_tensors(path, {"embeddings": embeddings}, metadata)
 
 
-def load_embeddings(path: str | Path, rows: int) -> Tensor:
-    """Reads what ``embed`` wrote for a zoo of so many rows.
+def load_embeddings(path: str | Path, rows: int, layout: fastws.Layout) -> Tensor:
+    """Reads what ``embed`` wrote for a zoo of so many rows and of this layout.
 
     Raises:
         ValueError: If the file holds something else.
     """
     try:
-        embeddings = load_file(path).get("embeddings")
+        with safe_open(path, framework="pt") as file:
+            embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None  # noqa: SIM118
+            made_for = json.loads((file.metadata() or {}).get("fastws", "{}")).get("fingerprint", layout.fingerprint)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"predict: {path} must be a file that fastws embed wrote, got {error}") from error
     if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:
         got = "none" if embeddings is None else list(embeddings.shape)
         raise ValueError(f"predict: {path} must hold embeddings [{rows}, E], one per row of the zoo, got {got}")
+    if made_for != layout.fingerprint:
+        what = f"of the architecture {layout.fingerprint} of the zoo, got those of {made_for}"
+        raise ValueError(f"predict: {path} must hold embeddings {what}")
+    if not embeddings.isfinite().all():
+        row = int((~embeddings.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"predict: {path} must hold finite embeddings, got others first in row {row}")
     return embeddings

@@ -114,7 +114,7 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     """The feature sets that were asked for, ``[M, d]`` each."""
     features = {}
     if config.embeddings is not None:
-        features["sane"] = load_embeddings(config.embeddings, len(zoo))
+        features["sane"] = load_embeddings(config.embeddings, len(zoo), zoo.layout)
     elif config.model is not None:
         encoder = load_encoder(config.model, find_device(config.device))
         features["sane"] = embed(encoder, zoo, halo=default_halo(encoder))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastws.files import DAMAGED
+from fastws.files import DAMAGED, load_plain
 from fastws.nern.layers import StoredLayers
 from fastws.nn.nern import NeRN, NeRNConfig, load
 
@@ -31,7 +31,7 @@ def load_nern(path: str | Path) -> tuple[NeRN, StoredLayers, dict[str, Tensor]]:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: file must be there, got none")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
         state, extra = content["model"], content["extra"]
         config = NeRNConfig(**extra["nern"] | {"gauss_scale": tuple(extra["nern"]["gauss_scale"])})
         stored = StoredLayers.from_dict(extra["stored"], extra["rows"])

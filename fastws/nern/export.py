@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastws.atomic import write_json, write_tensors
 from fastws.devices import find_device
+from fastws.files import load_plain
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers
@@ -96,7 +97,7 @@ def run(config: Config) -> None:
 
 def read_training(path: str) -> tuple[dict[str, Any], str]:
     """The config of a run, whose checkpoint ``load_nern`` has read before, and the key of the weights it stores."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_plain(path)
     config = content.get("config", {})
     for name in ("architecture", "weights", "image_size", "order", "improve"):
         if name not in config:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastws.files import DAMAGED
+from fastws.files import DAMAGED, load_plain
 from fastws.ops.kernel_order import kernel_order, unit_rows
 
 MODES = ("crossfilter", "infilter")
@@ -266,7 +266,7 @@ def check_manifest(folder: Path, weights: Sequence[Tensor], mode: str) -> None:
 
 def parse(path: Path, weight: Tensor, mode: str) -> Order:
     try:
-        plain = torch.load(path, map_location="cpu", weights_only=True)
+        plain = load_plain(path)
         if mode == "crossfilter":
             order = torch.tensor(plain, dtype=torch.int64)
             expected, lists = [weight.shape[:2].numel()], [order]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastws
 from fastws.atomic import write_atomically, write_file
-from fastws.files import DAMAGED
+from fastws.files import DAMAGED, load_plain
 from fastws.train import processes
 from fastws.version import __version__
 
@@ -21,6 +22,9 @@ if find_spec("tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
 else:
     SummaryWriter = None
+
+
+OWN_HALF = re.compile(r"(checkpoint\.pt|best\.pt|log\.jsonl|results\.json)\.\d+\.tmp")
 
 
 def make_folder(path: str) -> Path:
@@ -32,7 +36,8 @@ def make_folder(path: str) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)  # another process of the run may have been faster
         for half in folder.glob("*.tmp") if processes.rank() == 0 else ():  # of processes that were killed
-            half.unlink(missing_ok=True)
+            if OWN_HALF.fullmatch(half.name):
+                half.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"train: out must be a folder that can be written, got {path!r}: {error.strerror}") from error
     return folder
@@ -66,7 +71,7 @@ def tensors(state: Any) -> list[Tensor]:
 def load(path: Path) -> dict[str, Any]:
     """Reads what ``save`` wrote; nothing but tensors and plain containers is accepted."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"train: {path} must be a checkpoint, got {reason}; remove it to start anew") from error

@@ -179,6 +179,7 @@ def last_rows(zoo: Zoo) -> dict[str, int]:
     models = zoo.properties["model"].cast("string").to_pylist()
     known = "epoch" in zoo.properties.column_names
     epochs = zoo.properties["epoch"].to_pylist() if known else range(len(models))
+    epochs = [float("-inf") if epoch is None else epoch for epoch in epochs]
     last: dict[str, int] = {}
     for row, model in enumerate(models):
         if model not in last or epochs[row] >= epochs[last[model]]:

@@ -80,19 +80,20 @@ class Functions(NamedTuple):
 
 
 def draw_sample(zoo: Zoo, count: int, seed: int) -> Sample:
-    """Draws at most ``count`` networks, and no more than fit into memory at one epoch."""
+    """Draws at most ``count`` networks with states of known epochs, and no more than fit into memory at one epoch."""
     table = zoo.properties
     encoded = table["model"].cast("string").combine_chunks().dictionary_encode()
     member, names = encoded.indices.to_numpy(), encoded.dictionary
-    count = min(count, len(names), max(2, AT_ONCE // zoo.layout.num_weights))
-    chosen = numpy.sort(numpy.random.default_rng(seed).choice(len(names), count, replace=False))
-    place = numpy.full(len(names), -1)
-    place[chosen] = numpy.arange(count)
     known = "epoch" in table.column_names
     number = table["epoch"].cast("float64").to_numpy() if known else numpy.zeros(len(zoo))
     dated = numpy.isfinite(number)  # states without an epoch stand in no table of epochs
     if not dated.any():
         number, dated = numpy.zeros(len(zoo)), numpy.ones(len(zoo), dtype=bool)
+    candidates = numpy.unique(member[dated])
+    count = min(count, len(candidates), max(2, AT_ONCE // zoo.layout.num_weights))
+    chosen = numpy.sort(numpy.random.default_rng(seed).choice(candidates, count, replace=False))
+    place = numpy.full(len(names), -1)
+    place[chosen] = numpy.arange(count)
     epochs = numpy.unique(number[dated])
     epoch = numpy.searchsorted(epochs, number)
     here = numpy.flatnonzero((place[member] >= 0) & dated)

@@ -104,11 +104,13 @@ def check_parent(path: Path, zoo: Zoo) -> None:
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:
     """The configuration with which a zoo was made, on the images and the device of this one."""
     made = zoo.provenance.get("config")
+    if not isinstance(made, dict):
+        raise ValueError(f"zoo sparsify: {zoo.path} must have been made by fastws zoo make, got a zoo without recipes")
     try:
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
         fields |= {"zoo": config.zoo, "data": config.data or made["data"], "device": config.device}
         return MakeConfig(**fields)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         what = "have been made by fastws zoo make, whose recipes are needed"
         raise ValueError(f"zoo sparsify: {zoo.path} must {what}, got {error!r}") from error
 
