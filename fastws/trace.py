@@ -172,7 +172,18 @@ class Tracer(TorchDispatchMode):
             results = (rule or not_understood)(self, call)  # a rule may leave trailing results without fields
             for tensor, fields in zip(call.results, results, strict=False):
                 self.label(tensor, fields)
+        if function._schema.is_mutable and isinstance(call.x, Tensor):
+            self.hold_around(call.x, str(function))
         return call.output
+
+    def hold_around(self, part: Tensor, reason: str) -> None:
+        """Holds the units of a tensor of which only a part was changed in place, and those of the part."""
+        memory = part.untyped_storage().data_ptr()
+        for tensor, fields in list(self.labels.values()):
+            larger = tensor.numel() > part.numel() and 0 not in tensor.stride()
+            if larger and tensor.untyped_storage().data_ptr() == memory:
+                for field in (*fields, *self.raw(part)):
+                    self.units.hold(field, reason)
 
     def label(self, tensor: Tensor, fields: Fields) -> None:
         self.labels[id(tensor)] = (tensor, fields)

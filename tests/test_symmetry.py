@@ -341,6 +341,25 @@ def test_constants_hold_their_axis_still():
     assert Symmetry.trace(Wrapped(lambda x: x * scale), torch.randn(2, 3)).sizes == (5,)
 
 
+@pytest.mark.parametrize(
+    "change, sizes",
+    [
+        (lambda x: x[:, 0].zero_(), (5,)),
+        (lambda x: x[:, ::2].mul_(3), (5,)),
+        (lambda x: x[:, :2].copy_(x[:, 2:4].sigmoid()), (5,)),
+        (lambda x: x.view(-1).relu_(), (6, 5)),
+        (lambda x: x.relu_(), (6, 5)),
+    ],
+)
+def test_changing_a_part_in_place_holds_the_whole(change, sizes):
+    def operation(x):
+        x = x.clone()
+        change(x)
+        return x
+
+    assert Symmetry.trace(Wrapped(operation), torch.randn(2, 3)).sizes == sizes
+
+
 def test_slices_split_a_group():
     gate = Wrapped(lambda x: F.pad(x[:, :3].sigmoid() * x[:, 3:], (0, 3)))
     symmetry = Symmetry.trace(gate, torch.randn(2, 3))
