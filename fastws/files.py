@@ -171,16 +171,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
     """The state dict in what a training script saved."""
     if isinstance(loaded, Mapping):
-        inner = next((key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-        loaded = loaded[inner] if inner else loaded
-    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        loaded = next((loaded[key] for key in WRAPPERS if holds_tensors(loaded.get(key))), loaded)
+    if not holds_tensors(loaded):
         raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(loaded)}")
+    nested = next((name for name, value in loaded.items() if holds_tensors(value)), None)
+    if nested is not None:
+        raise ValueError(f"{where}: {nested!r} must be a tensor, got a dictionary of tensors; save that one alone")
     loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     check_tensors(where, loaded)
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in loaded):
             loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
     return loaded
+
+
+def holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
 def check_tensors(where: str, state: Mapping[str, Tensor]) -> None:
