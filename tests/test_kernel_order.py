@@ -154,7 +154,8 @@ def test_kernel_order_improved_is_a_path_and_never_worse(n, d, seed):
     kernels = random_kernels(n, d, seed).round(decimals=seed % 3)
     greedy, improved = fastws.kernel_order(kernels), fastws.kernel_order(kernels, improve=True)
     assert improved[0] == 0 and improved.sort().values.tolist() == list(range(n))
-    assert n == 1 or mean_similarity(kernels, improved) >= mean_similarity(kernels, greedy)
+    # as good a path of other pairs may differ in the last digit of its sum
+    assert n == 1 or mean_similarity(kernels, improved) >= mean_similarity(kernels, greedy) - 1e-12
     assert torch.equal(improved, fastws.kernel_order(kernels, improve=True))
 
 
