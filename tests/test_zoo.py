@@ -365,6 +365,12 @@ def test_full_disk_leaves_the_zoo_as_it_was(tmp_path, monkeypatch):
     assert_holds(Zoo.open(tmp_path), 5)
 
 
+def test_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path.name}: name must be that of a file, got a folder"):
+        atomic.write_file(tmp_path, b"x")
+    assert not list(tmp_path.parent.glob("*.tmp"))
+
+
 def test_path_must_be_in_utf8(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     for use in (Zoo.open, lambda path: ZooWriter(path, LAYOUT)):

@@ -47,7 +47,7 @@ def test_states_without_an_epoch_are_in_no_table(tmp_path, no_images):
     info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "report.html")))
     assert "72 states of 36 networks" in read(tmp_path / "report.html")
     align(AlignConfig(zoo=str(tmp_path / "some"), reference="m1"))  # its last state is one that is dated
-    with pytest.raises(OSError, match="some: name must be that of a file, got a folder"):
+    with pytest.raises(ValueError, match="zoo info: report must be a file to write, got the folder .*some"):
         info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "some")))
 
 

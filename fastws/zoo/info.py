@@ -32,6 +32,8 @@ class Config:
 def run(config: Config) -> None:
     if config.report is not None:
         pages.require_matplotlib("zoo info")
+        if Path(config.report).is_dir():
+            raise ValueError(f"zoo info: report must be a file to write, got the folder {config.report}")
     zoo = Zoo.open(config.zoo)
     describe(zoo)
     if config.report is not None:
