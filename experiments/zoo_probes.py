@@ -61,7 +61,6 @@ def run(config: Config) -> None:
     sizes = {split: len(found) for split, found in rows.items()}
     content = {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results}
     path = Path(config.out, "results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     print(f"results: {path}")
 

@@ -17,7 +17,7 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     """A file that appears under ``path`` when the block ends without error, complete and on disk; else nothing does.
 
     Args:
-        path: Where it appears, replacing what is there.
+        path: Where it appears, replacing what is there; folders that lack are made.
         size: Bytes needed, for the message if the disk is full.
 
     Raises:
@@ -25,6 +25,7 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -35,7 +36,7 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = "more" if size is None else f"{size:,} bytes of"
             raise OSError(error.errno, f"{path}: writing it needs {needed} free disk space; make room") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
             raise OSError(error.errno, f"{path}: folder must be writable, got {error.strerror}") from error
         if error.errno == errno.EISDIR:
             raise OSError(error.errno, f"{path}: name must be that of a file, got a folder") from error

@@ -190,14 +190,12 @@ def holds_tensors(value: object) -> bool:
 
 
 def check_tensors(where: str, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless all names are strings and all tensors dense and real."""
+    """Raises ValueError unless all names are strings and all tensors dense."""
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{where}: {name!r} must be a dense tensor, got {tensor.layout}")
-        if tensor.is_complex():
-            raise ValueError(f"{where}: {name!r} must be of real numbers, got {tensor.dtype}")
 
 
 def describe_value(value: object) -> str:

@@ -86,16 +86,13 @@ class Config:
     def __post_init__(self):
         if self.networks < 20:
             raise ValueError(f"quickstart: networks must be at least 20, some for each split, got {self.networks}")
-        for name in ("epochs", "permutations", "nern_steps"):
+        for name in ("epochs", "permutations", "nern_steps", "width", "depth", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
         if not self.probe_epochs or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs):
             raise ValueError(f"quickstart: probe_epochs must be in [0, {self.epochs}], got {self.probe_epochs}")
         if self.threads < 0:
             raise ValueError(f"quickstart: threads must be at least 0, got {self.threads}")
-        for name in ("width", "depth", "latent"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
         sane_config(self, Path(self.out), zoo="", window=1)  # says what else is out of range
 
 

@@ -37,7 +37,8 @@ def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtyp
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"layout: {name!r} must be a tensor, got {type(tensor).__name__}")
-        check_tensors("layout", {name: tensor})
+    check_tensors("layout", state)
+    for name, tensor in state.items():
         key = storage_key(name, tensor)
         if key in seen:
             aliases[name] = seen[key]

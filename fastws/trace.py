@@ -172,8 +172,10 @@ class Tracer(TorchDispatchMode):
             results = (rule or not_understood)(self, call)  # a rule may leave trailing results without fields
             for tensor, fields in zip(call.results, results, strict=False):
                 self.label(tensor, fields)
-        if function._schema.is_mutable and isinstance(call.x, Tensor):
-            self.hold_around(call.x, str(function))
+        for argument in function._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for part in tensors_in(call.get(argument.name)):
+                    self.hold_around(part, str(function))
         return call.output
 
     def hold_around(self, part: Tensor, reason: str) -> None:

@@ -349,6 +349,7 @@ def test_constants_hold_their_axis_still():
         (lambda x: x[:, :2].copy_(x[:, 2:4].sigmoid()), (5,)),
         (lambda x: x.view(-1).relu_(), (6, 5)),
         (lambda x: x.relu_(), (6, 5)),
+        (lambda x: torch.sigmoid(x[:, :2], out=torch.empty(len(x), 2, dtype=x.dtype)), (2, 4, 5)),  # only read
     ],
 )
 def test_changing_a_part_in_place_holds_the_whole(change, sizes):

@@ -79,7 +79,7 @@ def load(
         raise ValueError(f"load: limit must be at least 1, got {limit}")
     if Path(name).suffix == ".pt":
         return read_dump(Path(name), limit)
-    white = digits.WHITE if name == "digits" else 255
+    white = white_of(name)
     train, test = read(name, None if validation else limit, limit)
     if not 0 <= validation < len(train[1]):
         raise ValueError(f"{name}: validation must be less than {len(train[1])}, the images, got {validation}")
@@ -110,6 +110,11 @@ def read(name: str | os.PathLike, train: int | None, test: int | None) -> list[t
         shapes = f"{list(parts[0][0].shape[1:])} and {list(parts[1][0].shape[1:])}"
         raise ValueError(f"{name}: images for training and testing must have one shape, got {shapes}")
     return parts
+
+
+def white_of(name: str | os.PathLike) -> int:
+    """The largest pixel that ``read`` gives."""
+    return digits.WHITE if name == "digits" else 255
 
 
 def spaced(rows: Tensor, limit: int | None) -> Tensor:

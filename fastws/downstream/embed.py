@@ -184,9 +184,8 @@ def compare_distances(features: Tensor, moved: Tensor) -> dict[str, float]:
 
 
 def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout) -> None:
-    path, metadata = Path(path), {"fastws": json.dumps({"fingerprint": layout.fingerprint})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {"embeddings": embeddings}, metadata)
+    metadata = {"fastws": json.dumps({"fingerprint": layout.fingerprint})}
+    write_tensors(Path(path), {"embeddings": embeddings}, metadata)
 
 
 def load_embeddings(path: str | Path, rows: int, layout: fastws.Layout) -> Tensor:
@@ -199,7 +198,7 @@ def load_embeddings(path: str | Path, rows: int, layout: fastws.Layout) -> Tenso
         with safe_open(path, framework="pt") as file:
             embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None  # noqa: SIM118
             made_for = json.loads((file.metadata() or {}).get("fastws", "{}")).get("fingerprint", layout.fingerprint)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise ValueError(f"predict: {path} must be a file that fastws embed wrote, got {error}") from error
     if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:
         got = "none" if embeddings is None else list(embeddings.shape)

@@ -98,7 +98,6 @@ def run(config: Config) -> None:
             print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e}")
     path = Path(config.out) / "results.json"
     sizes = {split: len(numbers) for split, numbers in rows.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results})
     print(f"results: {path}")
 

@@ -71,11 +71,9 @@ def mix(images: Tensor, seed: int) -> Tensor:
         share = generator.beta(MIXUP, MIXUP)
         return share * images + (1 - share) * images.flip(0)
     side = generator.beta(CUTMIX, CUTMIX) ** 0.5  # of the rectangle, relative to the image
-    rows, columns = (
-        slice(max(middle - round(side * size / 2), 0), middle + round(side * size / 2))
-        for size in images.shape[2:]
-        for middle in [int(generator.integers(size))]
-    )
+    sizes = images.shape[2:]
+    centers, halves = generator.integers(sizes).tolist(), [round(side * size / 2) for size in sizes]
+    rows, columns = (slice(max(c - half, 0), c + half) for c, half in zip(centers, halves, strict=True))
     mixed = images.clone()
     mixed[:, :, rows, columns] = images.flip(0)[:, :, rows, columns]
     return mixed

@@ -113,7 +113,6 @@ def show(images: ImageSet, size: int, precision: str, device: torch.device) -> I
 def write(path: Path, network: nn.Module) -> None:
     tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in network.state_dict().items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)
     except OSError as error:
         raise OSError(f"nern export: out must be a file that can be written, got {str(path)!r}: {error}") from error

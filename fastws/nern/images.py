@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastws.data import digits, encoded
-from fastws.data.images import SPLIT_SEED, read, spaced
+from fastws.data import encoded
+from fastws.data.images import SPLIT_SEED, read, spaced, white_of
 from fastws.draws import epoch_rows
 from fastws.nern.augment import DRAWS, mix, randaugment
 from fastws.philox import philox_reference
@@ -149,8 +149,7 @@ def open_images(
     shape = (channels, size, size) if size else tuple(parts["train"].images.shape[1:])
     if augment == "rand" and not size:
         raise ValueError("nern images: augment must be 'crop' for images in memory, got 'rand'; give their size")
-    white = digits.WHITE if data == "digits" else 255
-    return ImageSet(parts, shape, mean, std, augment, white)
+    return ImageSet(parts, shape, mean, std, augment, white_of(data))
 
 
 def uniform_images(shape: tuple[int, int, int], size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:

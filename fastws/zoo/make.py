@@ -175,10 +175,11 @@ def make(config: Config) -> Zoo:
         BlockingIOError: If another process is writing the zoo.
     """
     path, place = Path(config.zoo), ranks.place()
-    for begun in (path, *ranks.parts(path)):
+    for begun in (path, *ranks.begun_parts(path)):
         check_config(begun, config)
-    ranks.check(path, place)
-    if place.world > 1 and ranks.finished(path, place, config.networks * (config.epochs + 1)):
+    ranks.check(path, place, config.networks * (config.epochs + 1))
+    if place.world > 1 and ranks.finished(path, place):
+        ranks.remove_joined(path, place)
         return Zoo.open(path)
     job = prepare(config)
     if place.world == 1:

@@ -46,14 +46,14 @@ def folder(path: Path, place: Place) -> Path:
     return path / f"parts-of-{place.world}" / str(place.rank)
 
 
-def check(path: Path, place: Place) -> None:
+def check(path: Path, place: Place, states: int) -> None:
     """A zoo is gone on with by as many processes as began it.
 
     Raises:
         ValueError: If it was begun by another number.
     """
     begun = [int(parts.name.removeprefix("parts-of-")) for parts in path.glob("parts-of-*")]
-    if (path / RESUME).exists():
+    if (path / RESUME).exists() or (not begun and is_short(path, states)):
         begun.append(1)
     for world in begun:
         if world != place.world:
@@ -61,37 +61,38 @@ def check(path: Path, place: Place) -> None:
             raise ValueError(f"zoo make: WORLD_SIZE must be {what}; start as many, or take another folder")
 
 
-def parts(path: Path) -> list[Path]:
+def is_short(path: Path, states: int) -> bool:
+    """Whether there is a zoo of fewer states."""
+    if not (path / MANIFEST).exists():
+        return False
+    zoo = Zoo.open(path)
+    return len(zoo) + zoo.dropped < states
+
+
+def begun_parts(path: Path) -> list[Path]:
     """Zoos that processes write or have written."""
     return sorted(path.glob("parts-of-*/*/"))
 
 
-def finished(path: Path, place: Place, states: int) -> bool:
-    """Whether the zoo is whole, with so many states.
+def finished(path: Path, place: Place) -> bool:
+    return (path / MANIFEST).exists() and not folder(path, place).parent.exists()
 
-    Raises:
-        ValueError: If one process began it, without others.
-    """
-    if not (path / MANIFEST).exists() or folder(path, place).parent.exists():
-        return False
-    zoo = Zoo.open(path)
-    if len(zoo) + zoo.dropped < states:
-        what = f"1, the number of processes that began {path}, got {place.world}"
-        raise ValueError(f"zoo make: WORLD_SIZE must be {what}; start as many, or take another folder")
+
+def remove_joined(path: Path, place: Place) -> None:
+    """Removes what a process that was killed at the very end left."""
     if place.rank == 0:
-        shutil.rmtree(path / JOINED, ignore_errors=True)  # if a process was killed while it did that
-    return True
+        shutil.rmtree(path / JOINED, ignore_errors=True)
 
 
 def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter], check: Callable[[Path], None]) -> None:
     """Waits until all parts are done; the first process checks them and writes the zoo, the others wait for it."""
-    place_of_parts = folder(path, place).parent
+    parts = folder(path, place).parent
     write_file(folder(path, place) / DONE, b"")
     if place.rank > 0:
-        while place_of_parts.exists():
+        while parts.exists():
             time.sleep(POLL)
         return
-    folders = [place_of_parts / str(rank) for rank in range(place.world)]
+    folders = [parts / str(rank) for rank in range(place.world)]
     while not all((part / DONE).exists() for part in folders):
         time.sleep(POLL)
     for part in folders:
@@ -102,7 +103,7 @@ def join(path: Path, place: Place, open_writer: Callable[[], ZooWriter], check: 
     logs = b"".join((part / LOG).read_bytes() for part in folders if (part / LOG).exists())  # none without networks
     write_file(path / LOG, logs)
     shutil.rmtree(path / JOINED, ignore_errors=True)
-    place_of_parts.rename(path / JOINED)
+    parts.rename(path / JOINED)
     shutil.rmtree(path / JOINED)
 
 

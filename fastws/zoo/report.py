@@ -38,7 +38,6 @@ class Findings(NamedTuple):
 
 def write(path: Path, findings: Findings) -> None:
     content = pages.document(f"zoo {findings.zoo.path.name}", body(findings)).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, content)
 
 
