@@ -13,8 +13,9 @@ from fastws.layout import Layout
 from fastws.ops.permute import permute, random_permutations
 from fastws.roles import storage_key
 from fastws.segments import Composites, Segments, arrange, group_names, plan, unit_size
-from fastws.trace import in_double, tensors_in, trace
+from fastws.trace import in_double, trace
 from fastws.trace_rules import RULES
+from fastws.tracer import tensors_in
 
 TOLERANCE = 1e-6  # a wrong permutation errs by far more, a module that computes parts of itself in float32 by less
 

@@ -1,4 +1,4 @@
-"""Rules: what each ATen operation says about the units of its operands and results. ``trace.py`` tells the idea."""
+"""Rules: what each ATen operation says about the units of its operands and results. ``tracer.py`` tells the idea."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastws.trace import Call, Fields, Tracer, moving, not_understood
+from fastws.tracer import Call, Fields, Tracer, moving, not_understood
 
 Labelled = tuple[Fields, list[int]]  # fields and shape of a tensor
 

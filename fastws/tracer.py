@@ -1,0 +1,269 @@
+"""Watching operations: which units the entries of every tensor belong to.
+
+Every entry of every tensor belongs to *units*: a channel, a hidden neuron, an attention head. A *field* of a tensor is
+an int64 tensor that broadcasts to its shape and names a unit for each entry; an axis on which no field of a tensor
+varies holds still. At first every axis of every parameter has units of its own. Each ATen operation then says which
+units must be the same: a sum unites the units of its operands entry by entry, a contraction those of the two axes that
+it sums over. Operations that only move entries (views, slices, transposes) are applied to the fields themselves. What
+mixes the axes that a field varies over keeps the outermost of them, so of the axes (heads, width of a head) the heads.
+Unit 0 never moves.
+
+Operations are watched as they run rather than in an exported graph: they are the same, and modules that cannot be
+exported can be traced.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Fields = list[Tensor]
+
+
+def moving(field: Tensor) -> list[int]:
+    """The axes that a field varies over."""
+    return [axis for axis, size in enumerate(field.shape) if size > 1]
+
+
+class Units:
+    """Disjoint sets of units. The smallest number of a set stands for it."""
+
+    def __init__(self):
+        self.parent = torch.zeros(1, dtype=torch.int64)
+        self.reasons: dict[int, str] = {}  # unit that was held still: why
+
+    def new(self, count: int) -> Tensor:
+        units = torch.arange(len(self.parent), len(self.parent) + count)
+        self.parent = torch.cat([self.parent, units])
+        return units
+
+    def find(self, units: Tensor) -> Tensor:
+        while True:
+            above = self.parent[units]
+            if torch.equal(above, units):
+                return units
+            units = above
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        a, b = (x.reshape(-1) for x in torch.broadcast_tensors(a, b))
+        while True:
+            a, b = self.find(a), self.find(b)
+            low, high = torch.minimum(a, b), torch.maximum(a, b)
+            if torch.equal(low, high):
+                return
+            self.parent.scatter_reduce_(0, high, low, "amin")
+
+    def hold(self, units: Tensor, reason: str = "") -> None:
+        """Units that must not move. Only a reason that a user may want to know is kept."""
+        units = self.find(units).unique()
+        units = units[units > 0]
+        self.parent[units] = 0
+        if reason:
+            self.reasons.update((unit, reason) for unit in units.tolist())
+
+    def reason(self, unit: int) -> str:
+        """Why a unit is held still; "" for a natural reason."""
+        while unit != 0 and unit not in self.reasons:
+            unit = int(self.parent[unit])
+        return self.reasons.get(unit, "")
+
+
+@dataclass
+class Call:
+    """One ATen operation, its arguments and its result."""
+
+    function: torch._ops.OpOverload
+    args: tuple
+    kwargs: dict
+    output: Tensor | tuple
+
+    @property
+    def x(self) -> Tensor:
+        """The first argument."""
+        return self.args[0]
+
+    @property
+    def results(self) -> list[Tensor]:
+        return list(tensors_in(self.output))
+
+    def get(self, name: str, default=None):
+        """An argument by its name in the schema."""
+        names = [argument.name for argument in self.function._schema.arguments]
+        return (dict(zip(names, self.args, strict=False)) | self.kwargs).get(name, default)
+
+    def axes(self) -> list[int]:
+        """The axes of the first argument that ``dim`` names; all of them where it is absent or empty."""
+        axes = self.get("dim")
+        axes = [axes] if isinstance(axes, int) else axes
+        return [axis % max(1, self.x.dim()) for axis in axes] if axes else list(range(self.x.dim()))
+
+
+def base_name(function: torch._ops.OpOverload) -> str:
+    """``relu`` for ``aten::relu_``: what an operation computes, in place or not."""
+    return function._schema.name.removeprefix("aten::").rstrip("_")
+
+
+def tensors_in(tree) -> Iterable[Tensor]:
+    """The tensors in nested containers, and in objects that are mappings or sequences."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+class Tracer(TorchDispatchMode):
+    """Runs every operation as it is and gives its results fields."""
+
+    def __init__(self, rules: Mapping[str, Callable[["Tracer", Call], list[Fields]]]):
+        super().__init__()
+        self.rules = rules
+        self.units = Units()
+        self.labels: dict[int, tuple[Tensor, Fields]] = {}  # by id; the tensor is kept so that its id stays its own
+        self.seen: dict[int, Tensor] = {}  # by id, every field that some tensor has
+        self.used: set[int] = set()  # ids of tensors that some operation reads
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default imports the compiler of torch, which takes seconds
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        rule = self.rules.get(base_name(function))
+        if rule is None and torch.Tag.pointwise in function.tags:
+            rule = self.rules["pointwise"]
+        if rule is None and function._can_decompose():
+            with self:
+                output = function.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        call = Call(function, args, kwargs, function(*args, **kwargs))
+        self.used |= {id(tensor) for tensor in tensors_in((args, kwargs))}
+        if call.results:
+            results = (rule or not_understood)(self, call)  # a rule may leave trailing results without fields
+            for tensor, fields in zip(call.results, results, strict=False):
+                self.label(tensor, fields)
+        for argument in function._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for part in tensors_in(call.get(argument.name)):
+                    self.hold_around(part, str(function))
+        return call.output
+
+    def hold_around(self, part: Tensor, reason: str) -> None:
+        """Holds the units of a tensor of which only a part was changed in place, and those of the part."""
+        memory = part.untyped_storage().data_ptr()
+        for tensor, fields in list(self.labels.values()):
+            larger = tensor.numel() > part.numel() and 0 not in tensor.stride()
+            if larger and tensor.untyped_storage().data_ptr() == memory:
+                for field in (*fields, *self.raw(part)):
+                    self.units.hold(field, reason)
+
+    def label(self, tensor: Tensor, fields: Fields) -> None:
+        self.labels[id(tensor)] = (tensor, fields)
+        self.seen |= {id(field): field for field in fields}
+
+    def fresh(self, shape: Iterable[int], axes: Iterable[int] | None = None) -> Fields:
+        """Units of their own for each axis, or for ``axes``."""
+        shape = list(shape)
+        axes = range(len(shape)) if axes is None else axes
+        return [
+            self.units.new(shape[axis]).view([-1 if a == axis else 1 for a in range(len(shape))])
+            for axis in axes
+            if shape[axis] > 1
+        ]
+
+    def raw(self, tensor: Tensor) -> Fields:
+        _, fields = self.labels.get(id(tensor), (tensor, []))
+        return fields
+
+    def fields(self, tensor: Tensor) -> Fields:
+        """The fields of a tensor in their present state, those that vary over the outermost axis first."""
+        return sorted(self.simplify(self.raw(tensor)), key=lambda field: moving(field)[0])
+
+    def simplify(self, fields: Fields) -> Fields:
+        """Fields without the axes along which they name one unit; they keep the names that they had at first."""
+        simple = []
+        for field in fields:
+            units = self.units.find(field)
+            for axis in moving(field):
+                first = units.narrow(axis, 0, 1)
+                if units.stride(axis) == 0 or (units == first).all():
+                    units, field = first, field.narrow(axis, 0, 1)
+            if moving(field):
+                simple.append(field)
+        return simple
+
+    def still(self, field: Tensor, axes: Iterable[int], reason: str = "") -> Fields:
+        """What is left of a field when nothing may move along ``axes``."""
+        left = set(moving(field)) - set(axes)
+        if not left:
+            self.units.hold(field, reason)
+            return []
+        for axis in set(moving(field)) - left:
+            self.units.unite(field, field.narrow(axis, 0, 1))
+        return self.simplify([field])
+
+    def outermost(self, fields: Fields, axes: Iterable[int]) -> Fields:
+        """Fields for an operation that mixes the entries along ``axes``: none varies over those and others."""
+        axes, result = set(axes), []
+        for field in fields:
+            first, *others = moving(field)
+            result += self.still(field, others) if others and axes & {first, *others} else [field]
+        return result
+
+    def without(self, fields: Fields, axes: Iterable[int], reason: str = "") -> Fields:
+        """Fields for an operation that forbids moving entries along ``axes``."""
+        axes = set(axes)
+        mixed = self.outermost(fields, axes)
+        return [
+            rest
+            for field in mixed
+            for rest in (self.still(field, axes, reason) if axes & {*moving(field)} else [field])
+        ]
+
+    def meet(self, left: Fields, left_shape: list[int], right: Fields, right_shape: list[int]) -> Fields:
+        """Fields of an entry-wise function of two tensors whose shapes broadcast, of equal length."""
+        wide = [{axis for axis, size in enumerate(shape) if size > 1} for shape in (left_shape, right_shape)]
+        result, free = [], list(right)
+        for field in left:
+            partners = [other for other in free if set(moving(field)) & set(moving(other))]
+            if partners:
+                self.units.unite(field, partners[0])
+                free = [other for other in free if other is not partners[0]]
+                result += self.simplify([torch.broadcast_tensors(field, partners[0])[0]])
+            else:
+                result += self.still(field, wide[1]) if wide[1] & {*moving(field)} else [field]
+        for field in free:
+            result += self.still(field, wide[0]) if wide[0] & {*moving(field)} else [field]
+        return self.simplify(result)
+
+    def join(self, operands: Iterable[tuple[Fields, Iterable[int]]]) -> Fields:
+        """Fields of an entry-wise function of tensors, given by fields and shapes, that broadcast."""
+        operands = [(fields, list(shape)) for fields, shape in operands]
+        length = max(len(shape) for _, shape in operands)
+        result, extent = [], [1] * length
+        for fields, shape in operands:
+            missing = length - len(shape)
+            shape = [1] * missing + shape
+            fields = [field.view([1] * missing + list(field.shape)) for field in fields]
+            result = self.meet(result, extent, fields, shape)
+            extent = [max(sizes) for sizes in zip(extent, shape, strict=True)]
+        return result
+
+    def reduce(self, fields: Fields, axes: Iterable[int], keep: bool = False) -> Fields:
+        """Fields after a sum over ``axes``, which stay as axes of size 1 or go."""
+        axes = set(axes)
+        left = [field for field in self.outermost(fields, axes) if not axes & {*moving(field)}]
+        return left if keep else [field.squeeze(tuple(axes)) for field in left]
+
+
+def not_understood(tracer: Tracer, call: Call) -> list[Fields]:
+    for tensor in tensors_in((call.args, call.kwargs)):
+        for field in tracer.fields(tensor):
+            tracer.units.hold(field, f"{call.function} is not understood")
+    return [[] for _ in call.results]
