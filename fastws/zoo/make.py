@@ -221,12 +221,12 @@ def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callab
         return  # a finished zoo
     size = 1 if job.one_by_one else config.wave
     rank = ranks.place().rank
-    bar = tqdm(total=networks * states, unit=" states", smoothing=0.05, disable=rank > 0)
+    done = first * states + (epoch + 1) * min(size, networks - first)
+    bar = tqdm(total=networks * states, initial=done, unit=" states", smoothing=0.05, disable=rank > 0)
     for begin in range(first, networks, size):
         wave = make_wave(job.recipes[begin : begin + size])
         if begin == first and tensors:
             wave.epoch, wave.state, wave.orders.state = epoch, tensors["state"], tensors["orders"]
-        bar.update(begin * states + (wave.epoch + 1) * len(wave.recipes) - bar.n)
         while wave.epoch < config.epochs:
             bar.set_postfix(networks=f"{begin + len(wave.recipes)}/{networks}", epoch=wave.epoch + 1, refresh=False)
             properties = wave.advance(pool, bar.update)
