@@ -66,7 +66,7 @@ def read_safetensors_header(path: str | Path) -> dict[str, Header]:
         described = json.loads(text)
         described.pop("__metadata__", None)
         headers = {name: parse_tensor(entry, 8 + length) for name, entry in described.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: header must be that of a safetensors file, got {error!r}") from error
     check_places(path, headers, 8 + length, size)
     return headers

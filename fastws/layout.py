@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,27 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastws.atomic import write_file
+from fastws.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.ops.tokenize import detokenize, tokenize
-from fastws.roles import Role, bias_name, describe_source, load_state
+from fastws.roles import describe_source, load_state
 from fastws.tokens import Tokens
 
 FORMAT = 1
-NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    role: Role
-    offset: int  # of its first number in the flat vector; -1: kept aside
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +73,7 @@ class Layout:
             >>> layout.num_weights, layout.num_tokens, layout.token_size
             (8, 2, 4)
         """
-        if norm not in ("keep", "skip"):
-            raise ValueError(f"layout: norm must be 'keep' or 'skip', got {norm!r}")
+        check_norm(norm)
         shapes, aliases, roles = describe_source(source)
         entries, offset = [], 0
         for name, (shape, dtype) in shapes.items():
@@ -100,8 +84,6 @@ class Layout:
                 offset += math.prod(shape)
             else:
                 entries.append(Entry(name, shape, dtype, "other", -1))
-        if offset == 0:
-            raise ValueError(f"layout: checkpoint must hold a floating tensor, got {len(entries)} tensors without one")
         layout = cls(tuple(entries), aliases, 1, norm)
         return layout.with_tokens(token_size, norm)
 
@@ -118,6 +100,7 @@ class Layout:
 
     def __post_init__(self):
         """The attributes above that follow from the entries; eager, because torch.compile cannot trace a cache."""
+        check_offsets(self.entries)
         flat = [entry for entry in self.entries if entry.offset >= 0]
         layers = find_layers(self.entries, self.norm)
         table = make_table(layers, self.token_size)
@@ -342,15 +325,20 @@ class Layout:
 
     @classmethod
     def from_dict(cls, described: Mapping) -> "Layout":
+        """The layout that ``to_dict`` wrote; raises ValueError for anything else."""
         if not isinstance(described, Mapping) or described.get("format") != FORMAT:
             got = described.get("format") if isinstance(described, Mapping) else described
             raise ValueError(f"layout: format must be {FORMAT}, got {got!r}; it was written by another version")
-        entries = [
-            Entry(e["name"], tuple(e["shape"]), getattr(torch, e["dtype"]), e["role"], e["offset"])
-            for e in described["entries"]
-        ]
-        layout = cls(tuple(entries), dict(described["aliases"]), 1, described["norm"])
-        return layout.with_tokens(described["token_size"])
+        try:
+            entries = tuple(parse_entry(fields) for fields in described["entries"])
+            aliases, norm, token_size = dict(described["aliases"]), described["norm"], described["token_size"]
+            unknown = set(aliases.values()) - {entry.name for entry in entries}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"layout: entries must be as to_dict writes them, got {error!r}") from error
+        if unknown:
+            raise ValueError(f"layout: aliases must be of entries, got {unknown}")
+        check_norm(norm)
+        return cls(entries, aliases, 1, norm).with_tokens(token_size)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the layout as JSON."""
@@ -361,44 +349,13 @@ class Layout:
         """Reads a layout that ``save`` wrote."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error}") from error
 
 
-def find_layers(entries: tuple[Entry, ...], norm: str) -> list[tuple[Entry, Entry | None]]:
-    """The tokenized tensors, each with the bias that is the last entry of its rows."""
-    by_name = {entry.name: entry for entry in entries}
-    layers, attached = [], set()
-    for entry in entries:
-        if entry.role.endswith("weight") and entry.numel > 0:
-            bias = by_name.get(bias_name(entry.name))
-            if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1]:
-                bias = None
-            else:
-                attached.add(bias.name)
-            layers.append((entry, bias))
-        elif entry.role.endswith(("bias", "statistic")) and entry.numel > 0:
-            layers.append((entry, None))
-    skip = ("norm weight", "norm bias", "norm statistic") if norm == "skip" else ()
-    return [(entry, bias) for entry, bias in layers if entry.name not in attached and entry.role not in skip]
-
-
-def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Tensor:
-    table, first_token = [], 0
-    for entry, bias in layers:
-        rows = entry.shape[0] if entry.shape else 1
-        length = entry.numel // rows
-        units = entry.shape[1] if len(entry.shape) > 1 else 1
-        chunks = -(-row_length(entry, bias) // token_size)
-        bias_offset = -1 if bias is None else bias.offset
-        row = [entry.offset, bias_offset, rows, length, length // units, units, chunks, first_token, -1, -1, -1]
-        table.append(row)
-        first_token += rows * chunks
-    return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 11)
-
-
-def row_length(entry: Entry, bias: Entry | None) -> int:
-    return entry.numel // (entry.shape[0] if entry.shape else 1) + (bias is not None)
+def check_norm(norm: str) -> None:
+    if norm not in ("keep", "skip"):
+        raise ValueError(f"layout: norm must be 'keep' or 'skip', got {norm!r}")
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:
@@ -408,8 +365,3 @@ def is_same(x: Tensor, y: Tensor) -> bool:
     if x.dtype == y.dtype and torch.equal(x, y.to(x.device)):
         return True
     return bool(torch.isclose(x.double(), y.double().to(x.device), rtol=0, atol=0, equal_nan=True).all())
-
-
-def flat_dtype(dtypes) -> torch.dtype:
-    """The smallest dtype of a flat vector that holds all of ``dtypes`` exactly; float32 for floats of 8 bits."""
-    return reduce(torch.promote_types, (d if d in NATIVE else torch.float32 for d in dtypes))

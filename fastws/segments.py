@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,64 @@ def arrange(
     numbers = {family: group for group, family in enumerate(kept)}
     segments = {name: tuple(segments_of(axis, numbers) for axis in found) for name, found in axes.items()}
     return tuple(sizes[family] for family in kept), segments
+
+
+def parse(fields: Mapping) -> dict[str, Any]:
+    """The arguments of a Symmetry from what ``to_dict`` and JSON made of one, which may come from anybody.
+
+    Raises:
+        ValueError: If the tables that are made of them could point outside a tensor, or be no permutations.
+    """
+    try:
+        axes = {
+            name: tuple(segments if segments is None else tuple(map(tuple, segments)) for segments in found)
+            for name, found in fields["axes"].items()
+        }
+        shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
+        parsed = {"axes": axes, "shapes": shapes, "aliases": dict(fields["aliases"])}
+        parsed |= {key: tuple(fields[key]) for key in ("sizes", "names")} | {"unpermuted": list(fields["unpermuted"])}
+        check(**parsed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"symmetry: description must be one that to_dict made, got {error!r}") from error
+    return parsed
+
+
+def check(sizes, names, shapes, aliases, axes, unpermuted) -> None:
+    if not all(type(size) is int and size >= 0 for size in chain(sizes, *shapes.values())) or sum(sizes) >= 2**31:
+        raise ValueError(f"sizes of {sizes}, shapes of {shapes}")
+    if len(names) != len(sizes) or not all(isinstance(text, str) for text in (*names, *unpermuted)):
+        raise ValueError(f"{len(sizes)} groups with the names {names}")
+    if axes.keys() != shapes.keys():
+        raise ValueError(f"axes of {list(axes)}, shapes of {list(shapes)}")
+    if any(shapes[name] != shapes[tied] or axes[name] != axes[tied] for name, tied in aliases.items()):
+        raise ValueError(f"other axes for tied tensors, of {aliases}")
+    for name, found in axes.items():
+        if len(found) != len(shapes[name]) or sum(segments is not None for segments in found[1:]) > 1:
+            raise ValueError(f"{name} of shape {shapes[name]} with axes {found}")
+        for segments, length in zip(found, shapes[name], strict=True):
+            if segments is not None and not is_whole(segments, length, sizes):
+                raise ValueError(f"{name} with an axis of {length} entries and segments {segments}")
+    moved = {group for found in axes.values() for segments in found for group, _, _ in segments or ()}
+    if not moved >= set(range(len(sizes))):
+        raise ValueError(f"{len(sizes)} groups, but axes of {moved}")
+
+
+def is_whole(segments: Segments, length: int, sizes: Sequence[int]) -> bool:
+    """Whether segments fill an axis, and the parts of each group that follow each other make all of it."""
+    filled, begun = 0, {}  # of each group: how many of its units the last parts hold, in blocks of what size
+    for group, count, block in segments:
+        if not all(type(number) is int and number > 0 for number in (count, block)):
+            return False
+        filled += count * block
+        if group is None:
+            continue
+        if type(group) is not int or not 0 <= group < len(sizes):
+            return False
+        held, width = begun.get(group, (0, 0))
+        if (held and width != block) or held + count > sizes[group]:
+            return False
+        begun[group] = (held + count) % sizes[group], block
+    return filled == length and not any(held for held, _ in begun.values())
 
 
 def group_names(axes: Mapping[str, tuple[Segments | None, ...]], count: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastws.layout import Layout
 from fastws.ops.permute import permute, random_permutations
 from fastws.roles import storage_key
-from fastws.segments import Composites, Segments, arrange, group_names, plan, unit_size
+from fastws.segments import Composites, Segments, arrange, group_names, parse, plan, unit_size
 from fastws.trace import in_double, trace
 from fastws.trace_rules import RULES
 from fastws.tracer import tensors_in
@@ -183,13 +183,17 @@ class Symmetry:
         names = [(entry.name, None) for entry in layout.entries if entry.offset >= 0 and entry.numel]
         return self._filled(layout, layout.tensor_table, names)
 
-    def _filled(self, layout: Layout, table: Tensor, layers) -> Tensor:
+    def require_same(self, layout: Layout) -> None:
+        """Raises ValueError, naming the first tensor that differs, unless the layout is of the same architecture."""
         theirs = {entry.name: entry.shape for entry in layout.entries if entry.offset >= 0 and entry.numel}
         own = {name: shape for name, shape in self.shapes.items() if name not in self.aliases or name in theirs}
         for mine, other in zip_longest(own.items(), theirs.items()):
             if mine != other:
                 expected, got = (f"{x[0]} {list(x[1])}" if x else "no more tensors" for x in (mine, other))
                 raise ValueError(f"symmetry: layout must hold {expected}, got {got}")
+
+    def _filled(self, layout: Layout, table: Tensor, layers) -> Tensor:
+        self.require_same(layout)
         table = table.clone()
         for line, (weight, bias) in zip(table, layers, strict=True):
             for axis, segments in enumerate(self.axes[weight]):
@@ -276,14 +280,8 @@ class Symmetry:
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Symmetry":
-        """The symmetry that ``to_dict`` wrote."""
-        axes = {
-            name: tuple(segments and tuple(tuple(segment) for segment in segments) for segments in found)
-            for name, found in fields["axes"].items()
-        }
-        shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
-        sizes, names = tuple(fields["sizes"]), tuple(fields["names"])
-        return cls(sizes, names, shapes, dict(fields["aliases"]), axes, list(fields["unpermuted"]))
+        """The symmetry that ``to_dict`` wrote; raises ValueError for anything else."""
+        return cls(**parse(fields))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Symmetry) and self.to_dict() == other.to_dict()

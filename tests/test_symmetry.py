@@ -132,6 +132,7 @@ def test_trace_finds_the_full_group(case):
     assert Counter(symmetry.sizes) == Counter(CASES[case][2])
     assert symmetry.unpermuted == []
     assert symmetry.verify(module, inputs, trials=1, seed=5) < 1e-10
+    assert Symmetry.from_dict(json.loads(json.dumps(symmetry.to_dict()))) == symmetry
 
 
 def test_trace_of_resnet18():

@@ -71,15 +71,31 @@ class Alignment:
                 tensors = {name: file.get_tensor(name) for name in ("permutations", "before", "after")}
             made_for, version = fields.pop("fingerprint"), fields.pop("format")
             alignment = cls(**fields | {"models": tuple(fields["models"])}, **tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: file must be an alignment, got {error!r}; run fastws zoo align again") from error
-        shape = len(alignment.models), sum(symmetry_of(zoo).sizes)
-        if (version, made_for, tuple(alignment.permutations.shape)) != (FORMAT, zoo.layout.fingerprint, shape):
-            raise ValueError(
-                f"{path}: alignment must be of the architecture {zoo.layout.fingerprint} with permutations "
-                f"{list(shape)}, got {made_for} with {list(alignment.permutations.shape)}; run fastws zoo align again"
-            )
+        if (version, made_for) != (FORMAT, zoo.layout.fingerprint):
+            what = f"{zoo.layout.fingerprint}, got {made_for} in format {version}"
+            raise ValueError(f"{path}: alignment must be of the architecture {what}; run fastws zoo align again")
+        wrong = alignment._find_wrong(symmetry_of(zoo).sizes)
+        if wrong:
+            raise ValueError(f"{path}: file must be an alignment, got {wrong}; run fastws zoo align again")
         return alignment
+
+    def _find_wrong(self, sizes: Sequence[int]) -> str:
+        """What is no permutation of each group for each model, which ``permute`` would trust; "" if all are."""
+        texts = (self.reference, self.chosen, self.norms, self.method, *self.models)
+        if not all(isinstance(text, str) for text in texts):
+            return "names that are no strings"
+        expected = {"permutations": (torch.int32, (len(self.models), sum(sizes)))}
+        expected |= dict.fromkeys(("before", "after"), (torch.float64, (len(self.models),)))
+        for name, (dtype, shape) in expected.items():
+            tensor = getattr(self, name)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                return f"{name} {list(tensor.shape)} {tensor.dtype} in place of {list(shape)} {dtype}"
+        for group, vectors in enumerate(self.permutations.split(list(sizes), 1)):
+            if (vectors.sort(1).values != torch.arange(sizes[group])).any():
+                return f"another thing than permutations of group {group}"
+        return ""
 
     def save(self, zoo: Zoo, path: Path) -> None:
         """Writes one safetensors file, atomically; what is not a tensor is JSON in its header."""

@@ -26,10 +26,8 @@ from fastws.atomic import write_atomically
 from fastws.files import DTYPES, read_safetensors_header
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
+from fastws.zoo.manifest import MANIFEST, read_manifest
 
-FORMAT = 1
-KEYS = ("layout", "symmetry", "provenance", "splits", "dtype", "weights", "models", "submitted", "dropped", "next_file")
-MANIFEST = "zoo.json"
 WEIGHTS = "weights"  # name of the tensor in every safetensors file of a zoo
 SPLITS = {"train": 0.7, "val": 0.15, "test": 0.15}
 ALIGNMENT = 64  # bytes, of the first weight in its file
@@ -103,12 +101,13 @@ class Zoo:
         try:
             layout = Layout.from_dict(manifest["layout"])
             symmetry = manifest["symmetry"] and Symmetry.from_dict(manifest["symmetry"])
-            shape = [(path / file["file"], (file["rows"], layout.num_weights)) for file in manifest["weights"]]
-            dtype, models = DTYPES[manifest["dtype"]], tuple(manifest["models"])
-            rest = manifest["provenance"], manifest["splits"], manifest["dropped"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / MANIFEST}: file must describe a zoo, got {error!r}; restore it") from error
-        shards = tuple(map_weights(file, expected, dtype) for file, expected in shape)
+            if symmetry:
+                symmetry.require_same(layout)
+        except ValueError as error:
+            raise ValueError(f"{path / MANIFEST}: file must describe a zoo, got {error}; restore it") from error
+        dtype, models = DTYPES[manifest["dtype"]], tuple(manifest["models"])
+        files = [(path / file["file"], (file["rows"], layout.num_weights)) for file in manifest["weights"]]
+        shards = tuple(map_weights(file, expected, dtype) for file, expected in files)
         for file in models:
             if not (path / file["file"]).is_file():
                 raise FileNotFoundError(f"{path / file['file']}: file must be there, {MANIFEST} lists it; restore it")
@@ -116,7 +115,8 @@ class Zoo:
         if described != weighed:
             raise ValueError(f"{path / MANIFEST}: models must have {weighed} rows like weights, got {described}")
         empty = torch.empty(0, dtype=torch.int64)
-        return cls(path, layout, symmetry, dtype, rest[0], rest[1], shards, models, rest[2], empty)
+        told = manifest["provenance"], manifest["splits"]
+        return cls(path, layout, symmetry, dtype, *told, shards, models, manifest["dropped"], empty)
 
     def __len__(self) -> int:
         """States in the zoo, ``M``."""
@@ -223,24 +223,6 @@ def find_nonfinite(rows: Tensor) -> Tensor:
     if rows.sum(dtype=torch.float64).isfinite():
         return torch.empty(0, dtype=torch.int64)
     return (~rows.isfinite().all(1)).nonzero().flatten()
-
-
-def read_manifest(path: Path) -> dict:
-    file = path / MANIFEST
-    if not file.is_file():
-        what = "a folder without it" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{file}: zoo must be a folder with a {MANIFEST}, got {what}; see fastws zoo make")
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: file must be JSON, got {error}; restore it") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{file}: format must be {FORMAT}, got {got!r}; it was written by another version")
-    missing = [key for key in KEYS if key not in manifest]
-    if missing:
-        raise ValueError(f"{file}: file must have a key {missing[0]!r}, got none; restore it")
-    return manifest
 
 
 def map_weights(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -25,8 +25,9 @@ from fastws.version import __version__
 from fastws.zoo import ranks
 from fastws.zoo.architectures import Activation, Architecture, Init
 from fastws.zoo.explain import explain
-from fastws.zoo.format import MANIFEST, Zoo, read_manifest
+from fastws.zoo.format import Zoo
 from fastws.zoo.grids import PRESETS, Preset
+from fastws.zoo.manifest import MANIFEST, read_manifest
 from fastws.zoo.ranks import LOG, RESUME
 from fastws.zoo.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
 from fastws.zoo.training import Wave
@@ -220,13 +221,16 @@ def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callab
     if not tensors and writer.submitted >= networks * states:
         return  # a finished zoo
     size = 1 if job.one_by_one else config.wave
+    if first not in range(0, networks, size):
+        what = f"a multiple of {size} below {networks}, got {first}"
+        raise ValueError(f"{writer.path / RESUME}: first must be {what}; take another folder")
     rank = ranks.place().rank
     done = first * states + (epoch + 1) * min(size, networks - first)
     bar = tqdm(total=networks * states, initial=done, unit=" states", smoothing=0.05, disable=rank > 0)
     for begin in range(first, networks, size):
         wave = make_wave(job.recipes[begin : begin + size])
         if begin == first and tensors:
-            wave.epoch, wave.state, wave.orders.state = epoch, tensors["state"], tensors["orders"]
+            wave.go_on(writer.path / RESUME, epoch, **tensors)
         while wave.epoch < config.epochs:
             bar.set_postfix(networks=f"{begin + len(wave.recipes)}/{networks}", epoch=wave.epoch + 1, refresh=False)
             properties = wave.advance(pool, bar.update)
@@ -280,8 +284,8 @@ def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
             place = file.metadata()
             tensors = {name: file.get_tensor(name).clone() for name in ("state", "orders")}
             return int(place["first"]), int(place["epoch"]), tensors
-    except SafetensorError as error:
-        raise ValueError(f"{path / RESUME}: file must be readable, got {error}; take another folder") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / RESUME}: file must be readable, got {error!r}; take another folder") from error
 
 
 def log(path: Path, line: Mapping) -> None:

@@ -43,8 +43,8 @@ def match(
         reference: ``[P]``, on the device of ``flat``.
         symmetry: Of their architecture.
         sweeps: Most visits of a group.
-        tolerance: Smallest gain that counts, as a share of the reference's sum of squares; where the similarities are
-            less exact, their rounding error.
+        tolerance: Smallest gain that counts, as a share of the sum of squares of the reference's tensors in which the
+            group lies; where the similarities are less exact, their rounding error.
         norms: ``"exclude"`` leaves running means and variances out of the objective, which they would dominate because
             they have another scale than weights; ``"include"`` is what the published code does. Weights and biases of
             norm layers take part.
@@ -109,7 +109,6 @@ class Matcher:
     def __init__(self, reference: Tensor, symmetry: Symmetry, norms: Norms, sweeps: int, tolerance: float):
         self.symmetry, self.sweeps, self.device = symmetry, sweeps, reference.device
         self.dtype = torch.promote_types(reference.dtype, torch.float32)  # of the similarities
-        self.least_gain = tolerance * float(reference.double().norm()) ** 2
         layout = layout_of(symmetry)
         self.entries = [entry for entry in layout.entries if entry.numel]
         table = symmetry.tensor_table(layout)
@@ -121,6 +120,9 @@ class Matcher:
             [place for place in places if norms == "include" or self.entries[place.tensor].role != "norm statistic"]
             for places in find_places(symmetry, layout, self.device)
         ]
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 for x in self.reference]
+        held = [{place.tensor for place in places} for places in self.places]
+        self.least_gain = [tolerance * sum(squares[tensor] for tensor in tensors) for tensors in held]
         members = torch.zeros(len(symmetry.sizes), len(self.entries), dtype=torch.int64)
         for group, places in enumerate(self.places):
             for place in places:
@@ -163,7 +165,7 @@ class Matcher:
             gain -= self.value(state.flat, state.rows[active], group, active)
         # similarities are rounded: what they say of a smaller gain is noise
         noise = torch.finfo(self.dtype).eps * after.norm(dim=1)
-        helped = gain > noise.clamp(min=self.least_gain)
+        helped = gain > noise.clamp(min=self.least_gain[group])
         state.rows[active[helped]] = proposed[helped]
         return active[helped]
 

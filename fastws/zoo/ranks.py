@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from fastws.atomic import write_file
-from fastws.zoo.format import MANIFEST, Zoo
+from fastws.zoo.format import Zoo
+from fastws.zoo.manifest import MANIFEST
 from fastws.zoo.writer import ZooWriter
 
 DONE = "done"  # marks a part that is whole

@@ -6,6 +6,7 @@ What a network becomes depends on its recipe alone, not on its neighbours.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy
@@ -147,6 +148,26 @@ class Wave:
             self.orders.initialize(member, network)
             row.copy_(layout.flatten(network.state_dict()))
         return state
+
+    def go_on(self, path: Path, epoch: int, state: Tensor, orders: Tensor) -> None:
+        """Takes up what was read from ``path``: where a stopped run was after an epoch.
+
+        Raises:
+            ValueError: If it is not of these networks.
+        """
+        found = {"state": state, "orders": orders}
+        expected = {"state": self.state, "orders": self.orders.state}
+        for name, tensor in expected.items():
+            if (found[name].dtype, found[name].shape) != (tensor.dtype, tensor.shape):
+                what = f"{list(tensor.shape)} {tensor.dtype}, got {list(found[name].shape)} {found[name].dtype}"
+                raise ValueError(f"{path}: {name} must be {what}; take another folder")
+        if not 0 <= epoch <= self.plan.epochs:
+            raise ValueError(f"{path}: epoch must be in [0, {self.plan.epochs}], got {epoch}; take another folder")
+        self.epoch, self.state = epoch, state
+        try:
+            self.orders.state = orders
+        except RuntimeError as error:
+            raise ValueError(f"{path}: orders must be states of generators, got {error}") from error
 
     def advance(self, pool: Executor, done: Callable[[int], object] = lambda count: None) -> dict[str, object]:
         """Trains one more epoch; returns the properties of all networks at its end, one column each.

@@ -18,18 +18,16 @@ from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 from fastws.zoo.format import (
     CHUNK,
-    FORMAT,
-    MANIFEST,
     SPLITS,
     check_path,
     find_nonfinite,
     map_weights,
-    read_manifest,
     read_models,
     write_models,
     write_weights,
 )
 from fastws.zoo.lock import release_lock, take_lock
+from fastws.zoo.manifest import FORMAT, MANIFEST, read_manifest
 
 MODELS = "models.parquet"
 OWN = r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)"

@@ -20,7 +20,8 @@ from fastws.atomic import write_json
 from fastws.files import load_checkpoint
 from fastws.layout import Layout
 from fastws.version import __version__
-from fastws.zoo.format import MANIFEST, Zoo
+from fastws.zoo.format import Zoo
+from fastws.zoo.manifest import MANIFEST
 from fastws.zoo.readers.states import BadState, make_layout
 from fastws.zoo.writer import ZooWriter
 
