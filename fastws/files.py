@@ -35,7 +35,7 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the format
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 # what torch.load raises for a file that is not one of its own: it reads pickle codes until one makes no sense
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-DAMAGED += (AssertionError, struct.error)
+DAMAGED += (AssertionError, OverflowError, struct.error)
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from damages import damaged
 from test_nern_train import CONFIG, CPU, NOTHING, make_images, make_teacher, train
 from torch import nn
 
@@ -103,3 +104,19 @@ def test_bad_networks_are_one_sentence(tmp_path):
 def save_other_preset(folder):
     torch.save({"layers.0.weight": torch.zeros(8, 240)}, folder / "other.pth")
     return folder / "other.pth"
+
+
+def test_checkpoints_from_strangers_are_refused_or_harmless(tmp_path):
+    train(tmp_path, steps=1)
+    path, refused = tmp_path / "strange.pt", 0
+    whole = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    plain = {name: value for name, value in whole["extra"].items() if name != "rows"}
+    for place, value, broken in damaged(plain):
+        torch.save({"model": whole["model"], "extra": broken | {"rows": whole["extra"]["rows"]}}, path)
+        try:
+            model, stored, _ = load_nern(path)
+            stored.weights(model()[stored.rows])
+        except ValueError as error:
+            assert "\n" not in str(error), (place, value)
+            refused += 1
+    assert refused > 300

@@ -4,6 +4,7 @@ from importlib import import_module
 import numpy
 import pytest
 import torch
+from damages import damaged
 from safetensors.torch import save_file
 from scipy.stats import kendalltau
 from small_zoo import make_small_zoo
@@ -277,6 +278,22 @@ def test_model_must_be_a_checkpoint(tmp_path):
             embed.load_encoder(tmp_path / "cut.pt")
     with pytest.raises(ValueError, match="embed: model must be the checkpoint.pt of fastws train sane"):
         embed.load_encoder(tmp_path / "other.pt")
+
+
+def test_checkpoints_from_strangers_are_refused_or_harmless(checkpoint, zoo, tmp_path):
+    whole, refused = torch.load(checkpoint, weights_only=True), 0
+    plain = {"sane": whole["extra"]["sane"], "layout": json.loads(json.dumps(whole["extra"]["layout"]))}
+    statistics = {"mean": whole["extra"]["mean"], "std": whole["extra"]["std"]}
+    strange = [whole["extra"] | broken for _, _, broken in damaged(plain)]
+    strange += [whole["extra"] | {name: x} for name in statistics for x in (torch.zeros(3), -torch.ones(6), None)]
+    for extra in strange:
+        torch.save(whole | {"extra": extra}, tmp_path / "strange.pt")
+        try:
+            embed.embed(embed.load_encoder(tmp_path / "strange.pt"), zoo, halo=None)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 300
 
 
 def test_targets_must_be_properties(zoo):

@@ -1,7 +1,8 @@
 """Embeddings of networks by a trained SANE (arXiv 2406.09997, algorithm 2): encoded in chunks with a halo."""
 
 import json
-from dataclasses import dataclass
+import operator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -71,15 +72,28 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
         raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
     try:
         state = load_plain(path, mmap=True)
-        extra = state["extra"]
-        layout, sizes, mean, std = (extra[name] for name in ("layout", "sane", "mean", "std"))
+        layout, sizes, mean, std = (state["extra"][name] for name in ("layout", "sane", "mean", "std"))
+        layout = fastws.Layout.from_dict(layout)
+        config = SANEConfig.of_state(state["model"], sizes["heads"])
+        if asdict(config) != sizes | {"max_positions": tuple(sizes["max_positions"])}:
+            raise ValueError(f"weights of {config} for {sizes}")
+        with torch.device("meta"):
+            model = SANE(config)
+        model.to_empty(device=device).load_state_dict(state["model"])
+        check(model.config, layout, mean, std)
     except DAMAGED as error:
-        raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {error}") from error
-    with torch.device("meta"):
-        model = SANE(SANEConfig(**sizes))
-    model.to_empty(device=device).load_state_dict(state["model"])
-    layout = fastws.Layout.from_dict(layout)
+        got = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {got}") from error
     return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device))
+
+
+def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) -> None:
+    """Raises ValueError unless statistics and positions are those of the tokens of a layout."""
+    if mean.shape != (len(layout.table),) or std.shape != mean.shape or not (mean.isfinite() & (std > 0)).all():
+        raise ValueError(f"mean and std {list(mean.shape)} for {len(layout.table)} layers")
+    positions = tuple((layout.positions.amax(0) + 1).tolist())
+    if layout.token_size != config.token_size or any(map(operator.gt, positions, config.max_positions)):
+        raise ValueError(f"tokens of {layout.token_size} in {positions} positions for a model of {config}")
 
 
 def default_halo(encoder: Encoder) -> int:

@@ -36,17 +36,21 @@ def load_nern(path: str | Path) -> tuple[NeRN, StoredLayers, dict[str, Tensor]]:
         config = NeRNConfig(**extra["nern"] | {"gauss_scale": tuple(extra["nern"]["gauss_scale"])})
         stored = StoredLayers.from_dict(extra["stored"], extra["rows"])
         learned = {extra["learned"]: state["classifier"]} if extra["learned"] else {}
-        check(state, stored)
+        check(config, state, stored)
+        nern = NeRN(config, stored.grid)
     except DAMAGED as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: file must be a checkpoint of fastws train nern, got {first}") from error
-    nern = NeRN(config, stored.grid)
     load(nern, state)
     return nern, stored, learned
 
 
-def check(state: dict[str, Tensor], stored: StoredLayers) -> None:
-    """Raises ValueError unless weights are finite, and each row of the grid is that of one kernel."""
+def check(config: NeRNConfig, state: dict[str, Tensor], stored: StoredLayers) -> None:
+    """Raises ValueError unless predictions have the size of kernels, weights are finite, and each row is of one."""
+    if stored.kernel != config.kernel:
+        raise ValueError(f"kernels {stored.kernel} wide for predictions {config.kernel} wide")
+    if f"layers.{config.blocks - 2}.weight" not in state:
+        raise ValueError(f"fewer than its {config.blocks} layers")
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} that is not finite")

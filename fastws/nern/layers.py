@@ -150,6 +150,10 @@ class StoredLayers:
     @classmethod
     def from_dict(cls, plain: dict[str, Any], rows: Tensor) -> "StoredLayers":
         layers = tuple(Layer(name, tuple(shape)) for name, shape in plain["layers"])
+        for name, shape in layers:
+            whole = all(type(size) is int and size > 0 for size in (*shape, plain["kernel"]))
+            if not isinstance(name, str) or len(shape) not in (2, 4) or not whole:
+                raise ValueError(f"nern: layers must have names and shapes of whole numbers, got {name!r} {shape}")
         return cls(layers, plain["kernel"], plain["reduction"], rows)
 
 
