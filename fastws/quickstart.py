@@ -8,7 +8,6 @@ validation split of seed 0, never on a test split.
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from fastws.downstream.embed import (
     load_encoder,
     save_embeddings,
 )
+from fastws.stages import TIMES, begin, stage
 from fastws.train import files, nern_demo, sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
@@ -42,7 +42,6 @@ from fastws.zoo.writer import ZooWriter
 
 SPLITS = ("train", "val", "test")
 TARGETS = ("test_accuracy", "epoch", "generalisation_gap")
-TIMES = ("seconds", "cpu_seconds", "attempts")
 SMOKE = {
     "networks": 24,
     "epochs": 4,
@@ -109,8 +108,8 @@ def run(config: Config) -> None:
 
 
 def run_stages(config: Config, folder: Path) -> None:
-    begin = perf_counter()
-    begin_run(folder, config)
+    started = perf_counter()
+    begin("quickstart", folder, asdict(config), may_change=("out",))
     results, count = {}, len(STAGES) + 1
     for number, (name, work) in enumerate(STAGES.items()):
         print(f"[{number + 1}/{count}] {name}: {work.__doc__}", flush=True)
@@ -119,40 +118,7 @@ def run_stages(config: Config, folder: Path) -> None:
     summary = summarise(config, results)
     write_json(folder / "results.json", summary)
     report.write(folder / "report.html", summary, read_curves(config, folder))
-    print_summary(summary, folder, perf_counter() - begin)
-
-
-def begin_run(folder: Path, config: Config) -> None:
-    """A run is gone on with only as it was begun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "config.json", json.loads(json.dumps(asdict(config)))
-    before = json.loads(path.read_text()) if path.exists() else wanted
-    for name in wanted:
-        if name != "out" and before.get(name) != wanted[name]:
-            what = f"{before.get(name)!r}, with which {folder} was begun, got {wanted[name]!r}"
-            raise ValueError(f"quickstart: {name} must be {what}; give another --out")
-    write_json(path, wanted)
-
-
-def stage(folder: Path, name: str, work: Callable[[], dict]) -> dict:
-    """Does the work of a stage, or reads what it found when it was done before.
-
-    Returns:
-        ``result`` of the work, its ``seconds`` and ``cpu_seconds``, and how many ``attempts`` it took: the times are
-        those of the last one.
-    """
-    path, begun = folder / f"{name}.json", folder / f"{name}.begun.json"
-    if path.exists():
-        print(f"      done before: {path}")
-        return json.loads(path.read_text())
-    folder.mkdir(exist_ok=True)
-    attempts = 1 + (json.loads(begun.read_text())["attempts"] if begun.exists() else 0)
-    write_json(begun, {"attempts": attempts})
-    wall, processor = perf_counter(), process_time()
-    result = work()
-    times = {"seconds": perf_counter() - wall, "cpu_seconds": process_time() - processor}
-    write_json(path, {"result": result, "attempts": attempts} | times)
-    return json.loads(path.read_text())
+    print_summary(summary, folder, perf_counter() - started)
 
 
 # --- stages

@@ -116,6 +116,18 @@ def test_run_is_resumed_only_as_it_was_begun(finished, changed, message):
         quickstart.run(replace(finished, **changed))
 
 
+@pytest.mark.parametrize("name, text", [("config.json", "{"), ("stages/probe.json", "[]"), ("stages/probe.json", "{}")])
+def test_damaged_file_is_named(finished, name, text):
+    path = Path(finished.out) / name
+    whole = path.read_text()
+    path.write_text(text)
+    try:
+        with pytest.raises(ValueError, match=f"{path}: file must .*; remove it, and its stage is done again"):
+            quickstart.run(finished)
+    finally:
+        path.write_text(whole)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
