@@ -38,13 +38,17 @@ def zoo(found: dict) -> str:
     for line in lines:
         published = "" if line["published mean"] is None else f" (published {line['published mean']})"
         about += f"; epoch {line['epoch']}: accuracy {line['mean']:.3f}{published}, std {line['std']:.3f}"
-    return f"{about}; {found['seconds'] / 3600:.1f} h"
+    return about + minutes(found)
+
+
+def minutes(found: dict) -> str:
+    return "; minutes an epoch: at least {least:.1f}, median {median:.1f}".format(**found["minutes"])
 
 
 def twins(found: dict) -> str:
     last = found["epochs"][-1]
     cells = (f"{name} {value:.3f}" for name, value in last.items() if isinstance(value, float))
-    return f"{found['states']:,} states; epoch {last['epoch']}: {', '.join(cells)}; {found['seconds'] / 60:.0f} min"
+    return f"{found['states']:,} states; epoch {last['epoch']}: {', '.join(cells)}{minutes(found)}"
 
 
 def probes(found: dict) -> str:

@@ -5,9 +5,9 @@ python experiments/zoo_mnist.py --data mnist --out zoos       # parquet or IDX f
 Prints accuracy by epoch, beside what the published seed zoo has (specified as 0.83 at epoch 25 and 0.91 at epoch 50).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy
 import tyro
@@ -16,6 +16,7 @@ from fastws.atomic import write_json
 from fastws.cli import one_sentence
 from fastws.zoo import Zoo, make
 from fastws.zoo.make import Config as ZooConfig
+from fastws.zoo.ranks import LOG
 
 ZOOS = {"mnist-s-seed": 1000, "mnist-s-hyp-fix": 256}  # preset: networks
 PUBLISHED = {"mnist-s-seed": {25: 0.83, 50: 0.91}}  # mean test accuracy at some epochs
@@ -37,12 +38,27 @@ def run(config: Config) -> None:
     for preset, networks in ZOOS.items():
         options = {"networks": networks, "epochs": config.epochs} | (SMOKE if config.smoke else {})
         path = Path(config.out, preset + ("-smoke" if config.smoke else ""))
-        begin = perf_counter()
         zoo = make(ZooConfig(zoo=str(path), preset=preset, data=config.data, threads=config.threads, **options))
-        found = {"preset": preset, "seconds": perf_counter() - begin, "states": len(zoo), "dropped": zoo.dropped}
+        found = {"preset": preset} | about(zoo)
         found["epochs"] = accuracy_by_epoch(zoo, PUBLISHED.get(preset, {}))
         write_json(path / "results.json", found)
         print_table(path, found)
+
+
+def about(zoo: Zoo) -> dict[str, object]:
+    """How much a zoo holds, and the minutes from an epoch to the next: the least, and the median of all, breaks too."""
+    times = [json.loads(line)["time"] for line in (zoo.path / LOG).read_text().splitlines()]
+    minutes = numpy.diff(times) / 60
+    return {
+        "states": len(zoo),
+        "dropped": zoo.dropped,
+        "minutes": {"least": float(minutes.min()), "median": float(numpy.median(minutes))},
+    }
+
+
+def print_about(path: Path, found: dict) -> None:
+    print(f"\n{path}: {found['states']:,} states, {found['dropped']} left out as not finite")
+    print("minutes an epoch: {least:.1f} at least, {median:.1f} in the median".format(**found["minutes"]))
 
 
 def accuracy_by_epoch(zoo: Zoo, published: dict[int, float]) -> list[dict]:
@@ -57,7 +73,7 @@ def accuracy_by_epoch(zoo: Zoo, published: dict[int, float]) -> list[dict]:
 
 
 def print_table(path: Path, found: dict) -> None:
-    print(f"\n{path}: {found['states']:,} states, {found['dropped']} left out as not finite, {found['seconds']:.0f} s")
+    print_about(path, found)
     print("test accuracy " + "".join(f"{name:>15}" for name in found["epochs"][0]))
     for line in found["epochs"]:
         cells = (

@@ -8,10 +8,10 @@ of the repository of the model zoos (arXiv 2209.14764), so it is right to a perc
 
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy
 import tyro
+from zoo_mnist import about, print_about
 
 from fastws.atomic import write_json
 from fastws.cli import one_sentence
@@ -44,11 +44,9 @@ def run(config: Config) -> None:
         twins = TwinConfig(zoo=str(dense.path), out=f"{config.out}-smoke", models=4, **common | {"epochs": 5})
     else:
         twins = TwinConfig(zoo=config.zoo, out=config.out, data=config.data, models=config.models, **common)
-    begin = perf_counter()
     zoo = sparsify(twins)
-    found = {"seconds": perf_counter() - begin, "states": len(zoo), "dropped": zoo.dropped}
     published = ({}, {}) if config.smoke else (SPARSITY, ACCURACY)
-    found |= {"left_out": zoo.provenance["left_out"], "epochs": by_epoch(zoo, *published)}
+    found = about(zoo) | {"left_out": zoo.provenance["left_out"], "epochs": by_epoch(zoo, *published)}
     write_json(zoo.path / "results.json", found)
     print_table(zoo.path, found)
 
@@ -66,7 +64,7 @@ def by_epoch(zoo: Zoo, published_sparsity: dict[int, float], published_accuracy:
 
 
 def print_table(path: Path, found: dict) -> None:
-    print(f"\n{path}: {found['states']:,} states, {found['dropped']} left out as not finite, {found['seconds']:.0f} s")
+    print_about(path, found)
     print("".join(f"{name:>20}" for name in found["epochs"][0]))
     for line in found["epochs"]:
         cells = ("" if x is None else f"{x:.3f}" if isinstance(x, float) else x for x in line.values())

@@ -107,6 +107,7 @@ def test_table_of_results_is_what_the_files_say(experiment):
 @pytest.mark.parametrize("script", ["zoo_probes.py", "zoo_sparse.py"])
 def test_bad_input_ends_with_one_sentence(script, tmp_path, monkeypatch):
     monkeypatch.delenv("FASTWS_DEBUG", raising=False)
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))  # as python does for a script
     monkeypatch.setattr(sys, "argv", [script, "--zoo", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="fastws: .*none.zoo.json: zoo must be a folder"):
         runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
