@@ -52,12 +52,11 @@ def twins(found: dict) -> str:
 
 
 def probes(found: dict) -> str:
-    """The best features for each target."""
-    best = {}
+    """What each set of features says of each target, on the test split."""
+    targets: dict[str, list[str]] = {}
     for row in found["results"]:
-        if row["target"] not in best or row["test"] > best[row["target"]]["test"]:
-            best[row["target"]] = row
-    return "; ".join(f"{name}: {row['features']} {row['score']} {row['test']:.3f}" for name, row in best.items())
+        targets.setdefault(f"{row['score']} of {row['target']}", []).append(f"{row['features']} {row['test']:.3f}")
+    return "; ".join(f"{target}: {', '.join(scores)}" for target, scores in targets.items())
 
 
 def teacher(found: dict) -> str:
