@@ -7,6 +7,7 @@
 #include "cpu/draw.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -63,11 +64,13 @@ Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& perm
   const Tensor permutations = torch::stable::contiguous(permutations_);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
   const int64_t indices = permutations.size(1);
+  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
+  const int32_t* index = permutations.const_data_ptr<int32_t>();
+  check_cover("permute", layers, num_layers, numel);
+  check_permutations("permute", index, batch, find_largest("permute", layers, num_layers, indices));
   const Tensor permuted = new_empty(flat, {batch, numel});
 
   dispatch_floating(flat.scalar_type(), "permute", [&]<typename scalar_t>() {
-    const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
-    const int32_t* index = permutations.const_data_ptr<int32_t>();
     const scalar_t* from = flat.const_data_ptr<scalar_t>();
     scalar_t* to = permuted.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(0, batch * numel, 16384, [=](int64_t begin, int64_t end) {

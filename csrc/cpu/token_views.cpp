@@ -11,6 +11,7 @@
 #include "cpu/memory.h"
 #include "cpu/normal.h"
 #include "cpu/rows.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -144,6 +145,42 @@ struct Views {
   int32_t *lengths, *positions;  // [B, W], [B, W, 3]
 };
 
+// What views of a network may touch.
+struct Network {
+  int64_t first, last;  // rows of the table
+  int64_t extent = 0;   // weights from the base of the network on
+  std::vector<uint32_t> largest;
+
+  Network(const Views& views, int64_t first, int64_t last, int64_t numel) : first(first), last(last) {
+    const Layer* layers = views.table + first;
+    check_layers("token_views", layers, last - first, numel, views.token_size);
+    for (const Layer* layer = layers; layer < views.table + last; ++layer) {
+      extent = std::max(extent, layer->weight_offset + layer->rows * layer->row_length);
+      if (layer->bias_offset >= 0) extent = std::max(extent, layer->bias_offset + layer->rows);
+    }
+    if (views.indices > 0) largest = find_largest("token_views", layers, last - first, views.indices);
+  }
+};
+
+// numel: of all weights; width: of the row of each network, or numel.
+void check_views(const Views& views, int64_t batch, int64_t num_layers, int64_t numel, int64_t width) {
+  std::vector<Network> networks;  // the different ones, few
+  for (int64_t view = 0; view < batch; ++view) {
+    const int64_t first = views.layers[2 * view], last = views.layers[2 * view + 1], base = views.base[view];
+    STD_TORCH_CHECK(0 <= first && first < last && last <= num_layers, "token_views: layers must be in [0, ", num_layers,
+                    "], got ", first, " to ", last);
+    auto network = std::find_if(networks.begin(), networks.end(),
+                                [=](const Network& known) { return known.first == first && known.last == last; });
+    if (network == networks.end()) network = networks.emplace(network, views, first, last, numel);
+    STD_TORCH_CHECK(0 <= base && network->extent <= width && base <= numel - network->extent,
+                    "token_views: table must be of networks of ", width, " weights, got one of ", network->extent,
+                    " that begins at weight ", base, " of ", numel);
+    STD_TORCH_CHECK(views.start[view] >= 0, "token_views: start must be at least 0, got ", views.start[view]);
+    if (views.indices > 0)
+      check_permutations("token_views", views.permutations + view * views.indices, 1, network->largest);
+  }
+}
+
 // Augments tokens in runs, as long as most of their entries hold weights; padding is 0 and stays 0.
 template <typename to_t>
 class Runs {
@@ -250,6 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
                            erase_threshold,
                            uint64_t(seed),
                            uint64_t(offset)};
+  const int64_t numel = weights.numel();
+  check_views(views, batch, table.size(0), numel, weights.dim() == 2 ? weights.size(1) : numel);
   dispatch_floating(weights.scalar_type(), "token_views", [&]<typename scalar_t>() {
     const scalar_t* from = weights.const_data_ptr<scalar_t>();
     dispatch_floating(dtype, "token_views", [&]<typename to_t>() {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -65,16 +66,23 @@ void for_rows(const Layer* layers, int64_t num_layers, int64_t num_tokens, int64
   }
 }
 
+void check_tokens(const char* op, const Layer* layers, int64_t num_layers, int64_t numel, int64_t token_size,
+                  int64_t num_tokens) {
+  const int64_t expected = check_layers(op, layers, num_layers, numel, token_size);
+  STD_TORCH_CHECK(num_tokens == expected, op, ": tokens must be ", expected, ", as the table says, got ", num_tokens);
+}
+
 constexpr int64_t kGrain = 64;  // tokens, so that small checkpoints stay on one thread
 
 Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, int64_t num_tokens) {
   const Tensor flat = torch::stable::contiguous(flat_), table = torch::stable::contiguous(table_);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
+  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
+  check_tokens("tokenize", layers, num_layers, numel, token_size, num_tokens);
   const Tensor tokens = new_empty(flat, {batch, num_tokens, token_size});
   if (tokens.numel() == 0) return tokens;
 
   dispatch_floating(flat.scalar_type(), "tokenize", [&]<typename scalar_t>() {
-    const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
     const scalar_t* from = flat.const_data_ptr<scalar_t>();
     scalar_t* to = tokens.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(0, batch * num_tokens, kGrain, [=](int64_t begin, int64_t end) {
@@ -92,10 +100,11 @@ Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel
   const Tensor tokens = torch::stable::contiguous(tokens_), table = torch::stable::contiguous(table_);
   const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), token_size = tokens.size(2);
   const int64_t num_layers = table.size(0);
+  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
+  check_tokens("detokenize", layers, num_layers, numel, token_size, num_tokens);
   const Tensor flat = new_empty(tokens, {batch, numel});
 
   dispatch_floating(tokens.scalar_type(), "detokenize", [&]<typename scalar_t>() {
-    const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
     const scalar_t* from = tokens.const_data_ptr<scalar_t>();
     scalar_t* to = flat.mutable_data_ptr<scalar_t>();
     int64_t covered = 0;

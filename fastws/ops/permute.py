@@ -25,14 +25,15 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
     Args:
         flat: Flat checkpoints, ``[B, P]``, floating point.
         table: ``symmetry.tensor_table(layout)``, ``[L, 11]``, int64, on the device of ``flat``: a row for every tensor,
-            in order, without gaps; trusted, not checked.
-        permutations: ``symmetry.random(B)``, ``[B, S]``, int32. Trusted, unless FASTWS_CHECK=1.
+            in order, without gaps.
+        permutations: ``symmetry.random(B)``, ``[B, S]``, int32. On a GPU both are trusted, unless FASTWS_CHECK=1.
 
     Returns:
         Permuted checkpoints, ``[B, P]``.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit; with FASTWS_CHECK=1 also if a vector is no permutation.
+        RuntimeError: On a CPU, if ``table`` is that of other weights, or an entry of a vector is out of range.
 
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})

@@ -20,7 +20,7 @@ def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | Non
 
     Args:
         flat: Flat checkpoints, ``[B, P]``, floating point.
-        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``flat``; trusted, not checked.
+        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``flat``, where that is a GPU trusted.
         token_size: Entries per token, ``T``, from 1; the one that ``table`` was made for.
         num_tokens: Tokens per checkpoint, ``N``; read from ``table`` when left out, which waits for the device.
 
@@ -29,6 +29,7 @@ def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | Non
 
     Raises:
         ValueError: If a shape, dtype or device does not fit.
+        RuntimeError: On a CPU, if ``table`` is that of other weights or tokens.
 
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)})
@@ -53,7 +54,8 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
 
     Args:
         tokens: Tokens, ``[B, N, T]``, floating point.
-        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``tokens``; trusted, not checked.
+        table: ``layout.table``, ``[L, 11]``, int64, on the device of ``tokens``, where that is a GPU
+            trusted.
         num_weights: Weights per checkpoint, ``P``.
 
     Returns:
@@ -61,6 +63,7 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
 
     Raises:
         ValueError: If a shape, dtype or device does not fit.
+        RuntimeError: On a CPU, if ``table`` is that of other weights or tokens.
 
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)})
