@@ -33,7 +33,7 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
 
     Raises:
         ValueError: If a shape, dtype or device does not fit; with FASTWS_CHECK=1 also if a vector is no permutation.
-        RuntimeError: On a CPU, if ``table`` is that of other weights, or an entry of a vector is out of range.
+        RuntimeError: On a CPU, if ``table`` is that of other weights, or a permutation is out of range.
 
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})

@@ -73,7 +73,7 @@ def token_views(
     Raises:
         ValueError: If an argument does not fit. Indices are checked on the CPU only, vectors of permutations with
             FASTWS_CHECK=1 only.
-        RuntimeError: On a CPU, if ``table`` is that of other weights or tokens, or an entry of a vector is out of range.
+        RuntimeError: On a CPU, if ``table`` is that of other weights or tokens, or a permutation is out of range.
 
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)})
