@@ -257,6 +257,8 @@ def test_weighted_sample_names_the_wrong_argument():
     table = fastws.AliasTable(FEW)
     with pytest.raises(ValueError, match="count without replacement must be at most 4, the number of positive weights"):
         fastws.weighted_sample(table, 5, replacement=False, seed=0)
+    with pytest.raises(ValueError, match=r"table must be fastws.AliasTable\(weights\), got Tensor"):
+        fastws.weighted_sample(torch.ones(3), 2, seed=0)
     with pytest.raises(ValueError, match="weighted_sample: count must be at least 0, got -1"):
         fastws.weighted_sample(table, -1, seed=0)
     with pytest.raises(ValueError, match="weighted_sample: seed and offset must be in"):

@@ -78,6 +78,8 @@ def weighted_sample(table: AliasTable, count: int, *, replacement: bool = True, 
         tensor([3, 2, 0])
     """
     check_stream("weighted_sample", seed, offset)
+    if not isinstance(table, AliasTable):
+        raise ValueError(f"weighted_sample: table must be fastws.AliasTable(weights), got {type(table).__name__}")
     if count < 0:
         raise ValueError(f"weighted_sample: count must be at least 0, got {count}")
     if replacement:
