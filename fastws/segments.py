@@ -103,23 +103,27 @@ def parse(fields: Mapping) -> dict[str, Any]:
 
 
 def check(sizes, names, shapes, aliases, axes, unpermuted) -> None:
-    if not all(type(size) is int and size >= 0 for size in chain(sizes, *shapes.values())) or sum(sizes) >= 2**31:
-        raise ValueError(f"sizes of {sizes}, shapes of {shapes}")
+    bad = [size for size in chain(sizes, *shapes.values()) if type(size) is not int or size < 0]
+    if bad or sum(sizes) >= 2**31:
+        raise ValueError(f"sizes that are {bad[0]!r}" if bad else f"{sum(sizes)} units")
     if len(names) != len(sizes) or not all(isinstance(text, str) for text in (*names, *unpermuted)):
-        raise ValueError(f"{len(sizes)} groups with the names {names}")
-    if axes.keys() != shapes.keys():
-        raise ValueError(f"axes of {list(axes)}, shapes of {list(shapes)}")
-    if any(shapes[name] != shapes[tied] or axes[name] != axes[tied] for name, tied in aliases.items()):
-        raise ValueError(f"other axes for tied tensors, of {aliases}")
+        raise ValueError(f"{len(sizes)} groups with {len(names)} names, or names that are no strings")
+    strange = axes.keys() ^ shapes.keys()
+    if strange:
+        raise ValueError(f"axes or a shape alone of {min(strange)!r}")
+    for name, tied in aliases.items():
+        if (shapes[name], axes[name]) != (shapes[tied], axes[tied]):
+            raise ValueError(f"{name!r} with other axes than {tied!r}, to which it is tied")
     for name, found in axes.items():
         if len(found) != len(shapes[name]) or sum(segments is not None for segments in found[1:]) > 1:
-            raise ValueError(f"{name} of shape {shapes[name]} with axes {found}")
+            raise ValueError(f"{name!r} of shape {shapes[name]} with other axes, or two that move beside the rows")
         for segments, length in zip(found, shapes[name], strict=True):
             if segments is not None and not is_whole(segments, length, sizes):
-                raise ValueError(f"{name} with an axis of {length} entries and segments {segments}")
+                raise ValueError(f"{name!r} with an axis of {length} entries and segments {str(segments)[:80]}")
     moved = {group for found in axes.values() for segments in found for group, _, _ in segments or ()}
-    if not moved >= set(range(len(sizes))):
-        raise ValueError(f"{len(sizes)} groups, but axes of {moved}")
+    still = set(range(len(sizes))) - moved
+    if still:
+        raise ValueError(f"a group {min(still)} that moves nothing")
 
 
 def is_whole(segments: Segments, length: int, sizes: Sequence[int]) -> bool:
