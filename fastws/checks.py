@@ -6,6 +6,11 @@ from torch import Tensor
 from fastws import _native
 
 
+def is_permutation(x: Tensor) -> bool:
+    """Whether each row ``[.., n]`` of whole numbers holds each of 0 .. n - 1 once."""
+    return bool((x.sort(-1).values == torch.arange(x.shape[-1], device=x.device)).all())
+
+
 def check_table(op: str, table: Tensor, device: torch.device) -> None:
     if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != device:
         got = f"{list(table.shape)} {table.dtype} on {table.device}"
@@ -28,6 +33,6 @@ def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor)
     vectors = {(first, row[2]) for row in rows for first in (row[8], row[10]) if first >= 0}
     vectors |= {(row[9], row[5]) for row in rows if row[9] >= 0}
     for first, size in sorted(vectors):
-        vector = permutations[:, first : first + size].sort(1).values
-        if vector.shape[1] != size or (vector != torch.arange(size, device=vector.device)).any():
+        vector = permutations[:, first : first + size]
+        if vector.shape[1] != size or not is_permutation(vector):
             raise ValueError(f"{op}: permutations[:, {first}:{first + size}] must hold each of 0..{size - 1} once")

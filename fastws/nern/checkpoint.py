@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastws.checks import is_permutation
 from fastws.files import DAMAGED, load_plain
 from fastws.nern.layers import StoredLayers
 from fastws.nn.nern import NeRN, NeRNConfig, load
@@ -55,5 +56,5 @@ def check(config: NeRNConfig, state: dict[str, Tensor], stored: StoredLayers) ->
         if not tensor.isfinite().all():
             raise ValueError(f"{name} that is not finite")
     count = sum(layer.kernels for layer in stored.layers)
-    if stored.rows.dtype != torch.int64 or not torch.equal(stored.rows.sort().values, torch.arange(count)):
+    if stored.rows.dtype != torch.int64 or stored.rows.shape != (count,) or not is_permutation(stored.rows):
         raise ValueError(f"rows that are no order of {count} kernels")

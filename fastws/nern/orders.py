@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastws.checks import is_permutation
 from fastws.files import DAMAGED, load_plain
 from fastws.ops.kernel_order import kernel_order, unit_rows
 
@@ -278,7 +279,7 @@ def parse(path: Path, weight: Tensor, mode: str) -> Order:
         raise ValueError(f"{path}: file must hold the {mode} order of a layer, got {first}") from error
     for found, size in zip(lists, expected, strict=True):
         size = torch.Size([size]) if isinstance(size, int) else size
-        if found.shape != size or not (found.sort(-1).values == torch.arange(size[-1])).all():
+        if found.shape != size or not is_permutation(found):
             shape = list(weight.shape)
             raise ValueError(f"{path}: order must hold each number below {size[-1]} once, for weights {shape}")
     order = Infilter(*(x.to(weight.device) for x in order)) if mode == "infilter" else order.to(weight.device)

@@ -4,15 +4,15 @@ Names of parameters are those of the published predictor, so that its checkpoint
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isqrt, pi
-from typing import Literal, Self
+from typing import Literal, Self, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastws.ops.coordinate_mlp import ACTIVATIONS, coordinate_mlp
+from fastws.ops.coordinate_mlp import coordinate_mlp
 
 AXES = 3  # layer, filter, channel
 
@@ -35,10 +35,10 @@ class NeRNConfig:
         for name in ("hidden", "kernel", "levels", "base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"NeRN: {name} must be positive, got {getattr(self, name)}")
-        choices = {"activation": list(ACTIVATIONS), "encoding": ["basic", "ffn"], "fusion": ["concat", "sum"]}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"NeRN: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
+        for field in fields(self):
+            known, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"NeRN: {field.name} must be {' or '.join(known)}, got {value!r}")
         if self.blocks < 2:
             raise ValueError(f"NeRN: blocks must be at least 2, got {self.blocks}")
         if self.encoding == "ffn" and self.fusion == "sum":

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.atomic import write_tensors
+from fastws.checks import is_permutation
 from fastws.symmetry import Symmetry
 from fastws.zoo.canonical import Form, canonical
 from fastws.zoo.format import Zoo
@@ -93,7 +94,7 @@ class Alignment:
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 return f"{name} {list(tensor.shape)} {tensor.dtype} in place of {list(shape)} {dtype}"
         for group, vectors in enumerate(self.permutations.split(list(sizes), 1)):
-            if (vectors.sort(1).values != torch.arange(sizes[group])).any():
+            if not is_permutation(vectors):
                 return f"another thing than permutations of group {group}"
         return ""
 

@@ -111,9 +111,6 @@ class Zoo:
         for file in models:
             if not (path / file["file"]).is_file():
                 raise FileNotFoundError(f"{path / file['file']}: file must be there, {MANIFEST} lists it; restore it")
-        described, weighed = (sum(file["rows"] for file in files) for files in (models, manifest["weights"]))
-        if described != weighed:
-            raise ValueError(f"{path / MANIFEST}: models must have {weighed} rows like weights, got {described}")
         empty = torch.empty(0, dtype=torch.int64)
         told = manifest["provenance"], manifest["splits"]
         return cls(path, layout, symmetry, dtype, *told, shards, models, manifest["dropped"], empty)

@@ -52,6 +52,9 @@ def read_manifest(path: Path) -> dict:
         if not lists_rows(listed):
             what = "a file in the folder and its rows"
             raise ValueError(f"{file}: weights and models must each name {what}, got {listed}; restore it")
+    described, weighed = (sum(listed["rows"] for listed in manifest[key]) for key in ("models", "weights"))
+    if described != weighed:
+        raise ValueError(f"{file}: models must have {weighed} rows like weights, got {described}; restore it")
     for name, members in manifest["splits"].items():
         if not isinstance(members, list) or not set(map(type, members)) <= {str}:
             raise ValueError(f"{file}: split {name!r} must be a list of model ids, got another thing; restore it")

@@ -120,7 +120,7 @@ class Matcher:
             [place for place in places if norms == "include" or self.entries[place.tensor].role != "norm statistic"]
             for places in find_places(symmetry, layout, self.device)
         ]
-        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2 for x in self.reference]
+        squares = torch.stack([x.double().square().sum() for x in self.reference]).tolist()
         held = [{place.tensor for place in places} for places in self.places]
         self.least_gain = [tolerance * sum(squares[tensor] for tensor in tensors) for tensors in held]
         members = torch.zeros(len(symmetry.sizes), len(self.entries), dtype=torch.int64)

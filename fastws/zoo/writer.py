@@ -19,6 +19,7 @@ from fastws.symmetry import Symmetry
 from fastws.zoo.format import (
     CHUNK,
     SPLITS,
+    Zoo,
     check_path,
     find_nonfinite,
     map_weights,
@@ -97,7 +98,8 @@ class ZooWriter:
     def _open(self, symmetry, provenance, splits) -> dict:
         if (self.path / MANIFEST).exists():
             manifest = read_manifest(self.path)
-            Layout.from_dict(manifest["layout"]).require_same(self.layout, str(self.path))
+            # all that it lists must be there, or what it does not list would be removed for a mistake in it
+            Zoo.open(self.path).layout.require_same(self.layout, str(self.path))
             if DTYPES.get(manifest["dtype"]) != self.dtype:
                 raise ValueError(f"{self.path}: dtype must be that of the zoo, {manifest['dtype']}, got {self.dtype}")
             return manifest
