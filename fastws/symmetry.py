@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate, zip_longest
 
@@ -13,9 +13,9 @@ from fastws.layout import Layout
 from fastws.ops.permute import permute, random_permutations
 from fastws.roles import storage_key
 from fastws.segments import Composites, Segments, arrange, group_names, parse, plan, unit_size
-from fastws.trace import in_double, trace
+from fastws.trace import trace
 from fastws.trace_rules import RULES
-from fastws.tracer import tensors_in
+from fastws.verify import largest_error
 
 TOLERANCE = 1e-6  # a wrong permutation errs by far more, a module that computes parts of itself in float32 by less
 
@@ -228,17 +228,8 @@ class Symmetry:
         Raises:
             ValueError: If the module returns no tensor or numbers that are not finite.
         """
-        module, inputs = in_double(module, inputs if isinstance(inputs, tuple) else (inputs,))
-        error = 0.0
-        with torch.no_grad():
-            randomise(module, seed)
-            state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-            expected = outputs(module, inputs)
-            for row in self._trials(trials, seed, only):
-                module.load_state_dict(self.permute_state(state, row))
-                for exact, actual in zip(expected, outputs(module, inputs), strict=True):
-                    error = max(error, relative_error(exact, actual))
-        return error
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        return largest_error(module, inputs, self._trials(trials, seed, only), self.permute_state, seed)
 
     def _trials(self, trials: int, seed: int, only: int | None) -> Tensor:
         """Random permutations that move something in every group, or in one."""
@@ -320,34 +311,3 @@ class Symmetry:
             tables = plan.source, plan.base, plan.lookup, first, unit, self.tensor_table(self._layout)
             self._devices[device] = tuple(x.to(device) for x in tables)
         return self._devices[device]
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Random weights that keep activations of order 1: scales and variances in [0.5, 1.5], matrices by fan-in."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = module.state_dict().keys()  # buffers beside it are constants: masks, frequencies
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        last = name.rpartition(".")[2]
-        if not tensor.is_floating_point() or tensor.dim() == 0 or name not in kept:
-            continue
-        if last == "running_var" or (last == "weight" and tensor.dim() == 1):
-            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-        else:
-            fan_in = tensor.numel() / len(tensor) if tensor.dim() > 1 else 4
-            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / max(1, fan_in) ** 0.5
-        tensor.copy_(values)
-
-
-def outputs(module: nn.Module, inputs: Sequence) -> list[Tensor]:
-    results = [x for x in tensors_in(module(*inputs)) if x.is_floating_point() and x.numel() > 0]
-    if not any(torch.isfinite(x).any() for x in results):
-        raise ValueError("symmetry: outputs of the module must hold finite numbers, got none with random weights")
-    return results
-
-
-def relative_error(exact: Tensor, actual: Tensor) -> float:
-    """The largest difference, relative to the largest number; NaN and infinite numbers must be the same."""
-    equal = (exact == actual) | (exact.isnan() & actual.isnan())
-    difference = (actual - exact).abs().masked_fill(equal, 0).nan_to_num(nan=torch.inf)
-    scale = exact[exact.isfinite()].abs().max() if exact.isfinite().any() else torch.tensor(0.0)
-    return float(difference.max() / scale.clamp(min=torch.finfo(torch.float64).tiny))

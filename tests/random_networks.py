@@ -7,7 +7,8 @@ import architectures
 import torch
 
 from fastws.layout import Layout
-from fastws.symmetry import Symmetry, randomise
+from fastws.symmetry import Symmetry
+from fastws.verify import randomise
 
 CASES = {
     "mlp": (architectures.mlp, {}),

@@ -17,7 +17,8 @@ from torch import nn
 import fastws
 from fastws.cli import main
 from fastws.layout import Layout
-from fastws.symmetry import Symmetry, randomise
+from fastws.symmetry import Symmetry
+from fastws.verify import randomise
 from fastws.zoo import Zoo, ZooWriter, matching
 from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
 from fastws.zoo.assignment import PRICED_SIZE, solve

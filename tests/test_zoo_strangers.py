@@ -13,9 +13,10 @@ from small_zoo import make_small_zoo
 
 from fastws.zoo.align import ALIGNMENT, Config, align, aligned_rows
 from fastws.zoo.format import Zoo
-from fastws.zoo.make import RESUME, make
 from fastws.zoo.make import Config as MakeConfig
+from fastws.zoo.make import make
 from fastws.zoo.manifest import MANIFEST
+from fastws.zoo.resume import RESUME
 from fastws.zoo.training import Wave
 from fastws.zoo.writer import ZooWriter
 

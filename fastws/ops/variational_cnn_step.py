@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastws.philox import normal_reference
-from fastws.small_cnn import CONVOLUTION, Back, Row, convolve, forward, rows_of
+from fastws.small_cnn import CONVOLUTION, Row, rows_of
+from fastws.small_cnn_passes import Back, convolve, forward
 from fastws.small_cnn_recipe import check_step, classify, dropout_masks, update
 
 INITIAL_LOG_SIGMA = -10.0  # of the variance of every weight, at the start

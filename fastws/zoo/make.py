@@ -1,8 +1,7 @@
 """Training of model zoos: recipes drawn, networks trained side by side, every epoch of each kept."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,11 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
-from fastws.atomic import remove, write_tensors
+from fastws.atomic import remove
 from fastws.data.images import Transform, load
 from fastws.layout import Layout
 from fastws.symmetry import Symmetry
@@ -28,8 +25,8 @@ from fastws.zoo.explain import explain
 from fastws.zoo.format import Zoo
 from fastws.zoo.grids import PRESETS, Preset
 from fastws.zoo.manifest import MANIFEST, read_manifest
-from fastws.zoo.ranks import LOG, RESUME
 from fastws.zoo.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
+from fastws.zoo.resume import RESUME, log, read_resume, write_resume
 from fastws.zoo.training import Wave
 from fastws.zoo.writer import ZooWriter
 
@@ -268,29 +265,6 @@ def workers(config: Config, job: Job) -> Iterator[Executor]:
             yield pool
     finally:
         torch.set_num_threads(before)
-
-
-def write_resume(path: Path, first: int, wave: Wave) -> None:
-    """Where a killed run goes on: the first network of the wave, its epoch, weights, moments and random numbers."""
-    tensors = {"state": wave.state, "orders": wave.orders.state}
-    write_tensors(path / RESUME, tensors, {"first": str(first), "epoch": str(wave.epoch)})
-
-
-def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
-    if not (path / RESUME).exists():
-        return 0, -1, {}
-    try:
-        with safe_open(path / RESUME, framework="pt") as file:
-            place = file.metadata()
-            tensors = {name: file.get_tensor(name).clone() for name in ("state", "orders")}
-            return int(place["first"]), int(place["epoch"]), tensors
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / RESUME}: file must be readable, got {error!r}; take another folder") from error
-
-
-def log(path: Path, line: Mapping) -> None:
-    with open(path / LOG, "a") as file:
-        file.write(json.dumps({"time": round(time.time(), 3)} | line) + "\n")
 
 
 def run(config: Config) -> None:

@@ -18,12 +18,12 @@ import torch
 from fastws.atomic import write_file
 from fastws.zoo.format import Zoo
 from fastws.zoo.manifest import MANIFEST
+from fastws.zoo.resume import LOG, RESUME
 from fastws.zoo.writer import ZooWriter
 
 DONE = "done"  # marks a part that is whole
 JOINED = "joined"  # parts that are in the zoo, while they are removed
 ROWS = 8192  # of one append
-RESUME, LOG = "resume.safetensors", "log.jsonl"
 POLL = 0.1  # seconds
 
 

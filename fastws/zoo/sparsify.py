@@ -22,10 +22,11 @@ from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, kl_divergence, sp
 from fastws.version import __version__
 from fastws.zoo.align import last_rows
 from fastws.zoo.format import Zoo
-from fastws.zoo.make import RESUME, Job, check_config, prepare, train, workers
 from fastws.zoo.make import Config as MakeConfig
+from fastws.zoo.make import Job, check_config, prepare, train, workers
 from fastws.zoo.manifest import MANIFEST, read_manifest
 from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData
+from fastws.zoo.resume import RESUME
 from fastws.zoo.training import SideBySide, Wave
 from fastws.zoo.writer import ZooWriter
 
