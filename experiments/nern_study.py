@@ -122,7 +122,7 @@ def store(
     nern.train(one, teacher, images, device)
     predictor, stored, learned = load_nern(Path(one.out, "best.pt"))
     rate = next(line["steps_per_second"] for line in reversed(log(one)) if "train/loss" in line)
-    row = {"hidden": hidden, "seed": seed, "steps": one.steps, "warmup": one.warmup, "objective": one.objective}
+    row = {"hidden": one.hidden, "seed": seed, "steps": one.steps, "warmup": one.warmup, "objective": one.objective}
     row |= {"hours": one.steps / rate / 3600, "precisions": {}}
     if images is not None:
         theirs, labels = answers(teacher.to(device), images.batches("test", 250, device)), images.parts["test"].labels

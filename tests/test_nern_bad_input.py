@@ -26,6 +26,10 @@ from fastws.train import nern
         ({"reconstruction_weight": 0.0, "warmup": 1}, "must be on in each step, got weights that are 0 in step 0"),
         ({"objective": "phases", "warmup": 1, **NOTHING}, "must be on in each step, got weights that are 0 in step 9"),
         ({"order": "none", "orders": "x"}, "train nern: orders must be left out with the order none, got 'x'"),
+        (
+            {"improve": True, "orders": "x"},
+            "train nern: improve must be off with orders that were made before, got both",
+        ),
         ({"distillation_weight": float("nan")}, "train nern: distillation_weight must be at least 0, got nan"),
         ({"weight_decay": -1.0}, "train nern: weight_decay must be at least 0, got -1.0"),
         ({"image_size": 0}, "train nern: image_size must be positive, or left out, got 0"),
@@ -44,6 +48,15 @@ def test_bad_numbers_are_one_sentence(fields, message):
 def test_architecture_or_preset_must_be_given():
     with pytest.raises(ValueError, match="train nern: hidden must be given, or a preset, got neither"):
         nern.Config(out="x", weights="y", architecture="resnet18", data_free=True)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = make_teacher()
+
+    def forward(self, x, y):
+        return self.network(x + y)
 
 
 class Pair(nn.Module):
@@ -65,6 +78,7 @@ def colourless():
     "network, fields, message",
     [
         (colourless, {}, r"network must take images \[3, 8, 8\], got .* expected input.* to have 1 channels"),
+        (TwoInputs, {}, r"network must take images \[3, 8, 8\], got .*missing 1 required positional argument: 'y'"),
         (Pair, {}, r"network must give logits \[B, 5\], got tuple"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), {}, r"must give logits \[B, 5\], got \[1, 4\]"),
         (lambda: nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), {}, "must have activations for its feature maps"),

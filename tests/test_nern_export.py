@@ -261,7 +261,7 @@ def export(trained, tmp_path, **fields):
         "device": "cpu",
     } | fields
     run(Config(**fields))
-    return json.loads((tmp_path / "stored.json").read_text())
+    return json.loads((tmp_path / "stored.safetensors.json").read_text())
 
 
 def test_exported_networks_are_as_good_as_in_training(trained, tmp_path):
@@ -301,6 +301,17 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, network):
     save_file(others, tmp_path / "others.safetensors")
     with pytest.raises(ValueError, match="nern export: weights must be those that .*best.pt stores, got others in"):
         export(trained, tmp_path, weights=str(tmp_path / "others.safetensors"))
+    original = (trained / "original.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="nern export: out must not be the original network, got .*original.safetens"):
+        export(trained, tmp_path, out=str(trained / "run/../original.safetensors"))
+    assert (trained / "original.safetensors").read_bytes() == original
+    grey = tmp_path / "grey"
+    for number in range(20):
+        path = grey / ("train", "test")[number // 10] / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), number).save(path)
+    with pytest.raises(ValueError, match=r"nern: network must take images \[1, 32, 32\], got .* to have 3 channels"):
+        export(trained, tmp_path, images=str(grey))
     assert not (tmp_path / "stored.safetensors").exists()
     predictor, stored = store(network)
     with pytest.raises(
@@ -311,6 +322,15 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, network):
         compress({"bias": torch.tensor([1e6])}, "fp16")
     with pytest.raises(ValueError, match="nern export: precision must be one of .* got 'int4'"):
         compress({}, "int4")
+
+
+def test_numbers_too_large_for_fp16_are_exported_in_fp32(trained, tmp_path):
+    content = torch.load(trained / "run/best.pt", weights_only=True)
+    content["model"]["layers.0.bias"][0] = 1e6
+    torch.save(content, tmp_path / "large.pt")
+    assert list(export(trained, tmp_path, model=str(tmp_path / "large.pt"))["precisions"]) == ["fp32"]
+    with pytest.raises(ValueError, match="layers.0.bias must be below 65,504 for fp16"):
+        export(trained, tmp_path, model=str(tmp_path / "large.pt"), precision="fp16")
 
 
 @pytest.mark.parametrize(

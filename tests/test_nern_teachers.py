@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastws.nern.teachers import FeatureTaps, load_teacher, make_architecture
+from fastws.nern.teachers import ARCHITECTURES, FeatureTaps, load_teacher, make_architecture
 from fastws.nn import CIFARResNet
 
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/resnets_cifar10"
@@ -35,6 +35,11 @@ def test_teachers_are_read_from_both_kinds_of_files(tmp_path, state):
         ({"bn1.weight": None}, r"'bn1.weight' must be \[16\], got nothing"),
         ({"conv1.weight": torch.zeros(16, 1, 3, 3)}, r"'conv1.weight' must be \[16, 3, 3, 3\], got \[16, 1, 3, 3\]"),
         ({"conv1.weight": torch.full((16, 3, 3, 3), torch.nan)}, "'conv1.weight' must be finite, got 432 values"),
+        ({"conv1.weight": torch.ones(16, 3, 3, 3, dtype=torch.int8)}, "'conv1.weight' must be .*, got torch.int8"),
+        (
+            {"conv1.weight": torch.ones(16, 3, 3, 3, dtype=torch.complex64)},
+            "'conv1.weight' must be .*, got torch.complex64",
+        ),
     ],
 )
 def test_weights_of_other_networks_are_refused(tmp_path, state, change, message):
@@ -48,6 +53,25 @@ def test_files_of_another_kind_of_network_are_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: 'conv1.weight' must be \[16, 3, 3, 3\], got nothing"):
         load_teacher("cifar-resnet20-a", tmp_path / "other.safetensors")
+
+
+def test_the_architecture_that_fits_is_named(tmp_path, state):
+    save_file({name: x for name, x in state.items() if "num_batches" not in name}, tmp_path / "a.safetensors")
+    for architecture in ("cifar-resnet20-b", "resnet18"):
+        with pytest.raises(ValueError, match="must be .*; it fits cifar-resnet20-a$"):
+            load_teacher(architecture, tmp_path / "a.safetensors")
+
+
+class ClassifierFirst(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.classifier, self.norm = nn.Linear(4, num_classes), nn.BatchNorm1d(4)
+
+
+def test_classes_are_counted_wherever_the_classifier_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "first", ClassifierFirst)
+    save_file(ClassifierFirst(7).state_dict(), tmp_path / "seven.safetensors")
+    assert load_teacher("first", tmp_path / "seven.safetensors").classifier.out_features == 7
 
 
 def test_unknown_architectures_are_refused():
@@ -78,9 +102,14 @@ def test_published_checkpoints_are_read(depth, file):
     assert stored == {20: 267_696, 56: 848_304}[depth]
 
 
-@pytest.mark.parametrize("activation", [nn.PReLU(), nn.Tanh(), nn.SELU(inplace=True), nn.CELU(), nn.SiLU(inplace=True)])
+@pytest.mark.parametrize(
+    "activation", [nn.PReLU(), nn.Tanh(), nn.SELU(inplace=True), nn.CELU(), nn.SiLU(inplace=True), nn.Sigmoid()]
+)
 def test_maps_of_any_activation_are_recorded(activation):
     x = torch.randn(2, 3, 4, 4)
     with FeatureTaps() as taps:
         nn.Sequential(activation, nn.Flatten(), activation)(x.clone())
     assert len(taps.maps) == 1 and torch.equal(taps.maps[0], x)
+    with FeatureTaps() as taps:
+        torch.tanh_(input=x.clone())
+    assert torch.equal(taps.maps[0], x)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,14 @@ def test_run_without_images_keeps_the_best_weights(tmp_path):
     assert (tmp_path / "best.pt").exists() and not (tmp_path / "results.json").exists()
 
 
+def test_distillation_on_noise_keeps_the_latest_weights(tmp_path):
+    config = replace(CONFIG, out=str(tmp_path), images=None, data_free=True, objective="phases", warmup=5, lr=0.02)
+    _, metrics = nern.train(config, make_teacher(), None, CPU)
+    errors = read_log(tmp_path, "val/relative_error")
+    assert errors[-1] > errors[0] and metrics["val/skipped"] == 0  # the weights are no longer what is learned
+    torch.testing.assert_close(load_weights(tmp_path, "best.pt"), load_weights(tmp_path), rtol=0, atol=0)
+
+
 def test_data_free_training_leaves_out_what_is_not_finite(tmp_path, monkeypatch):
     draw = nern.uniform_images
 
@@ -348,6 +357,7 @@ def test_data_free_training_leaves_out_what_is_not_finite(tmp_path, monkeypatch)
     monkeypatch.setattr(nern, "uniform_images", sometimes_bad)
     train(tmp_path, data_free=True)
     assert len(read_log(tmp_path, "train/loss")) == 8 and len(read_log(tmp_path, "val/accuracy")) == 2
+    assert read_log(tmp_path, "val/skipped") == [1, 2]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
@@ -393,6 +403,28 @@ def test_classifier_can_be_learned(tmp_path):
     assert not torch.equal(model.classifier, make_teacher().linear.weight)
 
 
+class Squeeze(nn.Sequential):
+    """A network whose classifier is a convolution with a batch norm behind it."""
+
+    def __init__(self):
+        head = nn.Conv2d(4, 5, 1, bias=False), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *head)
+
+
+def test_convolutions_can_be_the_classifier(tmp_path):
+    teacher = Squeeze().eval()
+    teacher[3].running_var.fill_(4.0)
+    config = replace(CONFIG, out=str(tmp_path), steps=2, exclude=("2",), learn_classifier=True)
+    model, _ = nern.train(config, teacher, make_images(), CPU)
+    assert list(load_nern(tmp_path / "checkpoint.pt")[2]) == ["2.weight"]
+    assert model.classifier.shape == (5, 4, 1, 1) and not torch.equal(model.classifier, teacher[2].weight)
+    job = nern.make_job(config, teacher, make_images(), CPU)
+    model.classifier.data.copy_(teacher[2].weight)
+    student = nern.student_weights(job, model, {name: teacher.get_parameter(name) for name in ("0.weight",)})
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.func.functional_call(job.teacher, student, images), teacher(images))
+
+
 def test_checkpoint_says_what_is_stored(ten_steps):
     model, stored, learned = load_nern(ten_steps / "checkpoint.pt")
     assert [layer.name for layer in stored.layers] == [layer.name for layer in find_layers(make_teacher())]
@@ -409,6 +441,17 @@ def test_orders_can_be_given_and_training_begun_from_a_checkpoint(ten_steps, tmp
     config, _, job, model = prepare(tmp_path, **changes)
     assert torch.equal(job.stored.rows, load_nern(ten_steps / "checkpoint.pt")[1].rows)
     assert torch.equal(model.layers[0].weight, load_weights(ten_steps)["layers.0.weight"])
+
+
+def test_other_orders_of_the_same_weights_are_not_resumed(tmp_path):
+    weights = [make_teacher().get_parameter(layer.name) for layer in find_layers(make_teacher())]
+    folder = tmp_path / "orders"
+    save_orders(folder, network_orders(weights, "crossfilter"), weights, "crossfilter")
+    train(tmp_path / "run", orders=str(folder), steps=1)
+    shutil.rmtree(folder)
+    save_orders(folder, network_orders(weights, "crossfilter", improve=True), weights, "crossfilter")
+    with pytest.raises(ValueError, match="train: rows must be what it was to resume .*, got another"):
+        train(tmp_path / "run", orders=str(folder), steps=1)
 
 
 def test_gradients_are_clipped_one_by_one(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers
 from fastws.nern.orders import content_key
-from fastws.nern.teachers import load_teacher
+from fastws.nern.teachers import check_network, load_teacher
 from fastws.nn.nern import NeRN
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -32,7 +32,7 @@ class Config:
     """Writes the network that a NeRN stores as an ordinary checkpoint, and says how small and how good it is."""
 
     model: str  # best.pt or checkpoint.pt of fastws train nern
-    out: str  # file to write, a safetensors file with the names of the original network; a report goes beside it
+    out: str  # file to write, a safetensors file with the names of the original network; a report goes to <out>.json
 
     weights: str | None = None  # checkpoint of the original network; by default the one of training
     images: str | None = None  # data set, on whose test images original and stored network are compared
@@ -67,6 +67,8 @@ def run(config: Config) -> None:
     nern, stored, learned = load_nern(config.model)
     training, key = read_training(config.model)
     weights = config.weights or training["weights"]
+    if Path(config.out).resolve() == Path(weights).resolve():
+        raise ValueError(f"nern export: out must not be the original network, got {config.out!r}; give another file")
     original = load_teacher(training["architecture"], weights)
     layers = list(stored.originals(original).values())
     if content_key(layers, training["order"], training["improve"]) != key:
@@ -74,11 +76,12 @@ def run(config: Config) -> None:
     images = None
     if config.images is not None:
         images = open_images(config.images, size=config.image_size or training["image_size"])
+        check_network(original, images.shape, images.num_classes, maps=False)
         batches = show(images, config.batch_size, "original", device)
         theirs, labels = answers(deepcopy(original).to(device), batches), images.parts["test"].labels
     report = {"model": config.model, "layers": len(stored.layers), "kernels": len(stored.rows)}
     report |= {"weights": stored.num_weights, "precisions": {}}
-    for precision in PRECISIONS:
+    for precision in PRECISIONS if fits_half(nern.state_dict()) else (config.precision,):
         network = reconstruct(nern, stored, original, precision, learned)
         size = measure(nern, stored, precision)
         row = size._asdict() | {"share": size.share, "relative_error": relative_error(network, original, stored)}
@@ -88,7 +91,7 @@ def run(config: Config) -> None:
         report["precisions"][precision] = row
         if precision == config.precision:
             chosen = network.cpu()
-    beside = Path(config.out).with_suffix(".json")
+    beside = Path(f"{config.out}.json")
     write(Path(config.out), chosen)
     write_json(beside, report)
     print_report(report)
@@ -122,7 +125,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{report['kernels']:,} kernels, {report['weights']:,} weights in {report['layers']} layers")
     columns = {"predictor": "predictor, bytes", "order": "order, bytes", "share": "of fp32", "relative_error": "error"}
     columns |= {"accuracy": "accuracy", "original_accuracy": "original", "agreement": "agreement"}
-    shown = {name: title for name, title in columns.items() if name in report["precisions"]["fp32"]}
+    first = next(iter(report["precisions"].values()))
+    shown = {name: title for name, title in columns.items() if name in first}
     print(" " * 6 + "".join(f"{title:>18}" for title in shown.values()))
     for precision, row in report["precisions"].items():
         cells = (f"{row[name]:>18,}" if isinstance(row[name], int) else f"{row[name]:>18.4f}" for name in shown)
@@ -147,7 +151,7 @@ def compress(state: dict[str, Tensor], precision: Precision) -> dict[str, Tensor
         return {name: tensor.float() for name, tensor in state.items()}
     kept = {}
     for name, tensor in state.items():
-        if tensor.abs().max() > torch.finfo(torch.float16).max:
+        if not fits_half({name: tensor}):
             raise ValueError(f"nern export: {name} must be below 65,504 for {precision}, got {tensor.abs().max():g}")
         if precision == "int8" and tensor.dim() == 2:
             scale = tensor.abs().amax(1).clamp(min=SMALLEST).float() / LARGEST
@@ -156,6 +160,10 @@ def compress(state: dict[str, Tensor], precision: Precision) -> dict[str, Tensor
         else:
             kept[name] = tensor.half()
     return kept
+
+
+def fits_half(state: dict[str, Tensor]) -> bool:
+    return all(tensor.abs().max() <= torch.finfo(torch.float16).max for tensor in state.values())
 
 
 def decompress(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     },
     **{f"resnet{depth}": partial(ResNet, depth, stem="imagenet") for depth in (18, 34, 50, 101, 152)},
 }
+COUNTER = "num_batches_tracked"  # of steps, by batch norms
 FEW_CHANNELS = 16
 LIBRARIES = ("torchvision", "timm")  # that may be installed, and have more
 
@@ -34,7 +35,7 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
         architecture: A name in ``ARCHITECTURES``, as ``"cifar-resnet20-a"`` or ``"resnet18"``; or, where they are
             installed, ``"torchvision:vgg16"`` or ``"timm:resnet10t"``.
         weights: Checkpoint, safetensors or torch; nothing in it is executed.
-        num_classes: Of the network; by default what the last parameter of the checkpoint says, which is a bias.
+        num_classes: Of the network; by default what the checkpoint says where it depends on them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -42,13 +43,32 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
     """
     state = load_checkpoint(weights)
     if num_classes is None:
-        with torch.device("meta"):
-            last = list(make_architecture(architecture, 2).state_dict())[-1]
-        found = state.get(last)
-        num_classes = 2 if found is None or found.dim() == 0 else len(found)  # what else is wrong is said below
+        num_classes = count_classes(architecture, state)
     teacher = make_architecture(architecture, num_classes)
     load_weights(teacher, state, f"{weights}")
     return teacher.eval().requires_grad_(False)
+
+
+def count_classes(architecture: str, state: dict[str, Tensor]) -> int:
+    """The size of the first tensor that depends on it; 2 if there is none: what is wrong then is said elsewhere."""
+    two, three = (shapes(architecture, count) for count in (2, 3))
+    for name, shape in two.items():
+        if shape != three[name] and name in state and state[name].dim() == len(shape):
+            return next(size for size, x, y in zip(state[name].shape, shape, three[name], strict=True) if x != y)
+    return 2
+
+
+def shapes(architecture: str, num_classes: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        state = make_architecture(architecture, num_classes).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith(COUNTER)}
+
+
+def fitting(state: dict[str, Tensor]) -> str:
+    """What a state dict fits of what is known here, in words."""
+    theirs = {name: tensor.shape for name, tensor in state.items() if not name.endswith(COUNTER)}
+    names = [name for name in ARCHITECTURES if shapes(name, count_classes(name, state)) == theirs]
+    return f"it fits {', '.join(names)}" if names else "it is of another architecture"
 
 
 def make_architecture(name: str, num_classes: int) -> nn.Module:
@@ -74,12 +94,14 @@ def make_architecture(name: str, num_classes: int) -> nn.Module:
 def load_weights(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Loads a state dict; steps counted by batch norms, which old checkpoints do not have, stay as they are."""
     expected = network.state_dict()
-    counters = {name: steps for name, steps in expected.items() if name.endswith("num_batches_tracked")}
+    counters = {name: steps for name, steps in expected.items() if name.endswith(COUNTER)}
     state = counters | state
     for name in expected | state:
         ours, theirs = (list(one[name].shape) if name in one else "nothing" for one in (expected, state))
         if ours != theirs:
-            raise ValueError(f"{where}: {name!r} must be {ours}, got {theirs}; it is of another architecture")
+            raise ValueError(f"{where}: {name!r} must be {ours}, got {theirs}; {fitting(state)}")
+        if state[name].is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{where}: {name!r} must be {expected[name].dtype}, got {state[name].dtype}")
         bad = (~state[name].isfinite()).sum()
         if bad:
             raise ValueError(f"{where}: {name!r} must be finite, got {bad} values that are NaN or infinite")
@@ -115,8 +137,8 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], num_classes: 
     try:
         with FeatureTaps() as taps:
             logits = network(images)
-    except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # whatever the code of others raises
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"nern: network must take images {list(shape)}, got {first}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < num_classes:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -130,7 +152,11 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], num_classes: 
 PLAIN = (functional.relu, torch.relu, Tensor.relu, functional.relu6, functional.hardtanh, functional.leaky_relu)
 PLAIN += (functional.elu, functional.gelu, functional.silu, functional.mish, functional.hardswish, functional.prelu)
 PLAIN += (functional.selu, functional.celu, functional.softplus, functional.tanh, torch.tanh, Tensor.tanh)
+PLAIN += (functional.sigmoid, torch.sigmoid, Tensor.sigmoid, functional.hardsigmoid, functional.logsigmoid)
+PLAIN += (functional.softsign, functional.threshold, functional.rrelu)
 IN_PLACE = (functional.relu_, torch.relu_, Tensor.relu_, functional.hardtanh_, functional.leaky_relu_, functional.elu_)
+IN_PLACE += (functional.selu_, functional.celu_, functional.threshold_, functional.rrelu_, torch.tanh_, Tensor.tanh_)
+IN_PLACE += (torch.sigmoid_, Tensor.sigmoid_)
 ACTIVATIONS = {*PLAIN, *IN_PLACE}
 SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 
@@ -178,12 +204,12 @@ class FeatureTaps(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in ACTIVATIONS or args[0].dim() != 4:
+        before = args[0] if args else kwargs.get("input")
+        if function not in ACTIVATIONS or before.dim() != 4:
             result = function(*args, **kwargs)
             if function in SUMS:
                 self.last_sum = result
             return result
-        before = args[0]
         self.weights.append(2 if self.doubled and before is self.last_sum else 1)
         in_place = function in IN_PLACE or kwargs.get("inplace")
         if in_place and not self.after:

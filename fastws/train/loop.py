@@ -79,7 +79,7 @@ def train(
         loss: Computes scalars, ``"loss"`` among them, from the model and a batch.
         evaluate: Computes scalars from the model in evaluation mode.
         extra: Tensors and plain containers that are saved with the model, for those who use it. A run is resumed
-            only if the plain ones are what they were.
+            only if they are what they were.
         memory: Tensors that callbacks change as steps go by; they are saved, and come back when a run is resumed.
         schedule: Sets the rates of a step; ``one_cycle`` by default.
         early: Whether to evaluate after a step, from the number of steps done and its metrics, beside those that
@@ -203,13 +203,20 @@ def restore(
         if name not in FREE and value != before:
             raise ValueError(f"train: {name} must be {before!r} to resume {folder}, got {value!r}; or give another out")
     for name, value in extra.items():
-        if not isinstance(value, Tensor) and value != state["extra"].get(name):
+        if not same(value, state["extra"].get(name)):
             raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for name, tensor in memory.items():
         tensor.copy_(state["memory"][name])
     return state["step"]
+
+
+def same(value: Any, before: Any) -> bool:
+    """Whether they are equal; floating tensors up to rounding, which another number of threads changes."""
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return value is before if isinstance(value, Tensor) or isinstance(before, Tensor) else value == before
+    return value.shape == before.shape and value.dtype == before.dtype and torch.allclose(value, before)
 
 
 class Recorder:

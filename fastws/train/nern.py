@@ -90,15 +90,15 @@ def train(
     )
     watch = Watch(config, device)
     weights = [tensor.cpu() for tensor in job.originals]
-    extra = describe(model, job.stored) | {"learned": job.learned}
-    extra |= {"key": content_key(weights, config.order, config.improve)}
+    extra = {"key": content_key(weights, config.order, config.improve), "learned": job.learned}
+    extra |= describe(model, job.stored)
     keep = partial(watch.keep, model=model, extra=extra)
     part = config.select if images is not None and config.select in images.parts else None
 
     def evaluate(model: nn.Module) -> loop.Metrics:
         found = evaluate_part(job, getattr(model, "module", model), part, config.batch_size)
         keep(found)
-        return found
+        return found | ({"skipped": watch.memory["skipped"].float()} if config.data_free else {})
 
     metrics = loop.train(
         config,
@@ -199,9 +199,13 @@ class Watch:
         }
 
     def keep(self, found: loop.Metrics, *, model: nn.Module, extra: dict[str, Any]) -> None:
-        """Writes best.pt if no evaluation before was as good: by accuracy, without images by the error of weights."""
+        """Writes best.pt if no evaluation before was as good: by accuracy, without images by the error of weights.
+
+        Distillation on noise lets that error grow and has no other measure; then the latest weights count as the best.
+        """
         score = float(found["accuracy"] if "accuracy" in found else -found["relative_error"])
-        if found["relative_error"].isfinite() and score > self.memory["best"]:
+        latest = "accuracy" not in found and distils(self.config)
+        if found["relative_error"].isfinite() and (latest or score > self.memory["best"]):
             self.memory["best"].fill_(score)
             if processes.rank() == 0:
                 state = {"config": loop.plain(self.config), "extra": extra, "model": model.state_dict()}

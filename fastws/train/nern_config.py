@@ -41,7 +41,7 @@ class Config(loop.Config):
     exclude: tuple[str, ...] = ()  # patterns of names of layers that are not stored
     linear: bool = False  # whether linear layers are stored, as 1x1 convolutions
     reduction: Reduction = "center"  # of predictions where kernels are smaller
-    learn_classifier: bool = False  # train the last linear layer of the student as well, as it is
+    learn_classifier: bool = False  # train the last linear layer, or else convolution, of the student too, as it is
 
     steps: int | None = None  # in all, those before an interruption included
     batch_size: int | None = None  # images per step, over all processes
@@ -96,6 +96,8 @@ class Config(loop.Config):
         for step in (0, self.steps - 1):  # of either phase
             if not any(loss_weights(self, step)):
                 raise ValueError(f"train nern: a loss must be on in each step, got weights that are 0 in step {step}")
+        if self.orders is not None and self.improve:
+            raise ValueError("train nern: improve must be off with orders that were made before, got both")
         if self.orders is not None and self.order == "none":
             raise ValueError(f"train nern: orders must be left out with the order none, got {self.orders!r}")
 

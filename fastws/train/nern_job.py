@@ -84,10 +84,9 @@ def make_model(config: Config, job: Job, teacher: nn.Module) -> NeRN:
 def classifier_name(teacher: nn.Module) -> str:
     if processes.world() > 1:
         raise ValueError("train nern: learn_classifier must be off in several processes, got on")
-    names = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ValueError("train nern: learn_classifier must be off for a network without linear layers, got on")
-    return f"{names[-1]}.weight"
+    modules = list(teacher.named_modules())
+    linear, convolutions = ([name for name, x in modules if isinstance(x, kind)] for kind in (nn.Linear, nn.Conv2d))
+    return f"{(linear or convolutions)[-1]}.weight"
 
 
 # --- the network with predicted kernels
@@ -109,8 +108,8 @@ def predict(job: Job, model: nn.Module, chosen: Tensor | None) -> Tensor:
 
 def student_weights(job: Job, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What takes the place of the teacher's tensors in the student."""
-    weights = {name: x * job.factors[name] if name in job.factors else x for name, x in weights.items()}
-    return weights | ({job.learned: model.get_parameter(CLASSIFIER)} if job.learned else {})
+    weights = weights | ({job.learned: model.get_parameter(CLASSIFIER)} if job.learned else {})
+    return {name: x * job.factors[name] if name in job.factors else x for name, x in weights.items()}
 
 
 def evaluate_part(job: Job, model: nn.Module, part: str | None, size: int) -> loop.Metrics:
