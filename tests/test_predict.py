@@ -145,6 +145,13 @@ def test_statistics_are_those_of_numpy(zoo, padded):
     torch.testing.assert_close(actual, torch.from_numpy(numpy.stack(features, 1)), rtol=1e-10, atol=1e-12)
 
 
+def test_statistics_of_weights_and_biases_apart_are_those_of_each_tensor(zoo):
+    actual = predict.layer_statistics(zoo.weights, zoo.layout, apart=True)
+    weights = zoo.layout.unflatten(zoo.weights[0])
+    expected = [fastws.layer_statistics(x.reshape(1, -1), torch.tensor([[0, x.numel()]])) for x in weights.values()]
+    torch.testing.assert_close(actual[0], torch.cat(expected).flatten(), rtol=1e-10, atol=1e-12)
+
+
 # --- embeddings
 
 
@@ -299,6 +306,8 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(checkpoint, zoo, tmp
 def test_targets_must_be_properties(zoo):
     with pytest.raises(ValueError, match=r"predict: targets must be properties of the zoo \(model, epoch,.*got 'size'"):
         predict.read_target(zoo, "size")
+    with pytest.raises(ValueError, match="predict: targets must be numbers, got 'model': .*"):
+        predict.read_target(zoo, "model")
 
 
 def test_embeddings_must_fit_the_zoo(zoo, tmp_path):
@@ -328,6 +337,8 @@ def test_configs_are_checked():
         embed.Config(model="", zoo="", out="", batch_size=0)
     with pytest.raises(ValueError, match="predict: targets must name at least one property, got none"):
         predict.Config(zoo="", out="", targets=())
+    with pytest.raises(ValueError, match="predict: padded must be left out where biases are apart, got both"):
+        predict.Config(zoo="", out="", padded=8, apart=True)
 
 
 def test_features_must_be_asked_for(zoo):

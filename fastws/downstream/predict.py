@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
+import pyarrow
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
@@ -52,6 +53,7 @@ class Config:
     embeddings: str | None = None  # file of fastws embed, instead of model
 
     statistics: bool = True  # probe mean, variance and quantiles of each layer as well
+    apart: bool = False  # statistics of weights and of biases, as the model zoo data set has them, not of both together
     weights: bool = True  # probe the weights as well
     targets: tuple[str, ...] = ("test_accuracy", "epoch", "generalisation_gap")  # columns of the zoo's properties
     norm: bool = False  # statistics and weights of norm layers as well
@@ -62,6 +64,8 @@ class Config:
     def __post_init__(self):
         if not self.targets:
             raise ValueError("predict: targets must name at least one property, got none")
+        if self.apart and self.padded is not None:
+            raise ValueError("predict: padded must be left out where biases are apart, got both")
 
 
 class Probe(NamedTuple):
@@ -106,7 +110,10 @@ def read_target(zoo: Zoo, name: str) -> Tensor:
     if name not in zoo.properties.column_names:
         known = ", ".join(zoo.properties.column_names)
         raise ValueError(f"predict: targets must be properties of the zoo ({known}), got {name!r}")
-    return torch.from_numpy(zoo.properties[name].cast("float64").to_numpy().copy())
+    try:
+        return torch.from_numpy(zoo.properties[name].cast("float64").to_numpy().copy())
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise ValueError(f"predict: targets must be numbers, got {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
@@ -120,7 +127,7 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm else "skip")
     if config.statistics:
         parts = [
-            layer_statistics(zoo.rows(rows), layout, padded=config.padded is not None)
+            layer_statistics(zoo.rows(rows), layout, padded=config.padded is not None, apart=config.apart)
             for rows in torch.arange(len(zoo)).split(max(1, WEIGHTS_AT_ONCE // layout.num_weights))
         ]
         features["statistics"] = torch.cat(parts)
@@ -134,16 +141,17 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
 # --- features
 
 
-def layers_of(flat: Tensor, layout: fastws.Layout) -> list[Tensor]:
-    """The weights of each layer with their biases, ``[B, n]`` each."""
+def layers_of(flat: Tensor, layout: fastws.Layout, *, apart: bool = False) -> list[Tensor]:
+    """``[B, n]`` each: the weights of each layer with its biases or, apart, the biases behind its weights."""
     layers = []
     for weight, bias, rows, length, *_ in layout.table.tolist():
-        biases = flat[:, bias : bias + rows] if bias >= 0 else flat[:, :0]
-        layers.append(torch.cat([flat[:, weight : weight + rows * length], biases], 1))
+        parts = [flat[:, weight : weight + rows * length]]
+        parts += [flat[:, bias : bias + rows]] if bias >= 0 else []
+        layers += parts if apart else [torch.cat(parts, 1)]
     return layers
 
 
-def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = False) -> Tensor:
+def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = False, apart: bool = False) -> Tensor:
     """Mean, population variance and the 1, 25, 50, 75, 99 % quantiles of the weights of each layer.
 
     The features s(W) of Unterthiner et al. (arXiv 2002.11448), as in SANE. Quantiles interpolate linearly.
@@ -152,11 +160,12 @@ def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = Fals
         flat: Checkpoints, ``[B, P]``.
         layout: Says which weights make a layer; a bias belongs to its weight.
         padded: Count the zeros that fill up tokens among the weights, as the published code does.
+        apart: Statistics of weights and of biases, as in the model zoo data set (arXiv 2209.14764).
 
     Returns:
-        ``[B, 7 L]`` float64, layer by layer.
+        ``[B, 7 L]`` float64, layer by layer; apart, one more for each bias, behind its weight.
     """
-    layers = layers_of(flat, layout)
+    layers = layers_of(flat, layout, apart=apart)
     if padded:
         filled = layout.table[:, 2] * layout.table[:, 6] * layout.token_size  # rows * chunks * T
         layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled.tolist(), strict=True)]
