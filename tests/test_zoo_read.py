@@ -438,7 +438,7 @@ def test_checkpoints_of_all_kinds(tmp_path):
     torch.save({"state_dict": wrapped, "epoch": 3, "loss": 0.5}, folder / "b.pth")
     torch.save(make_state(3), folder / "c.th", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(dict(make_state(4)), folder / "deep/d.safetensors")
-    torch.save({name: tensor.double() for name, tensor in make_state(5).items()}, folder / "e.pt")
+    torch.save({name: tensor.half() for name, tensor in make_state(5).items()}, folder / "e.pt")
     strided = {name: tensor.mT if tensor.dim() == 2 else tensor for name, tensor in make_state(6).items()}
     strided = {name: tensor.contiguous().mT if tensor.dim() == 2 else tensor for name, tensor in strided.items()}
     torch.save(strided, folder / "f.pt")
@@ -447,13 +447,46 @@ def test_checkpoints_of_all_kinds(tmp_path):
     (folder / "notes.txt").write_text("no checkpoint either")
     zoo = read_quietly(read_checkpoints, folder, tmp_path / "zoo")
     assert zoo.properties["model"].to_pylist() == ["a.pt", "b.pth", "c.th", "deep/d.safetensors", "e.pt", "f.pt"]
-    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (1, 2, 3, 4, 5, 6)]))
+    rows = [to_row(make_state(seed)) for seed in (1, 2, 3, 4, 5, 6)]
+    rows[4] = rows[4].half().float()
+    assert torch.equal(zoo.weights, torch.stack(rows))
     found = [entry.reason.partition(":")[0] for entry in read_report(zoo.path).bad]
     assert found == ["unreadable", "other architecture"]
     with pytest.raises(ValueError, match="one checkpoint at least must be readable, got .*g.pt"):
         read_checkpoints(folder / "g.pt", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="source must be a folder or a file, got nothing"):
         read_checkpoints(tmp_path / "nowhere", tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    "first, second", [("float16", "float32"), ("bfloat16", "float16"), ("float32", "float64"), ("float16", "bfloat16")]
+)
+def test_no_weight_is_cast_to_a_narrower_dtype(tmp_path, suffix, first, second):
+    (tmp_path / "files").mkdir()
+    states = [{"fc.weight": torch.full((2, 2), 1 / 3, dtype=getattr(torch, name))} for name in (first, second)]
+    files = [tmp_path / f"files/{name}.{suffix}" for name in "ab"]
+    for file, state in zip(files, states, strict=True):
+        torch.save(state, file) if suffix == "pt" else safetensors.torch.save_file(state, file)
+    zoo = read_quietly(read_checkpoints, tmp_path / "files", tmp_path / "zoo")
+    assert zoo.weights.dtype == getattr(torch, first) and zoo.properties["file"].to_pylist() == [files[0].name]
+    expected = f"other dtype: 'fc.weight' is torch.{second}, the zoo torch.{first}; say like="
+    assert [entry.reason.startswith(expected) for entry in read_report(zoo.path).bad] == [True]
+    if "16" not in second:  # which holds all numbers of the first
+        zoo = read_checkpoints(tmp_path / "files", tmp_path / "wide", like=files[1])
+        assert zoo.weights.dtype == getattr(torch, second)
+        assert torch.equal(zoo.weights, torch.stack([to_row(state).to(zoo.weights.dtype) for state in states]))
+
+
+def test_tensors_keep_dtypes_of_their_own(tmp_path):
+    """The vector of a checkpoint of two dtypes would hold what its tensors cannot."""
+    (tmp_path / "files").mkdir()
+    state = {"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2)}
+    torch.save(state, tmp_path / "files/a.pt")
+    torch.save({"a": torch.full((2,), 1e5), "b": torch.ones(2)}, tmp_path / "files/b.pt")
+    zoo = read_quietly(read_checkpoints, tmp_path / "files", tmp_path / "zoo")
+    assert read_report(zoo.path).bad[0].reason.startswith("other dtype: 'a' is torch.float32, the zoo torch.float16")
+    assert zoo.checkpoint(0)["a"].dtype == torch.float16
 
 
 def test_files_that_hold_more_than_tensors(tmp_path):
@@ -584,6 +617,16 @@ def test_unterthiner_gives_networks_that_compute_the_same(tmp_path):
     assert {"lr", "init", "activation"} <= set(zoo.properties.column_names)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_unterthiner_keeps_the_dtype(tmp_path, dtype):
+    write_unterthiner(tmp_path / "raw", [unterthiner_network() for _ in range(2)])
+    weights = numpy.load(tmp_path / "raw/weights.npy").astype(dtype)
+    weights += weights.dtype.type(1 / 3)
+    numpy.save(tmp_path / "raw/weights.npy", weights)
+    zoo = read_unterthiner(tmp_path / "raw", tmp_path / "zoo")
+    numpy.testing.assert_array_equal(zoo.weights.numpy(), weights[:, fixed_order()])
+
+
 def test_unterthiner_published_offsets(tmp_path):
     """The published assignment, restated: bias and weights of each layer to where its table says, later ones last."""
     write_unterthiner(tmp_path / "raw", [unterthiner_network() for _ in range(2)])
@@ -597,9 +640,10 @@ def test_unterthiner_published_offsets(tmp_path):
     zoo = read_unterthiner(tmp_path / "raw", tmp_path / "zoo", layout="reference")
     numpy.testing.assert_array_equal(zoo.weights.numpy(), expected)
     assert len(set(fixed_order().tolist())) == 4970 and len(set(reference_order().tolist())) == 4970 - 160
-    numpy.save(tmp_path / "raw/weights.npy", numpy.zeros((2, 4971), "f4"))
-    with pytest.raises(ValueError, match=r"array must be \[n, 4970\] floats, got \[2, 4971\] float32"):
-        read_unterthiner(tmp_path / "raw", tmp_path / "other")
+    for array, got in ((numpy.zeros((2, 4971), "f4"), r"\[2, 4971\] <f4"), (raw.astype(">f4"), r"\[2, 4970\] >f4")):
+        numpy.save(tmp_path / "raw/weights.npy", array)
+        with pytest.raises(ValueError, match=rf"weights.npy: array must be \[n, 4970\] of <f2, <f4, <f8, got {got}"):
+            read_unterthiner(tmp_path / "raw", tmp_path / "other")
     numpy.save(tmp_path / "raw/weights.npy", numpy.array([Malicious(os.system, "false")], object))
     with pytest.raises(ValueError, match="file must be a whole numpy file"):
         read_unterthiner(tmp_path / "raw", tmp_path / "other")

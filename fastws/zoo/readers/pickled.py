@@ -12,7 +12,7 @@ from fastws.layout import Layout
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import COLUMNS, add_gap
-from fastws.zoo.readers.states import BadState, fill, make_layout
+from fastws.zoo.readers.states import BadState, check_dtype, fill, make_layout
 from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.zoo.readers.unpickle import Array, StoredTensor
 
@@ -183,6 +183,7 @@ def fill_state(file: TorchFile, state: State, row: Tensor, layout: Layout) -> No
     vector = vector if state.row is None else vector[state.row]
     if vector.numel() != layout.num_weights or not vector.is_floating_point():
         raise BadState("other architecture", f"it has {vector.numel()} weights, not {layout.num_weights}")
+    check_dtype("vector", vector.dtype, layout.dtype)
     row.copy_(vector.reshape(-1))
 
 

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastws.entries import Entry, flat_dtype
 from fastws.files import load_checkpoint, unwrap
 from fastws.layout import Layout
 from fastws.roles import infer_roles
@@ -136,6 +137,28 @@ def is_weight(name: str) -> bool:
 def match(layout: Layout, described: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[str]:
     """Names of the tensors that make up a row of ``layout``, in its order.
 
+    Raises:
+        BadState: If a tensor is missing, has numbers that the layout cannot hold, or the architecture is another one.
+    """
+    names = match_names(layout, described)
+    for name, entry in zip(names, flat_entries(layout), strict=True):
+        check_dtype(repr(name), described[name][1], entry.dtype)
+    return names
+
+
+def check_dtype(what: str, dtype: torch.dtype, held: torch.dtype) -> None:
+    """Raises BadState unless ``held`` holds all numbers of ``dtype``: a cast that may change one is not made."""
+    if dtype != held and flat_dtype((dtype, held)) != held:
+        raise BadState("other dtype", f"{what} is {dtype}, the zoo {held}; say like=<a checkpoint of wider dtypes>")
+
+
+def flat_entries(layout: Layout) -> list[Entry]:
+    return [entry for entry in layout.entries if entry.offset >= 0]
+
+
+def match_names(layout: Layout, described: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[str]:
+    """The names by shapes and roles.
+
     Tensors with the names of the layout are taken by name. Else they are taken in their own order, if shapes and roles
     are the same: dropout layers shift the numbers that modules are named by.
 
@@ -144,7 +167,7 @@ def match(layout: Layout, described: Mapping[str, tuple[tuple[int, ...], torch.d
     """
     shapes = {name: tuple(shape) for name, (shape, dtype) in described.items() if dtype.is_floating_point}
     shapes = {name: shape for name, shape in shapes.items() if is_weight(name) and name not in layout.aliases}
-    entries = [entry for entry in layout.entries if entry.offset >= 0]
+    entries = flat_entries(layout)
     expected = {entry.name: entry.shape for entry in entries}
     if shapes == expected:
         return list(expected)

@@ -23,6 +23,7 @@ SHAPES = {  # of the one architecture; modules as the published wrapper numbers 
     "module_list.7": (10, 16),
 }
 LENGTH = 4970
+DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}  # as numpy writes them, little endian
 PUBLISHED_STARTS = (0, 160, 2320, 4800)  # where the published wrapper puts the layers; the third begins at 2480
 COLUMNS = {"modeldir": "model", "step": "epoch", "learning_rate": "lr", "w_init": "init"}
 
@@ -63,14 +64,16 @@ def read_unterthiner(
         row.copy_(torch.from_numpy(weights[place][order]))
 
     source = {"kind": "unterthiner", "paths": [str(path)], "layout": layout}
-    return collect(out, Population(range(len(weights)), columns, fill, make_layout(), source), options or ReadOptions())
+    population = Population(range(len(weights)), columns, fill, make_layout(DTYPES[weights.dtype.str]), source)
+    return collect(out, population, options or ReadOptions())
 
 
-def make_layout() -> Layout:
+def make_layout(dtype: torch.dtype) -> Layout:
     """Of all these networks."""
     state = {}
     for name, shape in SHAPES.items():
-        state |= {f"{name}.weight": torch.empty(shape), f"{name}.bias": torch.empty(shape[0])}
+        state[f"{name}.weight"] = torch.empty(shape, dtype=dtype)
+        state[f"{name}.bias"] = torch.empty(shape[0], dtype=dtype)
     return Layout.from_checkpoint(state)
 
 
@@ -82,8 +85,9 @@ def read_weights(path: Path) -> numpy.ndarray:
         weights = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: file must be a whole numpy file, got {error}; copy it again") from error
-    if weights.ndim != 2 or weights.shape[1] != LENGTH or weights.dtype.kind != "f":
-        raise ValueError(f"{path}: array must be [n, {LENGTH}] floats, got {list(weights.shape)} {weights.dtype}")
+    if weights.ndim != 2 or weights.shape[1] != LENGTH or weights.dtype.str not in DTYPES:
+        what, got = f"[n, {LENGTH}] of {', '.join(DTYPES)}", f"{list(weights.shape)} {weights.dtype.str}"
+        raise ValueError(f"{path}: array must be {what}, got {got}")
     return weights
 
 
