@@ -130,6 +130,28 @@ def test_chosen_epochs_and_properties(tmp_path):
         read_ray(tmp_path / "raw", tmp_path / "other", properties=["loss"])
 
 
+def test_properties_are_not_the_identity_of_a_state(tmp_path):
+    folder = write_trial(tmp_path / "raw/a", 1, epochs=[1, 2], config={"model": "CNN", "epoch": 50, "lr": 0.1})
+    lines = [{"training_iteration": epoch, "epoch": epoch + 100, "model": "CNN", "lr": epoch} for epoch in (1, 2)]
+    with open(folder / "result.json", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["a", "a"] and zoo.properties["epoch"].to_pylist() == [1, 2]
+    assert zoo.properties["lr"].to_pylist() == [1, 2]
+    dataset = make_dataset([1, 2])
+    dataset.properties |= {"model": ["CNN"] * 4, "epoch": [7] * 4}
+    write_pickle(tmp_path / "dataset.pt", {"trainset": dataset})
+    zoo = read_pickle(tmp_path / "dataset.pt", tmp_path / "pickled")
+    assert zoo.properties["model"].to_pylist() == ["net_1", "net_1", "net_2", "net_2"]
+    assert zoo.properties["epoch"].to_pylist() == [1, 2, 1, 2]
+    write_unterthiner(tmp_path / "raw2", [unterthiner_network()] * 2)
+    text = (tmp_path / "raw2/metrics.csv").read_text()
+    text = text.replace("config.activation", "config.model").replace("config.w_init", "config.step")
+    (tmp_path / "raw2/metrics.csv").write_text(text)
+    zoo = read_unterthiner(tmp_path / "raw2", tmp_path / "unterthiner")
+    assert zoo.properties["model"].to_pylist() == ["/dir/0"] * 2 and zoo.properties["epoch"].to_pylist() == [0, 86]
+
+
 def test_other_properties_are_another_call(tmp_path):
     write_trial(tmp_path / "raw/NN_0", 0)
     read_ray(tmp_path / "raw", tmp_path / "zoo", properties=["test_acc"])

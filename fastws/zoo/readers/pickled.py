@@ -11,7 +11,7 @@ from fastws.files import load_checkpoint
 from fastws.layout import Layout
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
-from fastws.zoo.readers.ray import COLUMNS, add_gap
+from fastws.zoo.readers.ray import add_columns, add_gap
 from fastws.zoo.readers.states import BadState, check_dtype, fill, make_layout
 from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.zoo.readers.unpickle import Array, StoredTensor
@@ -43,7 +43,8 @@ def read_pickle(
     The file is read by an unpickler that makes tensors, numbers, strings and containers only, and knows objects of the
     published data set classes as dictionaries of their attributes; it executes nothing. Each state is read once, though
     such files hold two copies of it and permutations beside them. The splits are kept. Numpy arrays and lists of
-    properties become columns, under the names of zoos that fastws makes.
+    properties become columns, under the names of zoos that fastws makes; those called ``model`` or ``epoch`` are left
+    out, because paths and labels say which state is which.
 
     Args:
         path: The file, in torch's zip format or the one before it.
@@ -69,7 +70,7 @@ def read_pickle(
     names = dict.fromkeys(name for state in states for name in state.properties)
     models = shorten([state.path for state in states])
     columns = {"model": models, "epoch": [state.epoch for state in states]}
-    columns |= {COLUMNS.get(name, name): [state.properties.get(name) for state in states] for name in names}
+    add_columns(columns, {name: [state.properties.get(name) for state in states] for name in names})
 
     def fill_row(state: State, row: Tensor) -> None:
         try:

@@ -64,9 +64,10 @@ def read_ray(
 
     The properties of epoch e are those of the line whose ``training_iteration`` is e, whether or not the network was
     evaluated before training. Their names are those of zoos that fastws makes, see ``COLUMNS``; the generalisation gap
-    is train minus test accuracy. Layers are taken in the order of the parameters, so networks with and without dropout
-    layers are of one architecture. Of sparsified twins the weights are read as they were trained, before clipping;
-    their variances are left out.
+    is train minus test accuracy. Networks and epochs are those of the folders: what results or configuration call
+    ``model`` or ``epoch`` is left out, and so is what the configuration repeats of the results. Layers are taken in
+    the order of the parameters, so networks with and without dropout layers are of one architecture. Of sparsified
+    twins the weights are read as they were trained, before clipping; their variances are left out.
 
     Args:
         paths: Folders of raw zoos, whose networks are sorted by name, or folders of single networks, in any order.
@@ -192,15 +193,16 @@ def to_columns(trials: Sequence[Trial], models: Sequence[str]) -> dict[str, list
         "model": [model for model, trial in zip(models, trials, strict=True) for _ in trial.states],
         "epoch": [epoch for trial in trials for epoch in trial.epochs],
     }
-    for name in results:
-        columns[COLUMNS.get(name, name)] = [line.get(name) for trial in trials for line in trial.lines]
-    for name in configs:
-        if COLUMNS.get(name, name) not in columns:
-            values = [trial.config.get(name) for trial in trials]
-            columns[COLUMNS.get(name, name)] = [
-                value for value, trial in zip(values, trials, strict=True) for _ in trial.states
-            ]
+    found = {name: [line.get(name) for trial in trials for line in trial.lines] for name in results}
+    add_columns(columns, found)
+    add_columns(columns, {name: [trial.config.get(name) for trial in trials for _ in trial.states] for name in configs})
     return add_gap(columns)
+
+
+def add_columns(columns: dict[str, list], found: Mapping[str, list]) -> None:
+    """Adds columns under the names of zoos that fastws makes; those that are there stay, identities above all."""
+    for name, column in found.items():
+        columns.setdefault(COLUMNS.get(name, name), column)
 
 
 def add_gap(columns: Mapping[str, list]) -> dict[str, list]:

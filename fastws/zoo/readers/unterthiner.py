@@ -25,7 +25,7 @@ SHAPES = {  # of the one architecture; modules as the published wrapper numbers 
 LENGTH = 4970
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}  # as numpy writes them, little endian
 PUBLISHED_STARTS = (0, 160, 2320, 4800)  # where the published wrapper puts the layers; the third begins at 2480
-COLUMNS = {"modeldir": "model", "step": "epoch", "learning_rate": "lr", "w_init": "init"}
+COLUMNS = {"learning_rate": "lr", "w_init": "init"}
 
 
 def read_unterthiner(
@@ -102,9 +102,12 @@ def read_metrics(path: Path) -> dict[str, list]:
     missing = {"modeldir", "step"} - set(table.column_names)
     if missing:
         raise ValueError(f"{path}: file must have a column {min(missing)!r}, got {', '.join(table.column_names)}")
-    names = [name.removeprefix("config.") for name in table.column_names]
-    columns = {COLUMNS.get(name, name): column.to_pylist() for name, column in zip(names, table.columns, strict=True)}
-    return add_gap({name: column for name, column in columns.items() if name})
+    columns = {"model": table["modeldir"].to_pylist(), "epoch": table["step"].to_pylist()}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        name = name.removeprefix("config.")
+        if name not in ("", "modeldir", "step"):  # the first column numbers the rows
+            columns.setdefault(COLUMNS.get(name, name), column.to_pylist())
+    return add_gap(columns)
 
 
 def fixed_order() -> numpy.ndarray:
