@@ -251,6 +251,30 @@ def test_killed_reader_goes_on(tmp_path, monkeypatch):
         read_ray(tmp_path / "raw", whole.path, epochs=[1])
 
 
+def test_reader_goes_on_that_wrote_no_state(tmp_path, monkeypatch):
+    """Killed at the begin, before or behind the manifest, or refused a state that is mended."""
+    write_trial(tmp_path / "raw/a", 1)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("ZooWriter", "read_batches"):
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, name, die)
+            with pytest.raises(KeyboardInterrupt):
+                read_ray(tmp_path / "raw", tmp_path / name)
+        assert len(read_ray(tmp_path / "raw", tmp_path / name)) == 4
+    file = tmp_path / "raw/a/checkpoint_000002/checkpoints"
+    content = file.read_bytes()
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="state must be usable"):
+        read_ray(tmp_path / "raw", tmp_path / "strict", options=ReadOptions("raise"))
+    file.write_bytes(content)
+    assert len(read_ray(tmp_path / "raw", tmp_path / "strict", options=ReadOptions("raise"))) == 4
+    with pytest.raises(ValueError, match="got what another call has read"):
+        read_ray(tmp_path / "raw", tmp_path / "strict", epochs=[1])
+
+
 def test_networks_are_found_or_missed_in_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="raw zoo must be a folder, got nothing"):
         read_ray(tmp_path / "nowhere", tmp_path / "zoo")

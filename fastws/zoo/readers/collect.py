@@ -97,11 +97,14 @@ class Report:
     bad: list[Bad] = field(default_factory=list)
 
     @classmethod
-    def resume(cls, path: Path, digest: str, states: int, submitted: int) -> "Report":
+    def begin(cls, path: Path, digest: str, states: int) -> None:
+        """Claims a folder before the zoo is begun, which is then known as this call's whenever it is killed."""
+        check_new(path)
         if not (path / REPORT).exists():
-            if submitted:
-                raise ValueError(f"{path}: folder must be new or empty, got a zoo of {submitted} states")
-            return cls(digest, states)
+            cls(digest, states).write(path)
+
+    @classmethod
+    def resume(cls, path: Path, digest: str, states: int, submitted: int) -> "Report":
         report = cls(**read_content(path))
         if report.digest != digest:
             raise ValueError(f"{path}: folder must be new or empty, got what another call has read; remove it")
@@ -147,9 +150,10 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     table = to_table(population.columns)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
     splits = options.splits or population.splits
-    layout = population.layout
+    layout, what = population.layout, digest(population, options)
+    Report.begin(out, what, count)
     with ZooWriter(out, layout, None, provenance, layout.dtype, splits=splits) as writer:
-        report = Report.resume(out, digest(population, options), count, writer.submitted)
+        report = Report.resume(out, what, count, writer.submitted)
         for number, rows, bad in read_batches(population, options, report.batches):
             first = number * batch_rows(layout)
             good = torch.ones(len(rows), dtype=torch.bool)
