@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under whic
 # what torch.load raises for a file that is not one of its own: it reads pickle codes until one makes no sense
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 DAMAGED += (AssertionError, OverflowError, struct.error)
+REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's messages
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -129,13 +131,28 @@ def is_safetensors(path: Path) -> bool:
 
 
 def load_plain(path: str | Path, **options: object) -> object:
-    """``torch.load`` of tensors and plain containers, which raises one of DAMAGED where the file is not whole."""
+    """``torch.load`` of tensors and plain containers.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds anything else, which is named, or is damaged.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # which torch gets when it looks for an end that is missing
+    except (OSError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from looking for an end that is missing
             raise
-        raise ValueError("a file whose end is missing") from error
+        # nobody is shown torch's message, which advises to run what the file says
+        raise ValueError(explain(str(error))) from None
+
+
+def explain(message: str) -> str:
+    """What ``torch.load`` got, by its message."""
+    if refused := REFUSED.search(message):
+        return f"{refused[1]}, which is refused"
+    if "TorchScript" in message:
+        return "a TorchScript program, which is refused"
+    return "no whole torch file or pickle of protocol 2"
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -162,9 +179,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
     try:
         loaded = load_plain(path)
-    except DAMAGED as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: file must load with weights_only=True, nothing else is run; got {first}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: file must hold tensors and plain containers only, got {error}") from None
     return unwrap(loaded, str(path))
 
 

@@ -4,8 +4,10 @@ import collections
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
+import traceback
 import types
 import warnings
 import zipfile
@@ -18,6 +20,7 @@ import torch
 from torch import nn
 
 from fastws.cli import main
+from fastws.files import load_checkpoint
 from fastws.zoo import (
     ReadOptions,
     Zoo,
@@ -417,6 +420,70 @@ def test_malicious_pickles_are_refused_by_name_and_not_run(tmp_path, name, legac
     files = [tmp_path / "good.pt", tmp_path / "checkpoint.pt"]
     assert len(read_quietly(read_checkpoints, files, tmp_path / "other")) == 1
     assert not mark.exists() and not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_command_names_what_it_refuses(tmp_path, name):
+    """Never with torch's advice to load the file unsafely, not even in a traceback."""
+    mark = tmp_path / "mark"
+    dataset = make_dataset([1])
+    dataset.properties["attack"] = ATTACKS[name](mark)
+    write_pickle(tmp_path / "dataset.pt", {"trainset": dataset})
+    torch.save({"a": torch.zeros(2), "b": ATTACKS[name](mark)}, tmp_path / "checkpoint.pt")
+    for file in ("dataset.pt", "checkpoint.pt"):
+        last = name.rpartition(".")[2]  # torch leaves out that a function is built in
+        with pytest.raises(SystemExit, match=rf"{file}: file must hold .*, got \S*\b{last}\b.* is refused$"):
+            main(["zoo", "read", "--paths", str(tmp_path / file), "--out", str(tmp_path / "zoo")])
+    with pytest.raises(ValueError, match="is refused") as raised:
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert "weights_only" not in "".join(traceback.format_exception(raised.value))
+    assert not mark.exists()
+
+
+def write_foreign(path, kind):
+    if kind == "script":
+        torch.jit.script(nn.Linear(3, 2)).save(path)
+    elif kind == "module":
+        torch.save(nn.Linear(3, 2), path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    elif kind == "text":
+        path.write_text("hello")
+    else:
+        torch.save({"a": torch.zeros(100)}, path, _use_new_zipfile_serialization=kind == "zip")
+        path.write_bytes(path.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    "kind, got",
+    [
+        ("script", "a TorchScript program, which is refused"),
+        ("module", "torch.nn.modules.linear.Linear, which is refused"),
+        *((kind, "no whole torch file or pickle of protocol 2") for kind in ("pickle", "text", "zip", "legacy")),
+    ],
+)
+def test_foreign_files_are_named_in_one_sentence(tmp_path, kind, got, recwarn):
+    (tmp_path / "files").mkdir()
+    write_foreign(tmp_path / "files/b.pt", kind)
+    command = ["zoo", "read", "--out", str(tmp_path / "zoo"), "--paths"]
+    recwarn.clear()  # scripts are of another time
+    with pytest.raises(SystemExit, match=rf"got \S+b.pt: file must hold tensors and plain containers only, got {got}$"):
+        main([*command, str(tmp_path / "files/b.pt")])
+    torch.save({"a": torch.zeros(2)}, tmp_path / "files/a.pt")
+    read_quietly(main, [*command, str(tmp_path / "files")])
+    assert not recwarn.list
+    reason = f"unreadable: file must hold tensors and plain containers only, got {got}"
+    assert [entry.reason for entry in read_report(tmp_path / "zoo").bad] == [reason]
+
+
+def test_files_that_make_no_layout_are_named(tmp_path):
+    for tensor in (torch.arange(3), torch.zeros(3, dtype=torch.complex64)):
+        torch.save({"a": tensor}, tmp_path / "a.pt")
+        for like in (None, tmp_path / "a.pt"):
+            with pytest.raises(ValueError, match="a.pt: layout: "):
+                read_checkpoints(tmp_path / "a.pt", tmp_path / "zoo", like=like)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: source must be a torch file, got a folder"):
+        read_pickle(tmp_path, tmp_path / "zoo")
 
 
 def write_raw_pickle(path, pickled):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastws
 from fastws.atomic import write_atomically, write_file
-from fastws.files import DAMAGED, load_plain
+from fastws.files import load_plain
 from fastws.train import processes
 from fastws.version import __version__
 
@@ -72,9 +72,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads what ``save`` wrote; nothing but tensors and plain containers is accepted."""
     try:
         return load_plain(path)
-    except DAMAGED as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"train: {path} must be a checkpoint, got {reason}; remove it to start anew") from error
+    except ValueError as error:
+        raise ValueError(f"train: {path} must be a checkpoint, got {error}; remove it to start anew") from error
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """``fastws zoo read``: other people's populations of networks as zoo folders."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastws.zoo.readers.collect import REPORT, ReadOptions, read_report
 from fastws.zoo.readers.pickled import find_parts, read_pickle
 from fastws.zoo.readers.ray import find_trials, read_ray
 from fastws.zoo.readers.torch_file import TorchFile
+from fastws.zoo.readers.unpickle import Refused
 from fastws.zoo.readers.unterthiner import METRICS, WEIGHTS, read_unterthiner
 
 Kind = Literal["ray", "pickle", "checkpoints", "hub", "unterthiner"]
@@ -90,12 +92,17 @@ def holds_data_sets(path: Path) -> bool:
         return False
     try:
         return bool(find_parts(TorchFile(path).content))
+    except Refused as refused:
+        return refused.published  # the reader of data sets says why
     except ValueError:
         return False  # the reader of checkpoints says what is wrong with it
 
 
 def run(config: Config) -> None:
-    zoo = read(config)
+    with warnings.catch_warnings():
+        # of torch, about files that it refuses anyway; they would break the progress bar
+        warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file")
+        zoo = read(config)
     print(f"{zoo.path}: {zoo!r}")
     report = read_report(zoo.path)
     if report.bad:

@@ -17,12 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.atomic import write_json
-from fastws.files import load_checkpoint
 from fastws.layout import Layout
 from fastws.version import __version__
 from fastws.zoo.format import Zoo
 from fastws.zoo.manifest import MANIFEST
-from fastws.zoo.readers.states import BadState, make_layout
+from fastws.zoo.readers.states import BadState, read_layout
 from fastws.zoo.writer import ZooWriter
 
 REPORT = "read.json"  # beside zoo.json: how far reading is, and which states were left out
@@ -246,11 +245,11 @@ def read_piece(
 def find_layout(states: Sequence[str], like: str | os.PathLike | None) -> Layout:
     """The layout of ``like``, or of the first checkpoint that can be read."""
     if like is not None:
-        return make_layout(load_checkpoint(like))
+        return read_layout(like)
     first = None
     for state in states:
         try:
-            return make_layout(load_checkpoint(state))
+            return read_layout(state)
         except (OSError, ValueError) as error:
             first = first or error
     if first is None:

@@ -7,12 +7,11 @@ from pathlib import PurePosixPath
 
 from torch import Tensor
 
-from fastws.files import load_checkpoint
 from fastws.layout import Layout
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import add_columns, add_gap
-from fastws.zoo.readers.states import BadState, check_dtype, fill, make_layout
+from fastws.zoo.readers.states import BadState, check_dtype, fill, make_layout, read_layout
 from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.zoo.readers.unpickle import Array, StoredTensor
 
@@ -156,7 +155,7 @@ def read_properties(file: TorchFile, properties: object, count: int) -> dict[str
 
 def find_layout(file: TorchFile, parts: Mapping, states: Sequence[State], like) -> Layout:
     if like is not None:
-        return make_layout(load_checkpoint(like))
+        return read_layout(like)
     first = states[0].weights
     if isinstance(first, dict):
         return make_layout({name: file.tensor(tensor) for name, tensor in first.items() if is_stored(tensor)})

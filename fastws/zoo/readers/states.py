@@ -63,7 +63,8 @@ class StateReader:
         except BadState:
             raise
         except (OSError, *NOT_A_TORCH_FILE) as error:
-            raise BadState("unreadable", (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadState("unreadable", first.removeprefix(f"{path}: ")) from error
 
     def copy(self, buffer: bytearray, row: Tensor) -> bool:
         """Whether the file is one whose bytes only have to be copied."""
@@ -190,6 +191,15 @@ def fill(row: Tensor, layout: Layout, state: Mapping[str, Tensor]) -> None:
         tensor = state[name]
         row[place : place + tensor.numel()] = tensor.reshape(-1)
         place += tensor.numel()
+
+
+def read_layout(path: str | os.PathLike) -> Layout:
+    """The layout of a population from the file of one of its checkpoints."""
+    state = load_checkpoint(path)
+    try:
+        return make_layout(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def make_layout(state: Mapping[str, Tensor]) -> Layout:

@@ -41,13 +41,16 @@ class TorchFile:
             ValueError: If it is not a torch file, is damaged, or wants anything to be imported or called.
         """
         self.path = Path(path)
+        if not self.path.is_file():
+            got = "a folder" if self.path.is_dir() else "nothing"
+            raise FileNotFoundError(f"{path}: source must be a torch file, got {got}")
         with open(self.path, "rb") as file:
             # private and writable: tensors can be views of it without a warning
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
         try:
             self.content, self.places = self._open()
         except Refused as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise Refused(f"{self.path}: {error}", error.published) from error
         except NOT_A_TORCH_FILE as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{self.path}: file must be a whole torch file, got {first}") from error

@@ -12,7 +12,15 @@ PUBLISHED = ("checkpoints_to_datasets.", "ghrp.", "model_definitions.", "torch.u
 
 
 class Refused(ValueError):
-    """A pickle wants something that is neither a tensor, a number, a string nor a container."""
+    """A pickle wants something that is neither a tensor, a number, a string nor a container.
+
+    Attributes:
+        published: Whether it named a class of the published data sets before.
+    """
+
+    def __init__(self, message: str, published: bool = False):
+        super().__init__(message)
+        self.published = published
 
 
 class Storage(NamedTuple):
@@ -157,14 +165,17 @@ class Unpickler(pickle.Unpickler):
     def __init__(self, file, storages: dict[str, torch.dtype] | None = None):
         super().__init__(file, encoding="latin1")
         self.storages = {} if storages is None else storages
+        self.published = False
 
     def find_class(self, module: str, name: str):
         full = f"{module}.{name}"
         if full in ALLOWED:
             return ALLOWED[full]
         if full.startswith(PUBLISHED):
+            self.published = True
             return Record
-        raise Refused(f"file must hold tensors, numbers, strings and containers only, got {full}; it is refused")
+        what = f"file must hold tensors, numbers, strings and containers only, got {full}; it is refused"
+        raise Refused(what, self.published)
 
     def persistent_load(self, saved):
         kind, dtype, key, _, _, *view = saved
