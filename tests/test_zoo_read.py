@@ -31,6 +31,9 @@ from fastws.zoo import (
     read_unterthiner,
     sequence_pairs,
 )
+from fastws.zoo.align import Alignment
+from fastws.zoo.architectures import build
+from fastws.zoo.read import Config
 from fastws.zoo.readers import collect, states
 from fastws.zoo.readers.collect import read_report
 from fastws.zoo.readers.torch_file import TorchFile, find_many_records, find_records
@@ -763,6 +766,30 @@ def test_unterthiner_published_offsets(tmp_path):
 
 
 # --- the command
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_zoo_of_a_known_architecture_can_be_aligned(tmp_path, suffix):
+    (tmp_path / "files").mkdir()
+    networks = [build("digits-cnn", (1, 8, 8)) for _ in range(3)]
+    for number, network in enumerate(networks):
+        state, file = network.state_dict(), tmp_path / f"files/{number}.{suffix}"
+        torch.save(state, file) if suffix == "pt" else safetensors.torch.save_file(state, file)
+    command = ["zoo", "read", "--paths", str(tmp_path / "files"), "--architecture", "digits-cnn", "--image-shape"]
+    main([*command, "1", "8", "8", "--out", str(tmp_path / "zoo")])
+    zoo = Zoo.open(tmp_path / "zoo")
+    for number, network in enumerate(networks):
+        assert torch.equal(zoo.weights[number], zoo.layout.flatten(network))
+    main(["zoo", "align", "--zoo", str(tmp_path / "zoo"), "--reference", f"1.{suffix}"])
+    aligned = Alignment.open(zoo)
+    assert (aligned.after > aligned.before).tolist() == [True, False, True]
+    with pytest.raises(SystemExit, match=r"that can be used, got none: .*other architecture; \S*0\.\w+: other archit"):
+        read_quietly(main, [*command, "1", "10", "10", "--out", str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="like must be left out where architecture is given, got 'x'"):
+        Config(paths=("files",), out="zoo", architecture="digits-cnn", like="x")
+    write_unterthiner(tmp_path / "raw", [unterthiner_network()])
+    with pytest.raises(ValueError, match="symmetry: layout must hold module_list.0.weight .*, got module_list.0"):
+        read_unterthiner(tmp_path / "raw", tmp_path / "other-kind", options=ReadOptions(symmetry=zoo.symmetry))
 
 
 def test_command_recognises_what_it_is_given(tmp_path, capsys):

@@ -187,7 +187,8 @@ def align(config: Config) -> Alignment:
 
 def symmetry_of(zoo: Zoo) -> Symmetry:
     if zoo.symmetry is None:
-        raise ValueError(f"{zoo.path}: zoo must have a symmetry, got none; write it with that of Symmetry.trace")
+        fix = "write it with that of Symmetry.trace, or read it with --architecture"
+        raise ValueError(f"{zoo.path}: zoo must have a symmetry, got none; {fix}")
     return zoo.symmetry
 
 

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from fastws.layout import Layout
+from fastws.symmetry import Symmetry
+from fastws.zoo.architectures import Architecture, build
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, read_hub
 from fastws.zoo.readers.collect import REPORT, ReadOptions, read_report
@@ -31,6 +36,9 @@ class Config:
     epochs: tuple[int, ...] = ()  # of raw zoos; all by default
     properties: tuple[str, ...] = ()  # of raw zoos; all by default
     like: str | None = None  # a checkpoint of the architecture; by default the first that is readable
+    architecture: Architecture | None = None  # of zoo make, instead of like; the zoo can then be aligned
+    image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
+    num_classes: int = 10  # its logits
     model: Literal["file", "folder"] = "file"  # what one network is in a folder of checkpoints
     layout: Literal["fixed", "reference"] = "fixed"  # of Unterthiner zoos; reference: the published offsets
     on_bad: Literal["drop", "raise"] = "drop"  # leave states out that are damaged or not finite, or stop
@@ -40,10 +48,18 @@ class Config:
     def __post_init__(self):
         if not self.paths:
             raise ValueError("zoo read: paths must name at least one folder or file, got none")
-        self.options()
+        if self.architecture is not None and self.like is not None:
+            raise ValueError(f"zoo read: like must be left out where architecture is given, got {self.like!r}")
+        ReadOptions(self.on_bad, self.threshold, self.threads)
 
-    def options(self) -> ReadOptions:
-        return ReadOptions(self.on_bad, self.threshold, self.threads)
+    def options(self) -> tuple[str | Layout | None, ReadOptions]:
+        """What the networks are like, and what all readers have in common."""
+        like, symmetry = self.like, None
+        if self.architecture is not None:
+            # dropout and activations have no weights; relu is what all architectures can have
+            network = build(self.architecture, self.image_shape, num_classes=self.num_classes, activation="relu")
+            like, symmetry = Layout.from_checkpoint(network), Symmetry.trace(network, torch.zeros(1, *self.image_shape))
+        return like, ReadOptions(self.on_bad, self.threshold, self.threads, symmetry=symmetry)
 
 
 def read(config: Config) -> Zoo:
@@ -54,7 +70,7 @@ def read(config: Config) -> Zoo:
         ValueError: If there is nothing to read, or a kind needs one path and several are given.
     """
     kind = recognise(config.paths) if config.kind == "auto" else config.kind
-    options, like = config.options(), config.like
+    like, options = config.options()
     if kind == "ray":
         chosen = {"epochs": config.epochs or None, "properties": config.properties or None}
         return read_ray(config.paths, config.out, **chosen, like=like, options=options)

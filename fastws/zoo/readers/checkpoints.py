@@ -11,7 +11,7 @@ from fastws.files import unreadable
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, printable
 from fastws.zoo.readers.ray import flatten
-from fastws.zoo.readers.states import StateReader
+from fastws.zoo.readers.states import Like, StateReader
 
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
 INDEX = ".safetensors.index.json"
@@ -25,7 +25,7 @@ def read_checkpoints(
     out: str | os.PathLike,
     *,
     model: Literal["file", "folder"] = "file",
-    like: str | os.PathLike | None = None,
+    like: Like | None = None,
     options: ReadOptions | None = None,
 ) -> Zoo:
     """Reads checkpoint files, torch or safetensors, into a zoo folder; the same call goes on where a killed one was.
@@ -35,7 +35,8 @@ def read_checkpoints(
         out: The zoo folder to write.
         model: What one network is: a file, or a folder whose files are its states; the last number in a file's name is
             then the epoch.
-        like: A checkpoint of the architecture; by default the first that can be read. Others are bad states.
+        like: A checkpoint of the architecture, or its layout; by default the first that can be read. Others are bad
+            states.
         options: What all readers have in common.
 
     Raises:
@@ -63,7 +64,7 @@ def read_hub(
     paths: str | os.PathLike | Sequence[str | os.PathLike],
     out: str | os.PathLike,
     *,
-    like: str | os.PathLike | None = None,
+    like: Like | None = None,
     options: ReadOptions | None = None,
 ) -> Zoo:
     """Reads repositories of the Hugging Face hub from disk: folders with ``config.json`` and safetensors files.
@@ -74,7 +75,8 @@ def read_hub(
     Args:
         paths: Folders, in which all repositories are looked for, sorted.
         out: The zoo folder to write.
-        like: A checkpoint of the architecture; by default the first that can be read. Others are bad states.
+        like: A checkpoint of the architecture, or its layout; by default the first that can be read. Others are bad
+            states.
         options: What all readers have in common.
 
     Raises:

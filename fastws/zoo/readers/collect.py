@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from fastws.atomic import write_json
 from fastws.layout import Layout
+from fastws.symmetry import Symmetry
 from fastws.version import __version__
 from fastws.zoo.format import Zoo
 from fastws.zoo.manifest import MANIFEST
-from fastws.zoo.readers.states import BadState, read_layout
+from fastws.zoo.readers.states import BadState, Like, read_layout
 from fastws.zoo.writer import ZooWriter
 
 REPORT = "read.json"  # beside zoo.json: how far reading is, and which states were left out
@@ -38,12 +39,14 @@ class ReadOptions:
         threshold: States with a weight of larger magnitude are bad.
         threads: That read; 0 takes one per processor core.
         splits: Model ids of each split; by default networks are dealt 70/15/15.
+        symmetry: Of the architecture, which ``zoo align`` needs; kept with the zoo.
     """
 
     on_bad: Literal["drop", "raise"] = "drop"
     threshold: float = float("inf")
     threads: int = 0
     splits: Mapping[str, Sequence[str]] | None = None
+    symmetry: Symmetry | None = None
 
     def __post_init__(self):
         if self.on_bad not in ("drop", "raise"):
@@ -149,9 +152,11 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     table = to_table(population.columns)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
     splits = options.splits or population.splits
-    layout, what = population.layout, digest(population, options)
+    layout, symmetry, what = population.layout, options.symmetry, digest(population, options)
+    if symmetry is not None:
+        symmetry.require_same(layout)
     Report.begin(out, what, count)
-    with ZooWriter(out, layout, None, provenance, layout.dtype, splits=splits) as writer:
+    with ZooWriter(out, layout, symmetry, provenance, layout.dtype, splits=splits) as writer:
         report = Report.resume(out, what, count, writer.submitted)
         for number, rows, bad in read_batches(population, options, report.batches):
             first = number * batch_rows(layout)
@@ -167,13 +172,15 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
         warnings.warn(f"{out}: {report}; {REPORT} names them", stacklevel=3)
     zoo = Zoo.open(out)
     if len(zoo) == 0:
-        raise ValueError(f"zoo read: source must hold states that can be used, got none: {report}")
+        _, state, reason = report.bad[0]
+        raise ValueError(f"zoo read: source must hold states that can be used, got none: {report}; {state}: {reason}")
     return zoo
 
 
 def digest(population: Population, options: ReadOptions) -> str:
     """Equal for two calls that read the same."""
-    what = [dict(population.source), options.threshold, list(population.columns)]
+    symmetry = options.symmetry and options.symmetry.to_dict()
+    what = [dict(population.source), options.threshold, list(population.columns), symmetry]
     state = hashlib.sha256(json.dumps(what, default=str).encode())
     for name in population.states:
         state.update(f"{name}\n".encode(errors="surrogateescape"))  # file names may be anything
@@ -242,7 +249,7 @@ def read_piece(
 # --- what readers need
 
 
-def find_layout(states: Sequence[str], like: str | os.PathLike | None) -> Layout:
+def find_layout(states: Sequence[str], like: Like | None) -> Layout:
     """The layout of ``like``, or of the first checkpoint that can be read."""
     if like is not None:
         return read_layout(like)

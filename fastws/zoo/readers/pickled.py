@@ -11,7 +11,7 @@ from fastws.layout import Layout
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import add_columns, add_gap
-from fastws.zoo.readers.states import BadState, check_dtype, fill, make_layout, read_layout
+from fastws.zoo.readers.states import BadState, Like, check_dtype, fill, make_layout, read_layout
 from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.zoo.readers.unpickle import Array, StoredTensor
 
@@ -34,7 +34,7 @@ def read_pickle(
     path: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    like: str | os.PathLike | None = None,
+    like: Like | None = None,
     options: ReadOptions | None = None,
 ) -> Zoo:
     """Reads a pickled data set (``{"trainset": ..., "valset": ..., "testset": ...}``) into a zoo folder.
@@ -48,8 +48,8 @@ def read_pickle(
     Args:
         path: The file, in torch's zip format or the one before it.
         out: The zoo folder to write.
-        like: A checkpoint of the architecture; by default the first in the file. Needed if the file holds vectors
-            and no checkpoint to explain them.
+        like: A checkpoint of the architecture, or its layout; by default the first in the file. Needed if the file
+            holds vectors and no checkpoint to explain them.
         options: What all readers have in common.
 
     Raises:
@@ -153,7 +153,7 @@ def read_properties(file: TorchFile, properties: object, count: int) -> dict[str
     return columns
 
 
-def find_layout(file: TorchFile, parts: Mapping, states: Sequence[State], like) -> Layout:
+def find_layout(file: TorchFile, parts: Mapping, states: Sequence[State], like: Like | None) -> Layout:
     if like is not None:
         return read_layout(like)
     first = states[0].weights

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastws.zoo.format import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models
-from fastws.zoo.readers.states import StateReader
+from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
 CONFIG, DECODER = '"config": ', json.JSONDecoder()  # as json.dumps writes it
@@ -57,7 +57,7 @@ def read_ray(
     epochs: Sequence[int] | None = None,
     properties: Sequence[str] | None = None,
     skip: Callable[[Path], bool] | None = None,
-    like: str | os.PathLike | None = None,
+    like: Like | None = None,
     options: ReadOptions | None = None,
 ) -> Zoo:
     """Reads raw zoos into a zoo folder; the same call goes on where a killed one was.
@@ -75,7 +75,7 @@ def read_ray(
         epochs: To read; by default all that are there.
         properties: Columns to keep, by either name; by default all numbers and strings of results and configuration.
         skip: Networks to leave out, by their folder.
-        like: A checkpoint of the architecture; by default the first that can be read.
+        like: A checkpoint of the architecture, or its layout; by default the first that can be read.
         options: What all readers have in common.
 
     Raises:

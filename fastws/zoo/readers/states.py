@@ -17,6 +17,7 @@ from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, PICKLE, ZIP, find_by
 from fastws.zoo.readers.unpickle import StoredTensor, Unpickler
 
 VARIATIONAL = "log_sigma"  # how names of the variances of sparsified twins begin; no part of the network
+Like = str | os.PathLike | Layout  # a checkpoint of the architecture, or what is known of it without one
 FORMS = 1000  # that are remembered
 
 
@@ -193,13 +194,15 @@ def fill(row: Tensor, layout: Layout, state: Mapping[str, Tensor]) -> None:
         place += tensor.numel()
 
 
-def read_layout(path: str | os.PathLike) -> Layout:
+def read_layout(like: Like) -> Layout:
     """The layout of a population from the file of one of its checkpoints."""
-    state = load_checkpoint(path)
+    if isinstance(like, Layout):
+        return like
+    state = load_checkpoint(like)
     try:
         return make_layout(state)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{like}: {error}") from error
 
 
 def make_layout(state: Mapping[str, Tensor]) -> Layout:
