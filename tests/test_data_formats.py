@@ -286,6 +286,9 @@ def test_errors(tmp_path):
     write_classes(tmp_path / "classes")
     with pytest.raises(ValueError, match="image must be in a folder of a class of the training images, got 'class4'"):
         load(tmp_path / "classes")
+    Image.fromarray(numpy.full((7, 5), 40_000, numpy.uint16)).save(tmp_path / "classes/train/class0/last.png")
+    with pytest.raises(ValueError, match="last.png: file must have 8 bits per channel, got mode I;16; convert it"):
+        load(tmp_path / "classes")
     Image.fromarray(pixels("test", 7, 5, 3)[0]).save(tmp_path / "classes/train/class0/last.png")
     with pytest.raises(ValueError, match=r"last.png: image must have the shape of the others, got \[3, 7, 5\] after"):
         load(tmp_path / "classes")

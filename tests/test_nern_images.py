@@ -166,6 +166,9 @@ def test_bad_images_are_refused(folder, tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="broken.png: file must be a readable image, got"):
         decode([path], 8)
+    Image.new("I;16", (8, 8)).save(path)
+    with pytest.raises(ValueError, match="broken.png: file must have 8 bits per channel, got mode I;16"):
+        decode([path], 8)
 
 
 def test_damaged_png_is_named(tmp_path):

@@ -23,10 +23,17 @@ def decode(encoded: bytes | Path, where: str) -> numpy.ndarray:
     """``[C, H, W]`` uint8: one channel for grey images, three for all others."""
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            check_depth(image, where)
             pixels = numpy.asarray(image if image.mode == "L" else image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{where} must be a readable PNG or JPEG, got {error}") from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def check_depth(image: Image.Image, where: str) -> None:
+    """Refuses grey images of more than 8 bits, of which a conversion would make most pixels white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"{where} must have 8 bits per channel, got mode {image.mode}; convert it first")
 
 
 def stack(images: list[numpy.ndarray], places: list[str]) -> Tensor:

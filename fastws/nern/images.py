@@ -231,6 +231,7 @@ def decode(paths: list[Path], size: int, words: Tensor | None = None) -> Tensor:
 def decode_one(path: Path, size: int, draws: list[float] | None) -> numpy.ndarray:
     try:
         with Image.open(path) as opened:
+            encoded.check_depth(opened, f"{path}: file")
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{path}: file must be a readable image, got {error}") from error
