@@ -117,7 +117,7 @@ def test_raw_zoos_of_several_roots_and_in_any_order(tmp_path):
             write_trial(tmp_path / root / name, len(root + name), epochs=[2])
     zoo = read_ray([tmp_path / "two", tmp_path / "one"], tmp_path / "zoo")
     assert zoo.properties["model"].to_pylist() == ["two/a", "two/b", "one/a", "one/b"]
-    zoo = read_ray([tmp_path / "one/b", tmp_path / "one/a"], tmp_path / "listed")
+    zoo = read_ray([tmp_path / "one/b", tmp_path / "one", tmp_path / "one/b"], tmp_path / "listed")
     assert zoo.properties["model"].to_pylist() == ["b", "a"]
     zoo = read_ray(tmp_path / "one", tmp_path / "skipped", skip=lambda folder: folder.name == "a")
     assert zoo.properties["model"].to_pylist() == ["b"]
@@ -669,6 +669,18 @@ def test_folders_of_epochs_are_networks(tmp_path):
     zoo = read_checkpoints(tmp_path / "files", tmp_path / "zoo", model="folder")
     assert zoo.properties["model"].to_pylist() == ["x", "x", "y", "y"]
     assert zoo.properties["epoch"].to_pylist() == [2, 10] * 2
+
+
+def test_hub_folder_of_torch_files_named_twice(tmp_path):
+    for number, name in enumerate("ab"):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        (tmp_path / "hub" / name / "config.json").write_text("{}")
+        torch.save(make_state(number), tmp_path / "hub" / name / "pytorch_model.bin")
+    torch.save(make_state(7), tmp_path / "hub/b/training_args.bin")
+    safetensors.torch.save_file(dict(make_state(2)), tmp_path / "hub/b/model.safetensors")
+    zoo = read_hub([tmp_path / "hub", tmp_path / "hub/a"], tmp_path / "zoo")
+    assert zoo.properties["model"].to_pylist() == ["a", "b"]
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (0, 2)]))
 
 
 def test_hub_folder(tmp_path):

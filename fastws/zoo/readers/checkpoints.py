@@ -9,12 +9,21 @@ from typing import Literal
 
 from fastws.files import unreadable
 from fastws.zoo.format import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, printable
+from fastws.zoo.readers.collect import (
+    Population,
+    ReadOptions,
+    check_new,
+    collect,
+    find_layout,
+    name_models,
+    printable,
+    unique,
+)
 from fastws.zoo.readers.ray import flatten
 from fastws.zoo.readers.states import Like, StateReader
 
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
-INDEX = ".safetensors.index.json"
+INDEX, BIN = ".safetensors.index.json", "pytorch_model.bin"
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)")  # of the hub's cache
 NUMBER = re.compile(r"\d+")
@@ -47,8 +56,7 @@ def read_checkpoints(
         raise ValueError(f"read_checkpoints: model must be 'file' or 'folder', got {model!r}")
     check_new(out)
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    found = (file for path in paths for file in find_checkpoints(Path(path)))
-    files = list({file.absolute(): file for file in found}.values())
+    files = unique(file for path in paths for file in find_checkpoints(Path(path)))
     names = name_models([file.parent if model == "folder" else file for file in files])
     columns = {"model": names, "file": [printable(file.name) for file in files]}
     if model == "folder":
@@ -69,6 +77,8 @@ def read_hub(
 ) -> Zoo:
     """Reads repositories of the Hugging Face hub from disk: folders with ``config.json`` and safetensors files.
 
+    Older ones, which have ``pytorch_model.bin`` only, are read too.
+
     Each repository is a network, each revision in the hub's cache (``models--.../snapshots/...``) a state of it. The
     numbers and strings of ``config.json`` are properties. Only repositories of one architecture become a zoo.
 
@@ -85,7 +95,7 @@ def read_hub(
     """
     check_new(out)
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    folders = [folder for path in paths for folder in find_repositories(Path(path))]
+    folders = unique(folder for path in paths for folder in find_repositories(Path(path)))
     files = [(folder, file) for folder in folders for file in find_weights(folder)]
     names, configs = name_models(folders), [read_config(folder) for folder in folders]
     described = {
@@ -130,12 +140,12 @@ def find_repositories(path: Path) -> list[Path]:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The weights of a repository: by its index, or ``model.safetensors``, or the first by name."""
+    """The weights of a repository: by its index, or ``model.safetensors``, or the first by name, or torch's."""
     files = sorted(folder.glob("*.safetensors*"))
     indices = [file for file in files if file.name.endswith(INDEX)]
     whole = [file for file in files if file.suffix == ".safetensors" and not SHARD.fullmatch(file.name)]
     usual = [file for file in whole if file.name == "model.safetensors"]
-    return (indices or usual or whole)[:1]
+    return (indices or usual or whole or list(folder.glob(BIN)))[:1]
 
 
 def describe_repository(folder: Path, name: str) -> dict[str, str]:

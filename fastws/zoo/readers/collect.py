@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -275,6 +275,11 @@ def to_array(column: Sequence) -> pyarrow.Array:
         return pyarrow.array(column)
     except (pyarrow.ArrowException, OverflowError):
         return pyarrow.array([None if value is None else str(value) for value in column], "string")
+
+
+def unique(paths: Iterable[Path]) -> list[Path]:
+    """Each folder or file once, where it is named first."""
+    return list({path.absolute(): path for path in paths}.values())
 
 
 def name_models(paths: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastws.zoo.format import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models
+from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, unique
 from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
@@ -83,7 +83,8 @@ def read_ray(
     """
     check_new(out)
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    folders = [folder for path in paths for folder in find_trials(Path(path)) if skip is None or not skip(folder)]
+    folders = unique(folder for path in paths for folder in find_trials(Path(path)))
+    folders = [folder for folder in folders if skip is None or not skip(folder)]
     options = options or ReadOptions()
     with ThreadPoolExecutor(options.threads or os.cpu_count()) as pool:
         found = pool.map(lambda folder: read_trial(folder, epochs), folders)
