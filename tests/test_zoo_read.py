@@ -515,6 +515,12 @@ def test_senseless_pickles(tmp_path, codes):
         TorchFile(tmp_path / "bad.pt")
 
 
+def test_refused_names_are_printable(tmp_path):
+    write_raw_pickle(tmp_path / "bad.pt", b"c\x1b[31mos\n" + 1000 * b"x" + b"\n.")
+    with pytest.raises(ValueError, match=r"only, got \\x1b\[31mos\.x{1,200}; it is refused"):
+        TorchFile(tmp_path / "bad.pt")
+
+
 @pytest.mark.parametrize("name", [*ALLOWED, "torch.utils.data.dataset.TensorDataset"])
 def test_pickles_cannot_change_what_they_may_call(tmp_path, name):
     """By a dictionary of attributes, or by slots."""

@@ -174,7 +174,8 @@ class Unpickler(pickle.Unpickler):
         if full.startswith(PUBLISHED):
             self.published = True
             return Record
-        what = f"file must hold tensors, numbers, strings and containers only, got {full}; it is refused"
+        named = ascii(full)[1:-1][:200]  # anything may stand there, escapes that a terminal obeys among it
+        what = f"file must hold tensors, numbers, strings and containers only, got {named}; it is refused"
         raise Refused(what, self.published)
 
     def persistent_load(self, saved):
