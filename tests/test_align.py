@@ -1,4 +1,5 @@
 import doctest
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import permutations
@@ -22,6 +23,7 @@ from fastws.verify import randomise
 from fastws.zoo import Zoo, ZooWriter, matching
 from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
 from fastws.zoo.assignment import PRICED_SIZE, solve
+from fastws.zoo.manifest import MANIFEST
 from fastws.zoo.matching import match, objective
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
@@ -388,13 +390,31 @@ def test_last_epoch_is_that_of_the_largest_number(tmp_path):
         (dict(reference="m9"), "reference must be a model of .*: m0, m1, m2 ..; got 'm9'"),
         (dict(device="mps"), "device must be cpu where no GPU is, got 'mps'"),
         (dict(best="loss"), "best must be one of model, epoch, test_accuracy, got 'loss'; or name a reference"),
-        (dict(best="model"), "best must be a number, got 'model' of type string"),
+        (dict(best="model"), "property 'model' must be a number, got string"),
     ],
 )
 def test_bad_configurations(tmp_path, options, sentence):
     zoo = make_zoo(tmp_path / "zoo")
-    with pytest.raises(ValueError, match=f"zoo align: {sentence}"):
+    with pytest.raises(ValueError, match=f"zoo.*: {sentence}"):
         align(Config(zoo=str(zoo.path), **options))
+
+
+@pytest.mark.parametrize("splits", [{}, {"fold0": ["m0", "m5"], "fold1": ["m1", "m2", "m3", "m4"]}])
+def test_zoo_without_a_train_split_is_aligned_to_the_best_of_all(tmp_path, splits):
+    zoo = make_zoo(tmp_path / "zoo", splits=splits or None)
+    if not splits:  # of a stranger: a writer deals models to splits
+        manifest = json.loads((zoo.path / MANIFEST).read_text())
+        (zoo.path / MANIFEST).write_text(json.dumps(manifest | {"splits": {}}))
+    made = align(Config(zoo=str(zoo.path)))
+    assert (made.reference, made.chosen) == ("m5", "highest last test_accuracy of all models")
+
+
+def test_epochs_that_are_no_numbers_are_refused(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo")
+    with ZooWriter(tmp_path / "named", zoo.layout, zoo.symmetry) as writer:
+        writer.append(zoo.rows([0, 1]), {"model": ["a", "a"], "epoch": ["first", "last"]})
+    with pytest.raises(ValueError, match="named: property 'epoch' must be a number, got string"):
+        align(Config(zoo=str(tmp_path / "named"), reference="a"))
 
 
 def test_zoo_without_symmetry_or_networks(tmp_path):

@@ -165,8 +165,16 @@ def test_large_networks_are_run_one_by_one(made, monkeypatch):
     assert large.shape == (5, 30, 10) and len(labels) == 30
 
 
+def test_functions_need_activations_that_there_are(made, tmp_path):
+    with ZooWriter(tmp_path, made.layout, made.symmetry, made.provenance) as writer:
+        writer.append(made.rows([0, 1]), {"model": ["a", "b"], "activation": ["tanh", "swish"]})
+    zoo = Zoo.open(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: activation must be one of tanh, .*, got 'swish'"):
+        diversity.measure_functions(zoo, diversity.draw_sample(zoo, 2, seed=0))
+
+
 def test_functions_need_to_know_the_networks(zoo):
     foreign = SimpleNamespace(path=zoo.path, provenance={"config": {"lab": "other"}})
     for unknown in (zoo, foreign):
-        with pytest.raises(ValueError, match="provenance must be that of fastws zoo make, to compare what networks"):
+        with pytest.raises(ValueError, match="provenance must be that of fastws zoo make, which says what networks"):
             diversity.measure_functions(unknown, diversity.draw_sample(zoo, 3, seed=0))

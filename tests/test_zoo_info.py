@@ -38,6 +38,27 @@ def test_info_prints_what_is_there(tmp_path, capsys):
     assert "report" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
 
 
+def test_info_of_properties_that_are_neither_numbers_nor_names(tmp_path, capsys):
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+    properties = {"widths": [[1, 2]] * 2, "made": [{"by": "me"}] * 2, "unknown": [None] * 2, "good": [True, False]}
+    with ZooWriter(tmp_path, layout) as writer:
+        writer.append(torch.ones(2, 4), {"model": ["a", "b"], "seed": [2**62 + 1, 0]} | properties)
+    main(["zoo", "info", "--zoo", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "widths             list<element: int64>" in out and "made               struct<by: string>" in out
+    assert "unknown                   nan" in out and "good               False, True" in out
+
+
+@pytest.mark.parametrize("config", ["configs/a.yaml", ["a"], {"preset": "none"}, {"lab": "other"}, None])
+def test_report_of_a_zoo_with_a_provenance_of_its_own(tmp_path, no_images, config):
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+    with ZooWriter(tmp_path / "zoo", layout, provenance={"config": config}) as writer:
+        writer.append(torch.ones(2, 4), {"model": ["a", "b"]})
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(tmp_path / "report.html")))
+    told = f"provenance must be that of fastws zoo make, which says what networks are, got the config {config}"
+    assert told in read(tmp_path / "report.html")
+
+
 def test_states_without_an_epoch_are_in_no_table(tmp_path, no_images):
     zoo = make_small_zoo(tmp_path / "zoo")
     epochs = [None if row % 5 < 2 else epoch for row, epoch in enumerate(zoo.properties["epoch"].to_pylist())]
@@ -84,7 +105,7 @@ def test_report_of_a_zoo_of_unknown_origin(tmp_path, no_images):
     path = tmp_path / "report.html"
     info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path), models=9, seed=5))
     page = read(path)
-    assert "Not compared: " in page and "provenance must be that of fastws zoo make" in page
+    assert "Not compared: " in page and "fastws zoo make, which says what networks are, got the config None" in page
     assert "those of 9 networks, drawn with seed 5" in page and "agreement of two networks" not in table_of(page)
 
 

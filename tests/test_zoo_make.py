@@ -115,6 +115,10 @@ def test_finished_zoo_is_not_made_again(tmp_path):
     with pytest.raises(ValueError, match=f"epochs must be 2, with which {tmp_path} was begun, got 3; take another"):
         make(tiny(tmp_path, epochs=3))
     assert set(MAY_CHANGE) == {"zoo", "threads", "explain"}
+    with ZooWriter(tmp_path / "other", zoo.layout, provenance={"config": ["a", "b"]}):
+        pass
+    with pytest.raises(ValueError, match="zoo make: .*other must be a folder that it wrote, got another zoo; take an"):
+        make(tiny(tmp_path / "other"))
 
 
 def test_zoo_is_the_same_on_two_threads_and_in_bf16(tmp_path):

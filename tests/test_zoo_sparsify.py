@@ -147,7 +147,7 @@ def test_errors(dense, tmp_path):
         tiny(dense, tmp_path, models=-1)
     with ZooWriter(tmp_path / "other", dense.layout) as writer:
         writer.append(dense.rows([0]), {"model": ["a"], "epoch": [0]})
-    with pytest.raises(ValueError, match="other must have been made by fastws zoo make"):
+    with pytest.raises(ValueError, match="other: provenance must be that of fastws zoo make"):
         sparsify(tiny(Zoo.open(tmp_path / "other"), tmp_path / "twins of other"))
     with ZooWriter(tmp_path / "begun", dense.layout, None, dense.provenance) as writer:
         first = {name: dense.properties[name].to_pylist()[:1] for name in dense.properties.column_names}
@@ -155,6 +155,25 @@ def test_errors(dense, tmp_path):
     with pytest.raises(ValueError, match="begun must hold networks of epoch 2, got none; finish it first"):
         sparsify(tiny(Zoo.open(tmp_path / "begun"), tmp_path / "twins of begun"))
     assert not (tmp_path / "twins of begun").exists()
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda table: table.pop("epoch"), "must have the properties of a recipe, got no epoch"),
+        (lambda table: table.update(activation=["swish"]), "activation must be one of tanh, .*, got 'swish'"),
+        (lambda table: table.update(optimizer=[None]), "optimizer must be one of sgd, .*, got None"),
+        (lambda table: table.update(epoch=["last"]), "property 'epoch' must be a number, got string"),
+    ],
+)
+def test_networks_without_a_recipe_are_refused(dense, tmp_path, change, sentence):
+    table = {name: dense.properties[name].to_pylist()[-1:] for name in dense.properties.column_names}
+    change(table)
+    with ZooWriter(tmp_path / "other", dense.layout, None, dense.provenance) as writer:
+        writer.append(dense.rows([-1 % len(dense)]), table)
+    with pytest.raises(ValueError, match=f"other.* {sentence}"):
+        sparsify(tiny(Zoo.open(tmp_path / "other"), tmp_path / "twins"))
+    assert not (tmp_path / "twins").exists()
 
 
 def test_another_zoo_is_refused_and_a_moved_one_is_not(dense, tmp_path):

@@ -138,7 +138,7 @@ class Config:
     zoo: str  # folder
 
     out: str | None = None  # file to write; by default alignment.safetensors in the zoo
-    reference: str | None = None  # model id; by default the best of the train split
+    reference: str | None = None  # model id; by default the best of the train split, of all models without one
     best: str = "test_accuracy"  # property that says which is the best, by its last value
     canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
     norms: Norms = "exclude"  # running means and variances: whether they count in the distance
@@ -196,8 +196,8 @@ def last_rows(zoo: Zoo) -> dict[str, int]:
     """The row of each model's last epoch; of its last row, where epochs are not known."""
     models = zoo.properties["model"].cast("string").to_pylist()
     known = "epoch" in zoo.properties.column_names
-    epochs = zoo.properties["epoch"].to_pylist() if known else range(len(models))
-    epochs = [float("-inf") if epoch is None else epoch for epoch in epochs]
+    epochs = zoo.numbers("epoch") if known else numpy.arange(len(models))
+    epochs = numpy.where(numpy.isnan(epochs), -numpy.inf, epochs).tolist()
     last: dict[str, int] = {}
     for row, model in enumerate(models):
         if model not in last or epochs[row] >= epochs[last[model]]:
@@ -217,14 +217,14 @@ def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[st
     if config.best not in zoo.properties.column_names:
         known = ", ".join(zoo.properties.column_names)
         raise ValueError(f"zoo align: best must be one of {known}, got {config.best!r}; or name a reference")
-    if not pyarrow.types.is_integer(kind := zoo.properties[config.best].type) and not pyarrow.types.is_floating(kind):
-        raise ValueError(f"zoo align: best must be a number, got {config.best!r} of type {kind}")
-    values = zoo.properties[config.best].to_numpy()
-    candidates = [model for model in zoo.splits["train"] if model in last and numpy.isfinite(values[last[model]])]
+    values = zoo.numbers(config.best)
+    where, models = ("the train split", zoo.splits["train"]) if "train" in zoo.splits else ("all models", last)
+    candidates = [model for model in models if model in last and numpy.isfinite(values[last[model]])]
     if not candidates:
-        raise ValueError(f"zoo align: reference must be named, got no train model of {zoo.path} with {config.best}")
+        what = f"none of {where} of {zoo.path} with {config.best}"
+        raise ValueError(f"zoo align: reference must be named, got {what}")
     best = max(sorted(candidates), key=lambda model: values[last[model]])  # the first of equals
-    return best, f"highest last {config.best} of the train split"
+    return best, f"highest last {config.best} of {where}"
 
 
 def run(config: Config) -> None:

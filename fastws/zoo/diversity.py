@@ -22,8 +22,8 @@ from fastws.small_cnn import ACTIVATIONS
 from fastws.zoo.align import ALIGNMENT, aligned_rows
 from fastws.zoo.canonical import canonical_hashes
 from fastws.zoo.format import Zoo
-from fastws.zoo.make import Config as MakeConfig
-from fastws.zoo.make import prepare
+from fastws.zoo.make import config_of, prepare
+from fastws.zoo.recipes import check_choices
 
 AT_ONCE = 2**28  # weights in memory, of the networks of a sample at one epoch
 COLUMNS = 2**16  # weights that are multiplied at a time in float64
@@ -85,7 +85,7 @@ def draw_sample(zoo: Zoo, count: int, seed: int) -> Sample:
     encoded = table["model"].cast("string").combine_chunks().dictionary_encode()
     member, names = encoded.indices.to_numpy(), encoded.dictionary
     known = "epoch" in table.column_names
-    number = table["epoch"].cast("float64").to_numpy() if known else numpy.zeros(len(zoo))
+    number = zoo.numbers("epoch") if known else numpy.zeros(len(zoo))
     dated = numpy.isfinite(number)  # states without an epoch stand in no table of epochs
     if not dated.any():
         number, dated = numpy.zeros(len(zoo)), numpy.ones(len(zoo), dtype=bool)
@@ -205,19 +205,14 @@ def measure_functions(zoo: Zoo, sample: Sample, data: str | None = None, limit: 
 
 def compute_logits(zoo: Zoo, sample: Sample, data: str | None, limit: int) -> tuple[Tensor, Tensor]:
     """Logits ``[n, images, classes]`` of last states, and labels ``[images]``."""
-    begun = zoo.provenance.get("config", {})
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in begun.items()}
-    try:
-        config = MakeConfig(**options)
-    except TypeError as error:
-        what = f"that of fastws zoo make, to compare what networks compute, got {error}"
-        raise ValueError(f"{zoo.path}: provenance must be {what}") from error
+    config = config_of(zoo.path, zoo.provenance)
     job = prepare(replace(config, data=data or config.data, device="cpu"))
     x, y = job.data.test
     images = torch.arange(len(y)) if len(y) <= limit else torch.linspace(0, len(y) - 1, limit).long()
     x, y, rows = x[images], y[images], sample.last()
     if "activation" in zoo.properties.column_names:
         activations = zoo.properties["activation"].take(rows.numpy()).to_pylist()
+        check_choices(zoo.path, "activation", activations, ACTIVATIONS)
     else:
         activations = [config.activations[0]] * len(rows)
     weights = zoo.rows(rows).float()

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
@@ -176,6 +177,17 @@ class Zoo:
         empty = pyarrow.table({"model": pyarrow.array([], "string")})
         return pyarrow.concat_tables(tables).slice(0, len(self)) if tables else empty
 
+    def numbers(self, name: str) -> numpy.ndarray:
+        """A property as float64 ``[M]``, nan where it is unknown.
+
+        Raises:
+            ValueError: If it is not a number.
+        """
+        column = self.properties[name]
+        if not is_number(column.type):
+            raise ValueError(f"{self.path}: property {name!r} must be a number, got {column.type}")
+        return column.cast("float64", safe=False).to_numpy()  # large seeds are rounded
+
     def split(self, name: str) -> Tensor:
         """Rows of a split, int64 ``[m]``, ascending. All states of a model are in the same split.
 
@@ -212,6 +224,12 @@ def check_path(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"zoo: path must be in UTF-8, got {os.fsencode(path)!r}; take another folder") from error
+
+
+def is_number(kind: pyarrow.DataType) -> bool:
+    """Whether a property of this type has numbers, or no values at all."""
+    types = pyarrow.types
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
 
 
 def find_nonfinite(rows: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+import pyarrow
 
 from fastws import pages
 from fastws.zoo import report
 from fastws.zoo.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
-from fastws.zoo.format import Zoo
+from fastws.zoo.format import Zoo, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,14 @@ def describe(zoo: Zoo) -> None:
     print("splits: " + "; ".join(f"{name} {size}" for name, size in sizes.items()))
     print(f"{'property':<18} {'min':>10} {'25 %':>10} {'50 %':>10} {'75 %':>10} {'max':>10}")
     for name in table.column_names:
-        values = table[name].to_numpy()
-        if numpy.issubdtype(values.dtype, numpy.number):
+        kind = table[name].type
+        if is_number(kind):
+            values = zoo.numbers(name)
             values = values[numpy.isfinite(values)]
             quantiles = numpy.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if len(values) else numpy.full(5, numpy.nan)
             print(f"{name:<18} " + " ".join(f"{value:>10.4g}" for value in quantiles))
+        elif pyarrow.types.is_nested(kind):
+            print(f"{name:<18} {kind}")
         elif name != "model":
             print(f"{name:<18} {', '.join(sorted(map(str, table[name].unique().to_pylist())))}")
     print("tensors:")

@@ -1,7 +1,7 @@
 """Training of model zoos: recipes drawn, networks trained side by side, every epoch of each kept."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -245,12 +245,28 @@ def check_config(path: Path, config, command: str = "zoo make", may_change: Sequ
     """A zoo is gone on with only as it was begun."""
     if not (path / MANIFEST).exists():
         return
-    begun = read_manifest(path)["provenance"].get("config", {})
+    begun = read_manifest(path)["provenance"].get("config")
+    if not isinstance(begun, dict):
+        raise ValueError(f"{command}: {path} must be a folder that it wrote, got another zoo; take another folder")
     wanted = json.loads(json.dumps(asdict(config)))
     for name in wanted:
         if name not in may_change and begun.get(name) != wanted[name]:
             what = f"{begun.get(name)!r}, with which {path} was begun, got {wanted[name]!r}"
             raise ValueError(f"{command}: {name} must be {what}; take another folder")
+
+
+def config_of(path: Path, provenance: Mapping) -> Config:
+    """The configuration that ``zoo make`` wrote into a provenance of the zoo at ``path``, which may be anybody's.
+
+    Raises:
+        ValueError: If another program wrote it.
+    """
+    made = provenance.get("config")
+    try:
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in made.items()})
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"that of fastws zoo make, which says what networks are, got the config {str(made)[:80]}"
+        raise ValueError(f"{path}: provenance must be {what}") from error
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What decides what the networks of a zoo become: a recipe for each, a plan and images for all."""
 
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +29,13 @@ class Recipe(NamedTuple):
     optimizer: Optimizer
     lr: float
     weight_decay: float
+
+
+def check_choices(path: Path, name: str, values: Iterable[object], known: Collection[str]) -> None:
+    """Raises ValueError unless all values of a property of the zoo at ``path`` are known: it may be anybody's."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{path}: {name} must be one of {', '.join(known)}, got {value!r}")
 
 
 class Plan(NamedTuple):

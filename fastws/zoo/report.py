@@ -120,8 +120,7 @@ class Measure(NamedTuple):
 def measure_of(zoo: Zoo, sample: Sample, name: str) -> Measure | None:
     if name not in zoo.properties.column_names:
         return None
-    column = zoo.properties[name].cast("float64").to_numpy()
-    values = numpy.where(sample.rows >= 0, column[sample.rows.numpy()], numpy.nan)
+    values = numpy.where(sample.rows >= 0, zoo.numbers(name)[sample.rows.numpy()], numpy.nan)
     return Measure(name, sample.epochs, values) if numpy.isfinite(values).any() else None
 
 

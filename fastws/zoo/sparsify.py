@@ -7,7 +7,7 @@ network after an epoch: its weights, zero where they were dropped. Source: arXiv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from fastws.atomic import remove
 from fastws.layout import Layout
 from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, kl_divergence, sparse_weights, variational_cnn_step
+from fastws.small_cnn import ACTIVATIONS
+from fastws.small_cnn_recipe import OPTIMIZERS
 from fastws.version import __version__
 from fastws.zoo.align import last_rows
 from fastws.zoo.format import Zoo
 from fastws.zoo.make import Config as MakeConfig
-from fastws.zoo.make import Job, check_config, prepare, train, workers
+from fastws.zoo.make import Job, check_config, config_of, prepare, train, workers
 from fastws.zoo.manifest import MANIFEST, read_manifest
-from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData
+from fastws.zoo.recipes import Part, Plan, Recipe, TrainingData, check_choices
 from fastws.zoo.resume import RESUME
 from fastws.zoo.training import SideBySide, Wave
 from fastws.zoo.writer import ZooWriter
@@ -105,27 +107,25 @@ def check_parent(path: Path, zoo: Zoo) -> None:
 
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:
     """The configuration with which a zoo was made, on the images and the device of this one."""
-    made = zoo.provenance.get("config")
-    if not isinstance(made, dict):
-        raise ValueError(f"zoo sparsify: {zoo.path} must have been made by fastws zoo make, got a zoo without recipes")
-    try:
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
-        fields |= {"zoo": config.zoo, "data": config.data or made["data"], "device": config.device}
-        return MakeConfig(**fields)
-    except (KeyError, TypeError) as error:
-        what = "have been made by fastws zoo make, whose recipes are needed"
-        raise ValueError(f"zoo sparsify: {zoo.path} must {what}, got {error!r}") from error
+    made = config_of(zoo.path, zoo.provenance)
+    return replace(made, zoo=config.zoo, data=config.data or made.data, device=config.device)
 
 
 def choose(zoo: Zoo, models: int, epochs: int) -> tuple[list[Recipe], Tensor]:
     """The recipes of the first networks, and the weights that they ended with; those that were lost are left out."""
     table = zoo.properties
-    last = [row for row in last_rows(zoo).values() if table["epoch"][row].as_py() == epochs]
+    missing = [name for name in ("epoch", *Recipe._fields) if name not in table.column_names]
+    if missing:
+        raise ValueError(f"zoo sparsify: {zoo.path} must have the properties of a recipe, got no {', '.join(missing)}")
+    epoch = zoo.numbers("epoch")
+    last = [row for row in last_rows(zoo).values() if epoch[row] == epochs]
     last = last[: models or None]
     if not last:
         raise ValueError(f"zoo sparsify: {zoo.path} must hold networks of epoch {epochs}, got none; finish it first")
-    columns = [table[name].take(last).to_pylist() for name in Recipe._fields]
-    return [Recipe(*values) for values in zip(*columns, strict=True)], zoo.rows(last).float()
+    columns = {name: table[name].take(last).to_pylist() for name in Recipe._fields}
+    for name, known in (("activation", ACTIVATIONS), ("optimizer", OPTIMIZERS)):
+        check_choices(zoo.path, name, columns[name], known)
+    return [Recipe(*values) for values in zip(*columns.values(), strict=True)], zoo.rows(last).float()
 
 
 def starts_the_same(plan: Plan, recipes: list[Recipe], weights: Tensor, data: TrainingData) -> list[int]:
