@@ -1,6 +1,7 @@
 import html
 import re
 
+import numpy
 import pytest
 import torch
 from small_zoo import make_small_zoo
@@ -8,7 +9,7 @@ from small_zoo import make_small_zoo
 import fastws
 from fastws import pages
 from fastws.cli import main
-from fastws.zoo import Zoo, ZooWriter, info, make
+from fastws.zoo import Zoo, ZooWriter, figures, info, make
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
 from fastws.zoo.make import Config as MakeConfig
@@ -119,6 +120,25 @@ def test_report_of_a_zoo_that_knows_next_to_nothing(tmp_path, no_images):
     assert found["of 2 states, equal to an earlier one"] == "1, such as rows 0 and 1"
     assert found["length of a step between states"] == "-"
     assert found["Euclidean distance between two networks, raw"] == "0.0000 (0.0000)"
+
+
+def test_one_epoch_is_drawn_as_an_interval():
+    statistics = torch.randn(1, 9, 4, 7).sort(-1).values
+    drawn = figures.draw_layers([7], statistics, ["a", "b", "c", "d"], [0, 1, 2, 3])
+    measure = figures.Measure("test_accuracy", [7], numpy.linspace(0, 1, 9)[:, None])
+    for axis in (*drawn.axes[:4], *figures.draw_trajectories([measure]).axes):
+        (low, _), (high, _) = axis.collections[0].get_datalim(axis.transData).get_points()
+        assert (low, high) == pytest.approx((6.7, 7.3)) and axis.lines[-1].get_xdata() == pytest.approx([6.7, 7.3])
+        assert [tick for tick in axis.get_xticks() if low < tick < high] == [7]
+    assert [axis.get_visible() for axis in drawn.axes] == [True] * 4 + [False] * 2
+
+
+def test_report_of_one_network(tmp_path, no_images):
+    options = {"networks": 1, "epochs": 1, "limit": 64, "threads": 1}
+    zoo = make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
+    info.run(info.Config(zoo=str(zoo.path), report=str(tmp_path / "report.html")))
+    page = read(tmp_path / "report.html")
+    assert "Not compared: the zoo holds one network." in page and "All pairs" not in page
 
 
 def test_report_of_nothing_is_refused(tmp_path):
