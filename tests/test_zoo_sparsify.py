@@ -1,6 +1,7 @@
 """fastws zoo sparsify: twins, their properties, kills."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from fastws.cli import main
 from fastws.data.images import load
 from fastws.ops.variational_cnn_step import kl_divergence, sparse_weights
 from fastws.small_cnn import ACTIVATIONS
+from fastws.zoo.diversity import draw_sample, measure_functions
+from fastws.zoo.figures import measured_figures
 from fastws.zoo.format import Zoo
 from fastws.zoo.make import Config as MakeConfig
 from fastws.zoo.make import make
 from fastws.zoo.recipes import TrainingData
-from fastws.zoo.sparsify import Config, choose, kl_weight, published_names, sparsify
+from fastws.zoo.sparsify import VARIATIONAL, Config, choose, kl_weight, published_names, sparsify
 from fastws.zoo.training import measure_small
 from fastws.zoo.writer import ZooWriter
 
@@ -61,6 +64,22 @@ def test_twins_are_sparse_states_of_their_networks(dense, tmp_path):
         assert set(models) <= set(dense.splits[name])
     assert twins.layout == dense.layout and twins.symmetry == dense.symmetry
     assert twins.provenance["parent"]["provenance"] == dense.provenance
+
+
+def test_report_of_twins_compares_what_they_compute(dense, tmp_path):
+    twins = sparsify(tiny(dense, tmp_path / "twins", variational=True))
+    sample = draw_sample(twins, 4, seed=0)
+    found = measure_functions(twins, sample)
+    recorded = torch.tensor(twins.properties["test_accuracy"].to_pylist())[sample.last()]
+    torch.testing.assert_close(found.accuracy.float(), recorded.float())
+    titles = [axis.get_title() for drawn, _ in measured_figures(twins, sample) for axis in drawn.axes]
+    assert titles[1:] == ["test accuracy", "generalisation gap", "sparsity", "train loss", "test loss"]
+    with pytest.raises(ValueError, match="layers must use all weights"):  # theta and log sigma^2 are no network
+        measure_functions(Zoo.open(twins.path / VARIATIONAL), sample)
+    for parent in ("elsewhere", {}, {"provenance": "lost"}):
+        stranger = SimpleNamespace(path=twins.path, provenance=dense.provenance | {"parent": parent})
+        with pytest.raises(ValueError, match="twins: provenance must be that of fastws zoo make"):
+            measure_functions(stranger, sample)
 
 
 def test_properties_are_those_of_the_states(dense, tmp_path):

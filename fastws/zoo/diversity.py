@@ -188,7 +188,7 @@ def measure_functions(zoo: Zoo, sample: Sample, data: str | None = None, limit: 
     """Runs the last states of a sample on test images.
 
     Args:
-        zoo: One that ``fastws zoo make`` wrote: its provenance says what the networks and the images are.
+        zoo: One that ``fastws zoo make`` or ``sparsify`` wrote: its provenance says what networks and images are.
         sample: Which networks.
         data: Where the images are; by default where they were when the zoo was made.
         limit: Images to take, evenly spaced.
@@ -205,7 +205,9 @@ def measure_functions(zoo: Zoo, sample: Sample, data: str | None = None, limit: 
 
 def compute_logits(zoo: Zoo, sample: Sample, data: str | None, limit: int) -> tuple[Tensor, Tensor]:
     """Logits ``[n, images, classes]`` of last states, and labels ``[images]``."""
-    config = config_of(zoo.path, zoo.provenance)
+    # sparse twins have the recipes of their parents
+    told = zoo.provenance.get("parent", {"provenance": zoo.provenance})
+    config = config_of(zoo.path, told.get("provenance") if isinstance(told, dict) else None)
     job = prepare(replace(config, data=data or config.data, device="cpu"))
     x, y = job.data.test
     images = torch.arange(len(y)) if len(y) <= limit else torch.linspace(0, len(y) - 1, limit).long()

@@ -15,7 +15,7 @@ if find_spec("matplotlib"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-MEASURES = ("test_accuracy", "generalisation_gap", "train_loss", "test_loss")
+MEASURES = (("test_accuracy", "generalisation_gap", "sparsity"), ("train_loss", "test_loss"))  # of one figure each
 LABELS = {"generalisation_gap": "generalisation gap"}
 MOST_BOXES, MOST_LAYERS = 26, 9
 
@@ -45,13 +45,13 @@ def measure_of(zoo: Zoo, sample: Sample, name: str) -> Measure | None:
 
 
 def measured_figures(zoo: Zoo, sample: Sample) -> Iterable[tuple["Figure", str]]:
-    found = [measure for name in MEASURES if (measure := measure_of(zoo, sample, name))]
+    found = [[measure for name in names if (measure := measure_of(zoo, sample, name))] for names in MEASURES]
     lines = "Each line is a network of the sample; the thick line is the median, the band holds 80 % of them."
-    for measure in found[:1]:
+    for measure in sum(found, [])[:1]:
         yield draw_boxes(measure), "Half of the networks are in the box, 90 % between the whiskers."
-    for two in (found[:2], found[2:]):
-        if two:
-            yield draw_trajectories(two), lines
+    for measures in found:
+        if measures:
+            yield draw_trajectories(measures), lines
 
 
 def draw_boxes(measure: Measure) -> "Figure":

@@ -1,7 +1,7 @@
 """Training of model zoos: recipes drawn, networks trained side by side, every epoch of each kept."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -255,13 +255,13 @@ def check_config(path: Path, config, command: str = "zoo make", may_change: Sequ
             raise ValueError(f"{command}: {name} must be {what}; take another folder")
 
 
-def config_of(path: Path, provenance: Mapping) -> Config:
+def config_of(path: Path, provenance: object) -> Config:
     """The configuration that ``zoo make`` wrote into a provenance of the zoo at ``path``, which may be anybody's.
 
     Raises:
         ValueError: If another program wrote it.
     """
-    made = provenance.get("config")
+    made = provenance.get("config") if isinstance(provenance, dict) else None
     try:
         return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in made.items()})
     except (AttributeError, KeyError, TypeError) as error:
