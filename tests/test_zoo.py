@@ -195,6 +195,22 @@ def test_given_splits_are_kept(tmp_path):
     assert write(tmp_path, 6, splits=splits).split("ood").tolist() == [3, 4, 5]
     with ZooWriter(tmp_path, LAYOUT) as zoo, pytest.raises(ValueError, match="splits that were given, got 'net 2'"):
         zoo.append(numbered(6, 1), describe(6, 1))
+    with pytest.raises(ValueError, match="ZooWriter: models must be none where splits are given, got 1"):
+        ZooWriter(tmp_path / "other", LAYOUT, splits=splits, models=["net 2"])
+
+
+def test_known_models_are_in_the_same_splits_however_they_come(tmp_path):
+    models = [f"net {number}" for number in range(40)]
+    with ZooWriter(tmp_path / "whole", LAYOUT) as zoo:
+        zoo.append(numbered(0, 120), describe(0, 120))
+    with ZooWriter(tmp_path / "parts", LAYOUT, models=models) as zoo:
+        for begin in range(117, -1, -3):
+            zoo.append(numbered(begin, 3), describe(begin, 3))
+        zoo.append(numbered(120, 3), describe(120, 3) | {"model": ["new"] * 3})  # one that was not known
+    splits = [Zoo.open(tmp_path / name).splits for name in ("whole", "parts")]
+    assert splits[0] != write(tmp_path / "unknown", 120).splits
+    assert {name: [m for m in members if m != "new"] for name, members in splits[1].items()} == splits[0]
+    assert sum(splits[1].values(), []).count("new") == 1
 
 
 # --- writers die, readers come at any time

@@ -128,6 +128,25 @@ def test_zoo_is_the_same_on_two_threads_and_in_bf16(tmp_path):
     assert half.dtype == torch.bfloat16 and torch.equal(half.weights, zoo.weights.bfloat16())
 
 
+def test_splits_do_not_depend_on_waves_and_stay(tmp_path, monkeypatch):
+    splits = [make(tiny(tmp_path / f"wave {wave}", wave=wave, networks=9, epochs=0)).splits for wave in (2, 9)]
+    assert splits[0] == splits[1] and sorted(sum(splits[0].values(), [])) == [f"{number:06}" for number in range(9)]
+    create, append = ZooWriter._open, ZooWriter.append
+
+    def append_and_die(writer, *args):
+        append(writer, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # a zoo whose models were not known
+        patch.setattr(ZooWriter, "_open", lambda writer, *args: create(writer, *args[:-1], ()))
+        patch.setattr(ZooWriter, "append", append_and_die)
+        make(tiny(tmp_path / "begun", wave=2, networks=9, epochs=0))
+    before = Zoo.open(tmp_path / "begun").splits
+    after = make(tiny(tmp_path / "begun", wave=2, networks=9, epochs=0)).splits
+    assert sum(map(len, before.values())) == 2 and sum(map(len, after.values())) == 9
+    assert all(members == after[name][: len(members)] for name, members in before.items())
+
+
 def test_run_that_dies_at_any_moment_resumes_to_the_same_zoo(tmp_path):
     with keep_moments(tmp_path / "zoo", tmp_path) as moments:
         expected = make(tiny(tmp_path / "zoo"))
@@ -226,6 +245,7 @@ def test_processes_make_one_zoo(tmp_path, monkeypatch):
     assert b"states of" not in out and b"states/s" not in err  # the first process speaks for all
     alone = make(tiny(tmp_path / "alone", **options))
     assert joined.dropped == alone.dropped > 0 and len(joined) == len(alone)
+    assert joined.splits == alone.splits
     (weights, table), (expected, properties) = by_model_and_epoch(joined), by_model_and_epoch(alone)
     assert torch.equal(weights, expected) and table.equals(properties)
     files = {"log.jsonl", "models.parquet", "zoo.json"}

@@ -30,7 +30,6 @@ from fastws.symmetry import Symmetry
 from fastws.zoo.manifest import MANIFEST, read_manifest
 
 WEIGHTS = "weights"  # name of the tensor in every safetensors file of a zoo
-SPLITS = {"train": 0.7, "val": 0.15, "test": 0.15}
 ALIGNMENT = 64  # bytes, of the first weight in its file
 CHUNK = 2**26  # bytes that are read or written at a time
 

@@ -200,7 +200,8 @@ def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
     network = job.plan.build()
     symmetry = Symmetry.trace(network, torch.zeros(1, *job.plan.image_shape))
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}
-    return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype])
+    models = [recipe.model for recipe in job.recipes]
+    return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype], models=models)
 
 
 def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callable[[Sequence[Recipe]], Wave]) -> None:

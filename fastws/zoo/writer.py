@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -18,7 +17,6 @@ from fastws.layout import Layout
 from fastws.symmetry import Symmetry
 from fastws.zoo.format import (
     CHUNK,
-    SPLITS,
     Zoo,
     check_path,
     find_nonfinite,
@@ -29,6 +27,7 @@ from fastws.zoo.format import (
 )
 from fastws.zoo.lock import release_lock, take_lock
 from fastws.zoo.manifest import FORMAT, MANIFEST, read_manifest
+from fastws.zoo.splits import SPLITS, deal, find_splits
 
 MODELS = "models.parquet"
 OWN = r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)"
@@ -54,6 +53,7 @@ class ZooWriter:
         *,
         on_bad: Literal["drop", "raise"] = "drop",
         splits: Mapping[str, Sequence[str]] | None = None,
+        models: Sequence[str] = (),
         seed: int = 42,
         shard_bytes: int = 2**30,
     ):
@@ -69,6 +69,8 @@ class ZooWriter:
             splits: Model ids of each split. By default 70 % of the models go to ``train``, 15 % to ``val`` and 15 % to
                 ``test``: the new ones of each append in an order that ``seed`` shuffles, each to the split that
                 lacks most.
+            models: Ids of models that will come, which are dealt when the zoo is created: then splits do not depend on
+                how they come. None if splits are given.
             seed: Of the splits.
             shard_bytes: Largest file of weights after ``close``.
 
@@ -81,21 +83,23 @@ class ZooWriter:
             raise ValueError(f"ZooWriter: on_bad must be 'drop' or 'raise', got {on_bad!r}")
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"ZooWriter: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        if splits is not None and len(models):
+            raise ValueError(f"ZooWriter: models must be none where splits are given, got {len(models)}")
         self.path, self.layout, self.dtype = Path(path), layout, dtype
         self.on_bad, self.seed, self.shard_bytes = on_bad, seed, shard_bytes
         check_path(self.path)
         self._lock = take_lock(self.path)
         try:
-            self._manifest = self._open(symmetry, provenance, splits)
+            self._manifest = self._open(symmetry, provenance, splits, models)
             self._remove_unlisted()
         except BaseException:
             release_lock(self.path, self._lock)
             raise
-        self._split_of = find_splits(self._manifest)
+        self._split_of = find_splits(self._manifest["splits"])
         # files before these are not merged until close
         self._merged = {key: len(self._manifest[key]) for key in ("weights", "models")}
 
-    def _open(self, symmetry, provenance, splits) -> dict:
+    def _open(self, symmetry, provenance, splits, models) -> dict:
         if (self.path / MANIFEST).exists():
             manifest = read_manifest(self.path)
             # all that it lists must be there, or what it does not list would be removed for a mistake in it
@@ -111,7 +115,7 @@ class ZooWriter:
             "symmetry": None if symmetry is None else symmetry.to_dict(),
             "provenance": dict(provenance or {}),
             "given_splits": splits is not None,
-            "splits": {name: list(models) for name, models in (splits or dict.fromkeys(SPLITS, ())).items()},
+            "splits": deal(splits or dict.fromkeys(SPLITS, ()), models, self.seed),
             "weights": [],
             "models": [],
             "submitted": 0,
@@ -252,18 +256,12 @@ class ZooWriter:
             return self._manifest["splits"]
         if self._manifest["given_splits"]:
             raise ValueError(f"append: model must be in one of the splits that were given, got {new[0]!r}")
-        splits = {name: list(members) for name, members in self._manifest["splits"].items()}
-        count = len(self._split_of)
-        for place in numpy.random.default_rng([self.seed, count]).permutation(len(new)):
-            count += 1
-            lacking = {name: share * count - len(splits[name]) for name, share in SPLITS.items()}
-            splits[max(lacking, key=lacking.get)].append(new[place])
-        return splits
+        return deal(self._manifest["splits"], new, self.seed)
 
     def _commit(self, manifest: dict) -> None:
         write_json(self.path / MANIFEST, manifest)
         if manifest["splits"] is not self._manifest["splits"]:
-            self._split_of = find_splits(manifest)
+            self._split_of = find_splits(manifest["splits"])
         self._manifest = manifest
 
     # --- fewer files
@@ -316,8 +314,3 @@ class ZooWriter:
             if OWN_FILES.fullmatch(file.name) and file.name not in listed:
                 file.unlink()
         sync_folder(self.path)
-
-
-def find_splits(manifest: Mapping) -> dict[str, str]:
-    """The split of each model."""
-    return {model: name for name, models in manifest["splits"].items() for model in models}
