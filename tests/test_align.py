@@ -124,6 +124,16 @@ def test_fixed_order_loses_nothing_to_a_random_one():
     assert value - before > 0.98 * (random_order - before)
 
 
+@pytest.mark.parametrize("case", ["CNN with flatten", "ResNet"])
+def test_more_restarts_are_never_worse(case, monkeypatch):
+    symmetry, _, _, flat = networks(case, 12)
+    found = [match(flat[1:], flat[0], symmetry, restarts=restarts) for restarts in (1, 2, 6)]
+    values = [objective(symmetry.permute(flat[1:], rows), flat[0], symmetry) for rows in found]
+    assert (values[0] <= values[1]).all() and (values[1] <= values[2]).all() and (values[0] < values[2]).any()
+    monkeypatch.setattr("fastws.zoo.matching.BATCH_NETWORKS", 5)
+    assert torch.equal(match(flat[1:], flat[0], symmetry, restarts=6), found[2])
+
+
 def test_no_group_alone_can_gain():
     """Every permutation of every single group is tried."""
     symmetry, _, _, flat = networks(lambda: architectures.densenet(blocks=(1, 2), growth=4, first=4), 3)
@@ -285,6 +295,7 @@ def test_extreme_networks():
         (dict(flat=torch.full((2, 722), torch.inf)), "flat must be finite, got NaN or infinity in 2 rows"),
         (dict(norms="scaled"), "norms must be 'exclude' or 'include', got 'scaled'"),
         (dict(sweeps=-1), "sweeps and tolerance must be at least 0, got -1"),
+        (dict(restarts=0), "restarts must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(change, sentence):
@@ -361,6 +372,15 @@ def test_reference_and_file_can_be_named(tmp_path):
     assert torch.equal(aligned_rows(zoo, [13], read), zoo.rows([13])) and not (zoo.path / ALIGNMENT).exists()
 
 
+def test_restarts_of_a_whole_zoo(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo")
+    rows = torch.randn(20, zoo.layout.num_weights)
+    with ZooWriter(tmp_path / "unlike", zoo.layout, zoo.symmetry) as writer:
+        writer.append(rows, {"model": [f"m{number:02}" for number in range(20)]})
+    once, often = (align(Config(zoo=str(tmp_path / "unlike"), reference="m00", restarts=count)) for count in (1, 4))
+    assert (often.after >= once.after).all() and (often.after > once.after).any()
+
+
 def test_models_that_came_later_are_named(tmp_path):
     zoo = make_zoo(tmp_path / "zoo", splits=None)
     align(Config(zoo=str(zoo.path)))
@@ -391,6 +411,8 @@ def test_last_epoch_is_that_of_the_largest_number(tmp_path):
         (dict(device="mps"), "device must be cpu where no GPU is, got 'mps'"),
         (dict(best="loss"), "best must be one of model, epoch, test_accuracy, got 'loss'; or name a reference"),
         (dict(best="model"), "property 'model' must be a number, got string"),
+        (dict(sweeps=0), "sweeps must be at least 1, got 0"),
+        (dict(restarts=-1), "restarts must be at least 1, got -1"),
     ],
 )
 def test_bad_configurations(tmp_path, options, sentence):

@@ -143,7 +143,13 @@ class Config:
     canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
     norms: Norms = "exclude"  # running means and variances: whether they count in the distance
     sweeps: int = 100  # most visits of each permutation group
+    restarts: int = 1  # runs of the matching, which visit groups in other orders; each network keeps its best
     device: str = "cpu"  # or cuda
+
+    def __post_init__(self):
+        for name in ("sweeps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"zoo align: {name} must be at least 1, got {getattr(self, name)}")
 
 
 def align(config: Config) -> Alignment:
@@ -166,7 +172,7 @@ def align(config: Config) -> Alignment:
     def find(flat: Tensor) -> Tensor:
         if config.canonical is not None:
             return canonical(flat, symmetry, config.canonical)
-        return match(flat, target, symmetry, sweeps=config.sweeps, **options)
+        return match(flat, target, symmetry, sweeps=config.sweeps, restarts=config.restarts, **options)
 
     goal = target if config.canonical is None else symmetry.permute(target, find(target[None]))[0]
     permutations, before, after = [], [], []
