@@ -56,7 +56,8 @@ def layer_table(network: nn.Module, image_shape: Sequence[int]) -> Tensor:
         int64 ``[L, 12]``, one row per operation; columns are the fields of ``fastws.small_cnn.Row``.
 
     Raises:
-        ValueError: If a layer is of another kind, does not fit its input, or the network is too large for a cache.
+        ValueError: If a layer is of another kind, does not fit its input, activations differ, or the network is too
+            large for a cache.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Tanh(), torch.nn.Flatten(),
@@ -66,6 +67,10 @@ def layer_table(network: nn.Module, image_shape: Sequence[int]) -> Tensor:
                 [ 2,  2,  2, -1, -1],
                 [ 0,  8,  3, 20, 44]])
     """
+    kinds = {type(layer).__name__ for _, layer in layers_of(network) if isinstance(layer, tuple(ACTIVATIONS.values()))}
+    if len(kinds) > 1:
+        what = "be of one kind, for operators take one per network"
+        raise ValueError(f"layer_table: activations must {what}, got {', '.join(sorted(kinds))}")
     offsets, num_weights = {}, 0
     for parameter in network.parameters():
         offsets[parameter] = num_weights

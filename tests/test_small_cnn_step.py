@@ -285,6 +285,11 @@ def test_small_cnn_step_compiles():
         ([nn.BatchNorm2d(1)], (1, 8, 8), "got BatchNorm2d"),
         ([nn.Flatten(), nn.Linear(64, 2), nn.ReLU()], (1, 8, 8), "the last layer must be Linear"),
         (
+            [nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)],
+            (1, 8, 8),
+            "activations must be of one kind, for operators take one per network, got ReLU, Tanh",
+        ),
+        (
             [nn.Flatten(), nn.Linear(64, 2000)],
             (1, 8, 8),
             "must together be at most 131072 numbers, got 130000 and 2064",
