@@ -101,6 +101,18 @@ def test_report_of_a_zoo_that_was_made(tmp_path, capsys):
     assert "accuracy on 50 test images" in found and found["config networks"] == "6"
 
 
+def test_alignment_without_a_model_is_left_out(tmp_path, no_images):
+    zoo = make_small_zoo(tmp_path / "zoo")
+    with ZooWriter(tmp_path / "more", zoo.layout, zoo.symmetry) as writer:
+        writer.append(zoo.rows([0, 1]), {"model": ["a", "b"], "test_accuracy": [0.5, 0.6]})
+        align(AlignConfig(zoo=str(tmp_path / "more"), reference="a"))
+        writer.append(zoo.rows([2]), {"model": ["c"], "test_accuracy": [0.7]})
+    info.run(info.Config(zoo=str(tmp_path / "more"), report=str(tmp_path / "report.html")))
+    page = read(tmp_path / "report.html")
+    assert "Not compared as aligned: aligned_rows: models must be in the alignment, got 'c'" in page
+    assert [name for name in table_of(page) if "between two networks" in name and "aligned" in name] == []
+
+
 def test_report_of_a_zoo_of_unknown_origin(tmp_path, no_images):
     make_small_zoo(tmp_path / "zoo")
     path = tmp_path / "report.html"

@@ -65,6 +65,7 @@ class Weights(NamedTuple):
     std: Tensor  # [P], of each weight over the last states
     distances: dict[str, Distances]  # "raw", and "aligned" if the zoo has an alignment; of the last states
     permuted: Duplicates  # of the last states: equal up to a permutation of neurons
+    not_aligned: str = ""  # why there is no "aligned" though the zoo has an alignment
 
 
 class Functions(NamedTuple):
@@ -134,11 +135,15 @@ def measure_weights(zoo: Zoo, sample: Sample) -> Weights:
     rows = sample.last()
     last = zoo.rows(rows)
     between = {"raw": pairwise_distances(last)}
+    not_aligned = ""
     if (zoo.path / ALIGNMENT).is_file():
-        between["aligned"] = pairwise_distances(aligned_rows(zoo, rows))
+        try:
+            between["aligned"] = pairwise_distances(aligned_rows(zoo, rows))
+        except ValueError as error:
+            not_aligned = str(error)
     permuted = count_repeated(canonical_hashes(last, zoo.symmetry), rows.tolist())
     std = torch.cat([part.double().std(0, correction=0) for part in last.split(COLUMNS, 1)])
-    return Weights(statistics, steps, std, between, permuted)
+    return Weights(statistics, steps, std, between, permuted, not_aligned)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def body(findings: Findings) -> Iterable[str]:
     yield from figures(measured_figures(zoo, sample))
     yield "<h2>Weights</h2>"
     yield from figures(weight_figures(zoo, sample, findings.weights))
+    if findings.weights.not_aligned:
+        yield f"<p>Not compared as aligned: {html.escape(findings.weights.not_aligned)}</p>"
     yield diversity_table(findings)
     yield "<h2>Functions</h2>"
     if findings.functions is None:
