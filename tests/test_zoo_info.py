@@ -39,6 +39,19 @@ def test_info_prints_what_is_there(tmp_path, capsys):
     assert "report" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
 
 
+def test_info_counts_models_that_are_there(tmp_path, capsys, no_images):
+    models = [f"m{number}" for number in range(9)]
+    with ZooWriter(tmp_path, fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)}), models=models) as writer:
+        writer.append(torch.ones(4, 4), {"model": ["m0", "m0", "m1", "m1"]})
+    info.run(info.Config(zoo=str(tmp_path), report=str(tmp_path / "report.html")))
+    counts = {name: len({"m0", "m1"} & set(members)) for name, members in Zoo.open(tmp_path).splits.items()}
+    told = "; ".join(f"{name} {count} models, {2 * count} states" for name, count in counts.items())
+    assert f"splits: {told}\n" in capsys.readouterr().out
+    assert {name: table_of(read(tmp_path / "report.html"))[f"networks in {name}"] for name in counts} == {
+        name: str(count) for name, count in counts.items()
+    }
+
+
 def test_info_of_properties_that_are_neither_numbers_nor_names(tmp_path, capsys):
     layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
     properties = {"widths": [[1, 2]] * 2, "made": [{"by": "me"}] * 2, "unknown": [None] * 2, "good": [True, False]}

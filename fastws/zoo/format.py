@@ -44,7 +44,7 @@ class Zoo:
         symmetry: Which neurons may be permuted, if the zoo knows.
         dtype: Of the stored weights.
         provenance: Where the networks come from, as written.
-        splits: Model ids of ``train``, ``val`` and ``test``.
+        splits: Model ids of ``train``, ``val`` and ``test``, also of models that are still to come.
         shards: Memory-mapped weights ``[rows, P]``, one tensor per file. Pages are read when they are touched; what is
             written into them stays private.
         dropped: States that were left out when the zoo was written, because they were not finite.
@@ -175,6 +175,10 @@ class Zoo:
                 files = newer  # a writer has merged files since; rows are only ever added at the end
         empty = pyarrow.table({"model": pyarrow.array([], "string")})
         return pyarrow.concat_tables(tables).slice(0, len(self)) if tables else empty
+
+    def count_models(self, split: str) -> int:
+        """Models of a split that have states here."""
+        return len(self.properties["model"].take(self.split(split).numpy()).unique())
 
     def numbers(self, name: str) -> numpy.ndarray:
         """A property as float64 ``[M]``, nan where it is unknown.

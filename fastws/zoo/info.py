@@ -48,7 +48,7 @@ def describe(zoo: Zoo) -> None:
     print(zoo)
     print(f"models: {len(models):,}, states: {len(zoo):,}, left out as not finite: {zoo.dropped:,}")
     print(f"weights: {zoo.dtype}, {len(zoo.shards)} file(s); symmetry: {zoo.symmetry or 'unknown'}")
-    sizes = {name: f"{len(members):,} models, {len(zoo.split(name)):,} states" for name, members in zoo.splits.items()}
+    sizes = {name: f"{zoo.count_models(name):,} models, {len(zoo.split(name)):,} states" for name in zoo.splits}
     print("splits: " + "; ".join(f"{name} {size}" for name, size in sizes.items()))
     print(f"{'property':<18} {'min':>10} {'25 %':>10} {'50 %':>10} {'75 %':>10} {'max':>10}")
     for name in table.column_names:

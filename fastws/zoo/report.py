@@ -82,7 +82,7 @@ def overview(zoo: Zoo) -> str:
         ("symmetry", f"{zoo.symmetry or 'unknown'}"),
         ("left out as not finite", f"{zoo.dropped:,}"),
     ]
-    rows += [(f"networks in {name}", f"{len(members):,}") for name, members in zoo.splits.items()]
+    rows += [(f"networks in {name}", f"{zoo.count_models(name):,}") for name in zoo.splits]
     return table(("zoo", ""), rows)
 
 
