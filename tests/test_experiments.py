@@ -66,7 +66,7 @@ def test_resnet20(experiment, cifar, tmp_path):
     found = results(tmp_path)
     assert [len(found["curves"][order]) for order in orders] == [2] * len(orders)
     (row,) = found["stored"]
-    assert row["hidden"] == config.hidden[0] and row["precisions"].keys() == {"fp32", "fp16", "int8"}
+    assert row["hidden"] == 8 and row["precisions"].keys() == {"fp32", "fp16", "int8"}
     assert {"accuracy", "original_accuracy", "agreement", "share"} <= row["precisions"]["int8"].keys()
     assert (tmp_path / "curves.png").exists() and (tmp_path / "accuracy.png").exists()
     module.run(config)  # everything is done
@@ -78,7 +78,7 @@ def test_resnet56(experiment, cifar, tmp_path):
     module = experiment("nern_resnet56_cifar10")
     paths = {"weights": str(cifar / "resnet20.safetensors"), "images": str(cifar / "images"), "out": str(tmp_path)}
     module.run(replace(module.PRESET, **paths, architecture="cifar-resnet20-a", smoke=True, curve_orders=()))
-    assert results(tmp_path)["stored"][0]["hidden"] == module.PRESET.hidden[0]
+    assert results(tmp_path)["stored"][0]["hidden"] == 8
 
 
 def test_imagenet_without_images(experiment, tmp_path):
