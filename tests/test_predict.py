@@ -306,7 +306,7 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(checkpoint, zoo, tmp
 def test_targets_must_be_properties(zoo):
     with pytest.raises(ValueError, match=r"predict: targets must be properties of the zoo \(model, epoch,.*got 'size'"):
         predict.read_target(zoo, "size")
-    with pytest.raises(ValueError, match="predict: targets must be numbers, got 'model': .*"):
+    with pytest.raises(ValueError, match="property 'model' must be a number, got string"):
         predict.read_target(zoo, "model")
 
 

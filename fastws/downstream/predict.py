@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
-import pyarrow
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
@@ -110,10 +109,7 @@ def read_target(zoo: Zoo, name: str) -> Tensor:
     if name not in zoo.properties.column_names:
         known = ", ".join(zoo.properties.column_names)
         raise ValueError(f"predict: targets must be properties of the zoo ({known}), got {name!r}")
-    try:
-        return torch.from_numpy(zoo.properties[name].cast("float64").to_numpy().copy())
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise ValueError(f"predict: targets must be numbers, got {name!r}: {str(error).splitlines()[0]}") from error
+    return torch.from_numpy(zoo.numbers(name).copy())
 
 
 def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:

@@ -214,9 +214,10 @@ def restore(
 
 def same(value: Any, before: Any) -> bool:
     """Whether they are equal; floating tensors up to rounding, which another number of threads changes."""
-    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
-        return value is before if isinstance(value, Tensor) or isinstance(before, Tensor) else value == before
-    return value.shape == before.shape and value.dtype == before.dtype and torch.allclose(value, before)
+    if not isinstance(value, Tensor):
+        return not isinstance(before, Tensor) and value == before
+    alike = isinstance(before, Tensor) and value.shape == before.shape and value.dtype == before.dtype
+    return alike and torch.allclose(value, before)
 
 
 class Recorder:
