@@ -180,7 +180,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         loaded = load_plain(path)
     except ValueError as error:
-        raise ValueError(f"{path}: file must hold tensors and plain containers only, got {error}") from None
+        what = f"tensors and plain containers only, got {error}; save the state_dict of the network alone"
+        raise ValueError(f"{path}: file must hold {what}") from None
     return unwrap(loaded, str(path))
 
 
