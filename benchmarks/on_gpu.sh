@@ -3,7 +3,7 @@
 #
 # Needs python3 with torch (CUDA), pytest and hypothesis, and nvcc and c++ for the compiled kernels (without them Triton
 # and the references are measured). Writes benchmarks/results/<gpu>.jsonl, and copies it and the log of the tests to
-# $OUT if that is set. Operators join by name: tests/test_<op>.py and benchmarks/bench_<op>.py.
+# $OUT if that is set. Operators join by name: tests/test_<op>.py and benchmarks/bench_<op>.py; NeRN's step comes last.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -35,7 +35,7 @@ timeout 240 $PYTHON -m pytest -q $workers -p no:cacheprovider -k cuda \
 tests=${PIPESTATUS[0]}
 echo "tested after ${SECONDS} s, exit status $tests"
 
-for op in $ops; do
+for op in $ops nern_step; do
   left=$((LIMIT - SECONDS))
   [ $left -lt 20 ] && echo "no time left for bench_$op" && continue
   timeout $left $PYTHON "benchmarks/bench_$op.py" || echo "bench_$op failed or ran out of time"
