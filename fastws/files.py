@@ -6,9 +6,9 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under whic
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 DAMAGED += (AssertionError, OverflowError, struct.error)
 REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's messages
+Entry = TypeVar("Entry")  # what a file holds under a name
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -97,7 +98,7 @@ def check_places(path: Path, headers: Mapping[str, Header], data: int, size: int
 
 
 def read_index(path: Path) -> dict[str, Path]:
-    """Tensor name to file, of a ``*.safetensors.index.json``."""
+    """Tensor name to file, of a ``*.index.json``."""
     try:
         names = json.loads(path.read_text())["weight_map"]
         places = {name: path.parent / file for name, file in names.items()}
@@ -111,14 +112,17 @@ def read_index(path: Path) -> dict[str, Path]:
 
 def read_headers(path: Path) -> dict[str, Header]:
     """The tensors of one safetensors file or of a sharded one, by its index."""
-    if path.suffix == ".json":
-        places = read_index(path)
-        shards = {file: read_safetensors_header(file) for file in dict.fromkeys(places.values())}
-        missing = [name for name, file in places.items() if name not in shards[file]]
-        if missing:
-            raise ValueError(f"{path}: {missing[0]!r} must be in {places[missing[0]].name}, which does not hold it")
-        return {name: shards[file][name] for name, file in places.items()}
-    return read_safetensors_header(path)
+    return read_shards(path, read_safetensors_header) if path.suffix == ".json" else read_safetensors_header(path)
+
+
+def read_shards(path: Path, read: Callable[[Path], Mapping[str, Entry]]) -> dict[str, Entry]:
+    """What ``read`` finds in the files of an index, each entry in the file where it belongs."""
+    places = read_index(path)
+    shards = {file: read(file) for file in dict.fromkeys(places.values())}
+    missing = [name for name, file in places.items() if name not in shards[file]]
+    if missing:
+        raise ValueError(f"{path}: {missing[0]!r} must be in {places[missing[0]].name}, which does not hold it")
+    return {name: shards[file][name] for name, file in places.items()}
 
 
 def unreadable(error: OSError) -> None:
@@ -158,9 +162,10 @@ def explain(message: str) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU.
 
-    safetensors files and their indices are memory-mapped. Everything else is read by ``torch.load`` with
-    ``weights_only=True``, which executes nothing; a dictionary that holds the weights under ``state_dict``, ``model``
-    or the like is unwrapped, and prefixes that DataParallel and torch.compile put before every name are dropped.
+    safetensors files are memory-mapped. Everything else is read by ``torch.load`` with ``weights_only=True``, which
+    executes nothing; a dictionary that holds the weights under ``state_dict``, ``model`` or the like is unwrapped, and
+    prefixes that DataParallel and torch.compile put before every name are dropped. An index (``*.index.json``) stands
+    for the files it names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -177,6 +182,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return {name: opened[file].get_tensor(name) for name, file in places.items()}
         except SafetensorError as error:
             raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
+    return read_shards(path, load_torch) if path.name.endswith(".index.json") else load_torch(path)
+
+
+def load_torch(path: Path) -> dict[str, Tensor]:
     try:
         loaded = load_plain(path)
     except ValueError as error:

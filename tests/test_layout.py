@@ -260,6 +260,24 @@ def test_layout_of_a_sharded_checkpoint(tmp_path):
             Layout.from_checkpoint(index)
 
 
+def test_layout_of_a_sharded_torch_checkpoint(tmp_path):
+    state, index = small_checkpoint(), tmp_path / "pytorch_model.bin.index.json"
+    places = {name: f"pytorch_model-{1 + number % 2:05}-of-00002.bin" for number, name in enumerate(state)}
+    for file in set(places.values()):
+        torch.save({name: state[name] for name in places if places[name] == file}, tmp_path / file)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    layout = Layout.from_checkpoint(index)
+    assert layout == Layout.from_checkpoint(state)
+    assert torch.equal(layout.flatten(index), layout.flatten(state))
+    for broken in ("{}", {"a": "../b.bin"}, {"a": next(iter(places.values()))}, {"a": index.name}):
+        index.write_text(json.dumps({"weight_map": broken}))
+        with pytest.raises(ValueError, match="index.json: .* must"):
+            Layout.from_checkpoint(index)
+    index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-00003-of-00003.bin"}}))
+    with pytest.raises(FileNotFoundError, match="pytorch_model-00003-of-00003.bin"):
+        Layout.from_checkpoint(index)
+
+
 def test_layout_of_a_pickled_checkpoint_unwraps_it_and_runs_nothing(tmp_path):
     state = small_checkpoint()
     torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "a.pt")

@@ -690,6 +690,19 @@ def test_hub_folder_of_torch_files_named_twice(tmp_path):
     assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (0, 2)]))
 
 
+def test_torch_checkpoint_in_parts_is_one_state(tmp_path):
+    state, folder = dict(make_state(3)), tmp_path / "hub/a"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    places = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(state)}
+    for file in set(places.values()):
+        torch.save({name: tensor for name, tensor in state.items() if places[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    for number, read in enumerate((read_hub, read_checkpoints)):
+        zoo = read(tmp_path / "hub", tmp_path / f"zoo{number}")
+        assert torch.equal(zoo.weights, to_row(make_state(3))[None])
+
+
 def test_hub_folder(tmp_path):
     cache = tmp_path / "hub"
     for number, name in enumerate(("models--org--net/snapshots/abc", "models--org--net/snapshots/def", "plain/model")):

@@ -23,7 +23,7 @@ from fastws.zoo.readers.ray import flatten
 from fastws.zoo.readers.states import Like, StateReader
 
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
-INDEX, BIN = ".safetensors.index.json", "pytorch_model.bin"
+INDEX, BIN_INDEX, BIN = ".safetensors.index.json", ".bin.index.json", "pytorch_model.bin"
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)")  # of the hub's cache
 NUMBER = re.compile(r"\d+")
@@ -77,7 +77,7 @@ def read_hub(
 ) -> Zoo:
     """Reads repositories of the Hugging Face hub from disk: folders with ``config.json`` and safetensors files.
 
-    Older ones, which have ``pytorch_model.bin`` only, are read too.
+    Older ones, which have ``pytorch_model.bin`` or its parts only, are read too.
 
     Each repository is a network, each revision in the hub's cache (``models--.../snapshots/...``) a state of it. The
     numbers and strings of ``config.json`` are properties. Only repositories of one architecture become a zoo.
@@ -132,7 +132,7 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 def is_checkpoint(file: str) -> bool:
     """By name; parts of a checkpoint of several files are found through its index."""
-    return file.endswith(INDEX) or (file.endswith(SUFFIXES) and not SHARD.fullmatch(file))
+    return file.endswith((INDEX, BIN_INDEX)) or (file.endswith(SUFFIXES) and not SHARD.fullmatch(file))
 
 
 def find_repositories(path: Path) -> list[Path]:
@@ -145,7 +145,7 @@ def find_weights(folder: Path) -> list[Path]:
     indices = [file for file in files if file.name.endswith(INDEX)]
     whole = [file for file in files if file.suffix == ".safetensors" and not SHARD.fullmatch(file.name)]
     usual = [file for file in whole if file.name == "model.safetensors"]
-    return (indices or usual or whole or list(folder.glob(BIN)))[:1]
+    return (indices or usual or whole or sorted(folder.glob(f"*{BIN_INDEX}")) or list(folder.glob(BIN)))[:1]
 
 
 def describe_repository(folder: Path, name: str) -> dict[str, str]:
