@@ -1,11 +1,10 @@
 """What the NeRN experiments share: a network stored with several widths, and curves of its orders.
 
 Writes into --out: a folder for each run of ``fastws train nern``, which a second call of the same command resumes;
-results.json; curves.png, the error of the weights by step for each order; accuracy.png, by size.
+results.json; accuracy.png, by size; curves.png, the error of the weights by step for each order.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +80,12 @@ def run(config: Config) -> dict[str, Any]:
         for hidden, seed in ((hidden, seed) for hidden in config.hidden for seed in config.seeds):
             results["stored"].append(store(config, teacher, images, hidden, seed, device))
             write_json(out / "results.json", results)
-    draw_curves(out / "curves.png", results["curves"])
-    draw_accuracies(out / "accuracy.png", results["stored"])
-    print_results(results, out)
+    written = [out / "results.json"]
+    if results["stored"] and images is not None:
+        written.append(draw_accuracies(out / "accuracy.png", results["stored"]))
+    if results["curves"]:
+        written.append(draw_curves(out / "curves.png", results["curves"]))
+    print_results(results, written)
     return results
 
 
@@ -144,40 +146,31 @@ def log(config: nern.Config) -> list[dict[str, float]]:
 # --- what is shown
 
 
-def draw_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
+def draw_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> Path:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for order, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=order)
     axes.set(xlabel="step", ylabel="relative error of the weights")
-    if curves:
-        axes.legend(title="order")
+    axes.legend(title="order")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+    return path
 
 
-def draw_accuracies(path: Path, stored: list[dict[str, Any]]) -> None:
+def draw_accuracies(path: Path, stored: list[dict[str, Any]]) -> Path:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for precision in PRECISIONS:
-        points = sorted(accuracies(stored, precision))
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", label=precision)
-    originals = [row["precisions"]["fp32"].get("original_accuracy") for row in stored]
-    if originals and originals[0] is not None:
-        axes.axhline(originals[0], color="gray", label="original")
-        axes.legend(title="predictor")
+        found = [row["precisions"][precision] for row in stored]
+        axes.plot([one["share"] for one in found], [one["accuracy"] for one in found], "o", label=precision)
+    axes.axhline(stored[0]["precisions"]["fp32"]["original_accuracy"], color="gray", label="original")
+    axes.legend(title="predictor")
     axes.set(xlabel="bytes of predictor and order over those of the stored weights", ylabel="test accuracy")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+    return path
 
 
-def accuracies(stored: list[dict[str, Any]], precision: str) -> Iterator[tuple[float, float]]:
-    for row in stored:
-        found = row["precisions"][precision]
-        if "accuracy" in found:
-            yield found["share"], found["accuracy"]
-
-
-def print_results(results: dict[str, Any], out: Path) -> None:
+def print_results(results: dict[str, Any], written: list[Path]) -> None:
     for order, points in results["curves"].items():
         print(f"{order:12} relative error {points[-1][1]:.4f} after {points[-1][0]} steps of reconstruction")
     for row in results["stored"]:
@@ -185,4 +178,4 @@ def print_results(results: dict[str, Any], out: Path) -> None:
         for precision, found in row["precisions"].items():
             numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
             print(f"  {precision}: {numbers}")
-    print(f"results: {out / 'results.json'}, {out / 'curves.png'}, {out / 'accuracy.png'}")
+    print(f"results: {', '.join(map(str, written))}")

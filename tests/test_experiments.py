@@ -79,6 +79,7 @@ def test_resnet56(experiment, cifar, tmp_path):
     paths = {"weights": str(cifar / "resnet20.safetensors"), "images": str(cifar / "images"), "out": str(tmp_path)}
     module.run(replace(module.PRESET, **paths, architecture="cifar-resnet20-a", smoke=True, curve_orders=()))
     assert results(tmp_path)["stored"][0]["hidden"] == 8
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_imagenet_without_images(experiment, tmp_path):
@@ -89,6 +90,7 @@ def test_imagenet_without_images(experiment, tmp_path):
     module.run(replace(module.PRESET, **paths, smoke=True, curve_orders=("none",), image_size=32))
     (row,) = results(tmp_path / "out")["stored"]
     assert row["precisions"]["fp32"]["relative_error"] > 0 and "accuracy" not in row["precisions"]["fp32"]
+    assert not (tmp_path / "out/accuracy.png").exists()
 
 
 def test_kept_results_have_no_paths_of_a_machine(experiment):
