@@ -182,16 +182,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return {name: opened[file].get_tensor(name) for name, file in places.items()}
         except SafetensorError as error:
             raise ValueError(f"{path}: file must be readable as safetensors, got {error}") from error
-    return read_shards(path, load_torch) if path.name.endswith(".index.json") else load_torch(path)
+    # names of an index are whole, so prefixes are dropped after its files were put together
+    return unwrap(read_shards(path, load_part) if path.name.endswith(".index.json") else load_torch(path), str(path))
 
 
-def load_torch(path: Path) -> dict[str, Tensor]:
+def load_torch(path: Path) -> object:
     try:
-        loaded = load_plain(path)
+        return load_plain(path)
     except ValueError as error:
         what = f"tensors and plain containers only, got {error}; save the state_dict of the network alone"
         raise ValueError(f"{path}: file must hold {what}") from None
-    return unwrap(loaded, str(path))
+
+
+def load_part(path: Path) -> Mapping[str, Tensor]:
+    loaded = load_torch(path)
+    if not holds_tensors(loaded):
+        raise ValueError(f"{path}: part of a checkpoint must be a dictionary of tensors, got {describe_value(loaded)}")
+    return loaded
 
 
 def unwrap(loaded: object, where: str) -> dict[str, Tensor]:

@@ -262,17 +262,23 @@ def test_layout_of_a_sharded_checkpoint(tmp_path):
 
 def test_layout_of_a_sharded_torch_checkpoint(tmp_path):
     state, index = small_checkpoint(), tmp_path / "pytorch_model.bin.index.json"
+    whole = Layout.from_checkpoint(state)
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
     places = {name: f"pytorch_model-{1 + number % 2:05}-of-00002.bin" for number, name in enumerate(state)}
     for file in set(places.values()):
         torch.save({name: state[name] for name in places if places[name] == file}, tmp_path / file)
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     layout = Layout.from_checkpoint(index)
-    assert layout == Layout.from_checkpoint(state)
-    assert torch.equal(layout.flatten(index), layout.flatten(state))
+    assert layout == whole
+    assert torch.equal(layout.flatten(index), whole.flatten(small_checkpoint()))
     for broken in ("{}", {"a": "../b.bin"}, {"a": next(iter(places.values()))}, {"a": index.name}):
         index.write_text(json.dumps({"weight_map": broken}))
         with pytest.raises(ValueError, match="index.json: .* must"):
             Layout.from_checkpoint(index)
+    torch.save([1], tmp_path / "list.bin")
+    index.write_text(json.dumps({"weight_map": {"a": "list.bin"}}))
+    with pytest.raises(ValueError, match="list.bin: part of a checkpoint must be a dictionary of tensors, got list"):
+        Layout.from_checkpoint(index)
     index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-00003-of-00003.bin"}}))
     with pytest.raises(FileNotFoundError, match="pytorch_model-00003-of-00003.bin"):
         Layout.from_checkpoint(index)
