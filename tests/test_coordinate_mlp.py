@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastws
 from fastws import _native
@@ -344,6 +345,24 @@ def test_coordinate_mlp_stores_no_activations_of_many_rows():
     output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout
     # four inputs and four outputs of activations of 8,192 rows would be 128 MiB, rows and predictions are 0.4
     assert float(output) < 40
+
+
+def test_coordinate_mlp_makes_no_gradient_of_what_is_kept():
+    class Zeros(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.new_zeros, torch.ops.aten.zeros_like):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    *args, activation = example(300, 33, 3, 9)
+    tables = [table.requires_grad_() for table in args[:3]]
+    y = torch.ops.fastws.coordinate_mlp(*tables, *args[3:], activation, True)[0].sum()
+    with Zeros() as zeros:
+        y.backward()
+    assert zeros.largest < 300 * 33
 
 
 def test_coordinate_mlp_names_the_wrong_argument():

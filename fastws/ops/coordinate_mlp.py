@@ -237,6 +237,7 @@ def coordinate_mlp_setup_context(ctx, inputs, output):
     *tensors, ctx.activation, _ = inputs
     _, kept = output
     ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # else autograd makes as many zeros as were kept, for no one
     ctx.save_for_backward(kept, *tensors)
 
 
