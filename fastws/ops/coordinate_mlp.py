@@ -242,6 +242,8 @@ def coordinate_mlp_setup_context(ctx, inputs, output):
 
 
 def coordinate_mlp_backward(ctx, grad, grad_kept):
+    if grad is None:  # nothing depends on the predictions
+        return (None,) * len(ctx.needs_input_grad)
     grads = torch.ops.fastws.coordinate_mlp_backward(grad, *ctx.saved_tensors, ctx.activation)
     return *grads[:3], None, None, *grads[3:], None, None
 
