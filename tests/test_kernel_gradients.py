@@ -3,7 +3,7 @@ import torch
 
 import fastws
 from fastws import _native
-from fastws.ops.kernel_gradients import kernel_gradients_reference
+from fastws.ops.kernel_gradients import DTYPES, kernel_gradients_reference
 from fastws.testing import assert_as_accurate, devices, implementations
 
 SHAPES = [  # B, H, W, C, F
@@ -25,7 +25,7 @@ def example(shape, stride, dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.parametrize("name, function, device", implementations("kernel_gradients"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_gradients_are_the_reference(name, function, device, dtype, stride, shape):
@@ -77,7 +77,7 @@ def test_kernel_gradients_opcheck(device):
     [
         (
             {"inputs": torch.zeros(2, 3, 4)},
-            r"inputs must be \[B, C, H, W\] float32 or float64, .*, got \[2, 3, 4\]",
+            r"inputs must be \[B, C, H, W\] float32, float64 or bfloat16, .*, got \[2, 3, 4\]",
         ),
         ({"inputs": torch.zeros(2, 3, 4, 4).half()}, "inputs must be .* got .*float16"),
         ({"inputs": torch.zeros(2, 0, 4, 4)}, r"inputs must be .*, not empty, got \[2, 0, 4, 4\]"),

@@ -13,10 +13,10 @@ from fastws.train import nern
 CPU = torch.device("cpu")
 
 
-def gradients(network, kernels, dtype=torch.float32):
+def gradients(network, kernels, dtype=torch.float32, inputs=None):
     """Of the weight of the first layer and of the inputs, all of them and those inside of LearnKernels."""
     torch.manual_seed(0)
-    x = torch.randn(5, 16, 8, 8, dtype=dtype, requires_grad=True)
+    x = torch.randn(5, 16, 8, 8, dtype=inputs or dtype, requires_grad=True)
     weight = torch.randn_like(network[0].weight, requires_grad=True)
     found = []
     for chosen in ({}, {"0.weight": kernels}):
@@ -40,6 +40,18 @@ def test_chosen_kernels_have_their_gradients(changes):
     expected = torch.zeros_like(whole.flatten(0, 1))
     expected[kernels] = whole.flatten(0, 1)[kernels]
     torch.testing.assert_close(some.flatten(0, 1), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(same_x, x)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_bfloat16(first):
+    kernels = torch.tensor([3, 40, 127, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        (whole, x), (some, same_x) = gradients(convolution(), kernels, inputs=first)
+    assert some.dtype == torch.float32 and same_x.dtype == first
+    expected = whole.flatten(0, 1)[kernels]  # rounded to bfloat16
+    torch.testing.assert_close(some.flatten(0, 1)[kernels], expected, rtol=2**-8, atol=0)
+    assert some.count_nonzero() == 9 * len(kernels) and not expected.equal(some.flatten(0, 1)[kernels])
     torch.testing.assert_close(same_x, x)
 
 

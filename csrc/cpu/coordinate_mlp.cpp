@@ -105,14 +105,6 @@ void add_gradients(const Mlp<real_t, kBytes>& mlp, const Sums<real_t, kBytes>& p
   }
 }
 
-bool has_wide_vectors() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
-}
-
 // Calls body with the numbers of the call, those that are computed with, and the bytes of a vector.
 template <typename Body>
 void dispatch(ScalarType dtype, const Body& body) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
+#include "cpu/convert.h"
 #include "cpu/panels.h"
 #include "dispatch.h"
 
@@ -22,16 +23,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kBytes = 32;               // of a vector: nine sums of a kernel stay in 16 registers
+constexpr int kNarrow = 32;              // bytes of a vector: nine sums of a kernel stay in 16 registers
 constexpr int64_t kPlanes = 256 * 1024;  // bytes of planes at a time, in the second-level cache
 constexpr int64_t kParts = 4;            // of the images, summed on their own, so that threads do not matter
 constexpr int64_t kTaps = 9;
-
-template <typename real_t>
-using Vector = typename Lanes<real_t, kBytes>::V;
-
-template <typename real_t>
-constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+constexpr int64_t kAhead = 8192;  // bytes; processors do not foresee the loads of a transposition, which then wait
 
 // Images of [height, width, channels] as planes: column w of row h is at (h + border) * row + place(w).
 struct Planes {
@@ -52,28 +48,32 @@ struct Planes {
 };
 
 // Fills the planes of one image; borders are zero already.
-template <typename real_t>
-FASTWS_CLONES void fill(const Planes& p, const real_t* image, real_t* planes) {
-  using V = Vector<real_t>;
-  constexpr int kLanes = kCount<real_t>;
+template <typename scalar_t, typename real_t>
+FASTWS_CLONES void fill(const Planes& p, const scalar_t* image, real_t* planes) {
+  using V = typename Lanes<real_t, kNarrow>::V;
+  constexpr int kLanes = Lanes<real_t, kNarrow>::kCount;
   const int64_t width = p.width, all = p.channels, size = p.size, border = p.border;
   const int64_t columns = width / kLanes * kLanes, channels = all / kLanes * kLanes;
   const bool apart = p.stride > 1;
   for (int64_t h = 0; h < p.height; ++h) {
-    const real_t* from = image + h * width * all;
+    const scalar_t* from = image + h * width * all;
     real_t* to = planes + (h + border) * p.row;
     for (int64_t w = 0; w < columns; w += kLanes)
       for (int64_t c = 0; c < channels; c += kLanes) {
         V block[kLanes];
 #pragma GCC unroll 8
-        for (int i = 0; i < kLanes; ++i) std::memcpy(&block[i], from + (w + i) * all + c, kBytes);
-        transpose<real_t, kBytes>(block);
+        for (int i = 0; i < kLanes; ++i) {
+          const scalar_t* const entries = from + (w + i) * all + c;
+          block[i] = load<V>(entries);
+          __builtin_prefetch(reinterpret_cast<const char*>(entries) + kAhead);
+        }
+        transpose<real_t, kNarrow>(block);
         if (apart) {
           for (int i = 0; i < kLanes; ++i)
             for (int lane = 0; lane < kLanes; ++lane) to[(c + i) * size + p.place(w + lane)] = block[i][lane];
         } else {
 #pragma GCC unroll 8
-          for (int i = 0; i < kLanes; ++i) std::memcpy(to + (c + i) * size + w + border, &block[i], kBytes);
+          for (int i = 0; i < kLanes; ++i) std::memcpy(to + (c + i) * size + w + border, &block[i], kNarrow);
         }
       }
     for (int64_t w = 0; w < p.width; ++w)
@@ -82,30 +82,28 @@ FASTWS_CLONES void fill(const Planes& p, const real_t* image, real_t* planes) {
   }
 }
 
-// Adds to sums, [kernels][9], what some images contribute.
-template <typename real_t>
+// Adds to sums, [kernels][9], what some images contribute. kApart: even and odd columns of the inputs lie apart.
+template <typename real_t, int kBytes, bool kApart>
 FASTWS_CLONES void add_images(const Planes& in, const real_t* inputs, const Planes& out, const real_t* grads,
-                              int64_t images, const int64_t* kernels, int64_t count, Vector<real_t>* sums) {
-  using V = Vector<real_t>;
+                              int64_t images, const int64_t* kernels, int64_t count,
+                              typename Lanes<real_t, kBytes>::V* sums) {
+  using V = typename Lanes<real_t, kBytes>::V;
   const int64_t in_image = in.channels * in.size, out_image = out.channels * out.size, height = out.height;
-  const int64_t down = in.stride * in.row, row = out.row;
-  int64_t taps[kTaps];
-  for (int64_t tap = 0; tap < kTaps; ++tap)
-    taps[tap] = tap / 3 * in.row + tap % 3 % in.stride * in.half + tap % 3 / in.stride;
+  const int64_t down = in.stride * in.row, in_row = in.row, half = in.half, row = out.row;
   for (int64_t n = 0; n < count; ++n) {
     const real_t* x = inputs + kernels[n] % in.channels * in.size;
     const real_t* g = grads + kernels[n] / in.channels * out.size;
     V total[kTaps] = {};
     for (int64_t image = 0; image < images; ++image, x += in_image, g += out_image)
       for (int64_t h = 0; h < height; ++h)
-        for (int64_t w = 0; w < row; w += kCount<real_t>) {
-          V grad;
-          std::memcpy(&grad, g + h * row + w, kBytes);
+        for (int64_t w = 0; w < row; w += Lanes<real_t, kBytes>::kCount) {
+          const V grad = load<V>(g + h * row + w);
+          const real_t* const corner = x + h * down + w;
 #pragma GCC unroll 9
           for (int tap = 0; tap < kTaps; ++tap) {
-            V entries;
-            std::memcpy(&entries, x + h * down + w + taps[tap], kBytes);
-            total[tap] += grad * entries;
+            const int column = tap % 3;
+            const int64_t place = kApart ? column % 2 * half + column / 2 : column;
+            total[tap] += grad * load<V>(corner + tap / 3 * in_row + place);
           }
         }
     for (int tap = 0; tap < kTaps; ++tap) sums[n * kTaps + tap] += total[tap];
@@ -113,52 +111,68 @@ FASTWS_CLONES void add_images(const Planes& in, const real_t* inputs, const Plan
 }
 
 // Sums of the images from first to last.
-template <typename real_t>
-Vectors<Vector<real_t>> sum_images(const Planes& in, const real_t* inputs, const Planes& out, const real_t* grads,
-                                   int64_t first, int64_t last, const int64_t* kernels, int64_t count) {
+template <typename scalar_t, typename real_t, int kBytes>
+Vectors<typename Lanes<real_t, kBytes>::V> sum_images(const Planes& in, const scalar_t* inputs, const Planes& out,
+                                                      const scalar_t* grads, int64_t first, int64_t last,
+                                                      const int64_t* kernels, int64_t count) {
   const int64_t in_size = in.channels * in.size, out_size = out.channels * out.size;
   const int64_t step = std::max<int64_t>(1, kPlanes / ((in_size + out_size) * int64_t(sizeof(real_t))));
   std::vector<real_t> x(step * in_size), g(step * out_size);
-  Vectors<Vector<real_t>> sums(count * kTaps);
+  Vectors<typename Lanes<real_t, kBytes>::V> sums(count * kTaps);
   for (; first < last; first += step) {
     const int64_t images = std::min(step, last - first);
     for (int64_t image = 0; image < images; ++image) {
-      fill<real_t>(in, inputs + (first + image) * in.height * in.width * in.channels, x.data() + image * in_size);
-      fill<real_t>(out, grads + (first + image) * out.height * out.width * out.channels, g.data() + image * out_size);
+      fill(in, inputs + (first + image) * in.height * in.width * in.channels, x.data() + image * in_size);
+      fill(out, grads + (first + image) * out.height * out.width * out.channels, g.data() + image * out_size);
     }
-    add_images<real_t>(in, x.data(), out, g.data(), images, kernels, count, sums.data());
+    const auto add = in.stride > 1 ? add_images<real_t, kBytes, true> : add_images<real_t, kBytes, false>;
+    add(in, x.data(), out, g.data(), images, kernels, count, sums.data());
   }
   return sums;
 }
 
-template <typename real_t>
-void compute(const Tensor& inputs, const Tensor& grad, const Tensor& kernels, int64_t stride, const Tensor& result) {
-  const int64_t images = inputs.size(0), count = kernels.size(0), width = round_up(grad.size(2), kCount<real_t>);
-  const Planes in(inputs, 1, stride, width + kCount<real_t>), out(grad, 0, 1, width);
+template <typename scalar_t, typename real_t, int kBytes>
+void compute_with(const Tensor& inputs, const Tensor& grad, const Tensor& kernels, int64_t stride,
+                  const Tensor& result) {
+  constexpr int kCount = Lanes<real_t, kBytes>::kCount;
+  const int64_t images = inputs.size(0), count = kernels.size(0), width = round_up(grad.size(2), kCount);
+  const Planes in(inputs, 1, stride, width + kCount), out(grad, 0, 1, width);
   const int64_t parts = std::min(images, kParts);
-  std::vector<Vectors<Vector<real_t>>> sums(parts);
+  std::vector<Vectors<typename Lanes<real_t, kBytes>::V>> sums(parts);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
-      sums[part] = sum_images<real_t>(in, inputs.const_data_ptr<real_t>(), out, grad.const_data_ptr<real_t>(),
-                                      images * part / parts, images * (part + 1) / parts,
-                                      kernels.const_data_ptr<int64_t>(), count);
+      sums[part] = sum_images<scalar_t, real_t, kBytes>(
+          in, inputs.const_data_ptr<scalar_t>(), out, grad.const_data_ptr<scalar_t>(), images * part / parts,
+          images * (part + 1) / parts, kernels.const_data_ptr<int64_t>(), count);
   });
   real_t* to = result.mutable_data_ptr<real_t>();
   for (int64_t i = 0; i < count * kTaps; ++i) {
     to[i] = 0;
     for (int64_t part = 0; part < parts; ++part)
-      for (int lane = 0; lane < kCount<real_t>; ++lane) to[i] += sums[part].data()[i][lane];
+      for (int lane = 0; lane < kCount; ++lane) to[i] += sums[part].data()[i][lane];
   }
+}
+
+// Rows too short for wide vectors would fill half of them with zeros.
+template <typename scalar_t, typename real_t>
+void compute(const Tensor& inputs, const Tensor& grad, const Tensor& kernels, int64_t stride, const Tensor& result) {
+  if (has_wide_vectors() && grad.size(2) > Lanes<real_t, kNarrow>::kCount)
+    compute_with<scalar_t, real_t, 2 * kNarrow>(inputs, grad, kernels, stride, result);
+  else
+    compute_with<scalar_t, real_t, kNarrow>(inputs, grad, kernels, stride, result);
 }
 
 Tensor kernel_gradients_cpu(const Tensor& inputs_, const Tensor& grad_, const Tensor& kernels_, int64_t stride) {
   const Tensor inputs = torch::stable::contiguous(inputs_), grad = torch::stable::contiguous(grad_);
   const Tensor kernels = torch::stable::contiguous(kernels_);
-  const Tensor result = torch::stable::new_empty(inputs, {kernels.size(0), 3, 3});
-  if (inputs.scalar_type() == ScalarType::Double)
-    compute<double>(inputs, grad, kernels, stride, result);
+  const ScalarType dtype = inputs.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor result = torch::stable::new_empty(inputs, {kernels.size(0), 3, 3}, dtype);
+  if (dtype == ScalarType::Double)
+    compute<double, double>(inputs, grad, kernels, stride, result);
+  else if (inputs.scalar_type() == ScalarType::BFloat16)
+    compute<torch::headeronly::BFloat16, float>(inputs, grad, kernels, stride, result);
   else
-    compute<float>(inputs, grad, kernels, stride, result);
+    compute<float, float>(inputs, grad, kernels, stride, result);
   return result;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cpu/convert.h"
 #include "cpu/panels.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
@@ -32,13 +33,6 @@ struct PairLinear {
 
 FASTWS_BF16 FASTWS_INLINE Floats add_pair_products(Floats sums, Pairs x, int32_t weights) {
   return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)_mm512_set1_epi32(weights));
-}
-
-// Rounds to nearest, ties to even. NaN stays NaN.
-FASTWS_INLINE Pairs round_to_bf16(Floats x) {
-  const Pairs bits = (Pairs)x;
-  const Pairs rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) & 0xFFFF;
-  return x == x ? rounded : Pairs{} + 0x7FC0;
 }
 
 FASTWS_INLINE void write_pairs(const Floats* columns, int64_t count, Pairs* to) {

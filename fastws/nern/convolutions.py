@@ -34,7 +34,7 @@ def chosen_kernels(layers: Sequence[Layer], chosen: Tensor | None) -> dict[str, 
 class LearnKernels(TorchFunctionMode):
     """Inside, 3x3 convolutions with certain weights have gradients in certain kernels, and 0 in the others.
 
-    Others, and those of half precision or on other devices than the CPU, have all their gradients.
+    In float32, or in bfloat16 by autocast. Others, and those on other devices than the CPU, have all their gradients.
 
     Args:
         weights: By name, ``[F, C, kh, kw]``.
@@ -50,15 +50,19 @@ class LearnKernels(TorchFunctionMode):
         if function is torch.conv2d and not kwargs and len(args) == 7 and id(args[1]) in self.kernels:
             kernels = self.kernels[id(args[1])]
             if fits(*args) and len(kernels) <= FEW * args[1].shape[:2].numel():
-                return Convolution.apply(*args[:4], kernels)
+                return Convolution.apply(args[0].to(computed_in(args[0])), *args[1:4], kernels)
         return function(*args, **(kwargs or {}))
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> bool:
     """Whether ``kernel_gradients`` computes the gradients of a convolution, and sooner than all would be."""
     plain = rest in PLAIN and weight.shape[2:] == (3, 3) and x.dim() == 4 and x.device.type == "cpu"
-    whole = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and whole and weight.shape[1] >= WIDE and not (bias is not None and bias.requires_grad)
+    known = weight.dtype == torch.float32 and computed_in(x) in (torch.float32, torch.bfloat16)
+    return plain and known and weight.shape[1] >= WIDE and not (bias is not None and bias.requires_grad)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class Convolution(torch.autograd.Function):
@@ -76,7 +80,7 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             geometry = ctx.stride, ONE, ONE, False, (0, 0), 1
             mask = True, False, False
-            grad_x = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)[0]
+            grad_x = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), None, *geometry, mask)[0]
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             grad_weight.flatten(0, 1)[kernels] = kernel_gradients(x, grad, kernels, stride=ctx.stride[0])

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from fastws import _native  # noqa: F401  (loads the compiled kernel)
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
 
 def kernel_gradients(inputs: Tensor, grad: Tensor, kernels: Tensor, *, stride: int = 1) -> Tensor:
     """The gradient of a 3x3 convolution with padding 1 in some of its kernels, at a cost in proportion to their number.
@@ -13,13 +15,14 @@ def kernel_gradients(inputs: Tensor, grad: Tensor, kernels: Tensor, *, stride: i
     2212.13554) learns from a few kernels of a network and needs no gradients of the others. No gradients of its own.
 
     Args:
-        inputs: What goes into the convolution, ``[B, C, H, W]``, float32 or float64; channels last is fastest.
+        inputs: What goes into the convolution, ``[B, C, H, W]``, float32, float64 or bfloat16; channels last is
+            fastest.
         grad: Gradient of what comes out, ``[B, F, OH, OW]`` with ``OH = (H - 1) // stride + 1`` and OW alike.
         kernels: Numbers of kernels, ``[n]``, int64, below ``F * C``. Trusted, not checked, on a GPU.
         stride: Of the convolution, 1 or 2.
 
     Returns:
-        Gradients, ``[n, 3, 3]``.
+        Gradients, ``[n, 3, 3]``, of the dtype of the inputs; float32 for bfloat16, whose products are added up in it.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -37,9 +40,9 @@ def kernel_gradients(inputs: Tensor, grad: Tensor, kernels: Tensor, *, stride: i
 
 
 def check(inputs: Tensor, grad: Tensor, kernels: Tensor, stride: int) -> None:
-    if inputs.dim() != 4 or inputs.numel() == 0 or inputs.dtype not in (torch.float32, torch.float64):
-        got = f"{list(inputs.shape)} {inputs.dtype}"
-        raise ValueError(f"kernel_gradients: inputs must be [B, C, H, W] float32 or float64, not empty, got {got}")
+    if inputs.dim() != 4 or inputs.numel() == 0 or inputs.dtype not in DTYPES:
+        must, got = "[B, C, H, W] float32, float64 or bfloat16, not empty", f"{list(inputs.shape)} {inputs.dtype}"
+        raise ValueError(f"kernel_gradients: inputs must be {must}, got {got}")
     if stride not in (1, 2):
         raise ValueError(f"kernel_gradients: stride must be 1 or 2, got {stride}")
     batch, channels, *sizes = inputs.shape
@@ -59,7 +62,8 @@ def check(inputs: Tensor, grad: Tensor, kernels: Tensor, stride: int) -> None:
 
 def kernel_gradients_reference(inputs: Tensor, grad: Tensor, kernels: Tensor, stride: int) -> Tensor:
     """Of channels last, ``[B, H, W, C]`` and ``[B, OH, OW, F]``."""
-    inputs, grad = inputs.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    inputs, grad = (x.permute(0, 3, 1, 2).to(dtype) for x in (inputs, grad))
     shape = [grad.shape[1], inputs.shape[1], 3, 3]
     return torch.nn.grad.conv2d_weight(inputs, shape, grad, stride, 1).flatten(0, 1)[kernels]
 
@@ -70,7 +74,7 @@ torch.library.register_kernel("fastws::kernel_gradients", "default", kernel_grad
 
 @torch.library.register_fake("fastws::kernel_gradients")
 def kernel_gradients_fake(inputs, grad, kernels, stride):
-    return inputs.new_empty(kernels.shape[0], 3, 3)
+    return inputs.new_empty(kernels.shape[0], 3, 3, dtype=torch.promote_types(inputs.dtype, torch.float32))
 
 
 def kernel_gradients_backward(ctx, grad):
