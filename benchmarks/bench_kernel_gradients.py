@@ -3,8 +3,9 @@
 A step of NeRN learns from 4,096 of 29,744 kernels, 14 % of each layer, on 256 images. Predicted for one core of 109
 GFLOP/s in float32: of the 21.2 GFLOP of all kernels 2.9 are left, 27 ms at the peak, 0.02 s to 0.04 s with sums that
 need ten loads for nine products. Inputs and gradients, 380 MB, are read once and turned into planes in cache: 40 ms at
-10 GB/s. oneDNN needs at least 0.2 s for all kernels: so 3 times. What it missed: turning images into planes takes twice
-as long, in cache as well, for the shuffles of transposed squares; and oneDNN needs more.
+10 GB/s. oneDNN needs at least 0.2 s for all kernels: so 3 times. What it missed: turning images into planes took twice
+as long, because processors do not foresee its loads, until the kernel asked for them itself; and oneDNN needs more.
+With AVX-512, twice the peak, sums of short rows hardly get faster, oneDNN does: twice.
 
 Run: python benchmarks/bench_kernel_gradients.py [--threads 2]
 """

@@ -19,7 +19,7 @@ from fastws.nern.export import PRECISIONS, answers, compare, measure, reconstruc
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.presets import fields_of
 from fastws.nern.teachers import load_teacher
-from fastws.train import files, nern, processes
+from fastws.train import files, loop, nern, processes
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of how to draw
@@ -125,6 +125,7 @@ def store(
     predictor, stored, learned = load_nern(Path(one.out, "best.pt"))
     rate = next(line["steps_per_second"] for line in reversed(log(one)) if "train/loss" in line)
     row = {"hidden": one.hidden, "seed": seed, "steps": one.steps, "warmup": one.warmup, "objective": one.objective}
+    row |= {"training": "bf16" if loop.uses_bf16(one, device) else "fp32"}
     row |= {"hours": one.steps / rate / 3600, "precisions": {}}
     if images is not None:
         theirs, labels = answers(teacher.to(device), images.batches("test", 250, device)), images.parts["test"].labels

@@ -74,7 +74,8 @@ def nern(found: dict) -> str:
             for name, one in run["precisions"].items()
         )
         original = run["precisions"]["fp32"]["original_accuracy"]
-        about = f"h = {run['hidden']}, seed {run['seed']}, {schedule}, {run['hours']:.1f} h"
+        training = run.get("training", "fp32")  # before results said it, all were
+        about = f"h = {run['hidden']}, seed {run['seed']}, {schedule}, in {training}, {run['hours']:.1f} h"
         parts.append(f"{about}: accuracy {original:.4f} before; after: {', '.join(accuracies)}")
     for order, points in found["curves"].items():
         parts.append(f"{order}: relative error of the weights {points[-1][1]:.4f} at step {points[-1][0]:,}")

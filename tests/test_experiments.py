@@ -66,7 +66,7 @@ def test_resnet20(experiment, cifar, tmp_path):
     found = results(tmp_path)
     assert [len(found["curves"][order]) for order in orders] == [2] * len(orders)
     (row,) = found["stored"]
-    assert row["hidden"] == 8 and row["precisions"].keys() == {"fp32", "fp16", "int8"}
+    assert row["hidden"] == 8 and row["training"] == "fp32" and row["precisions"].keys() == {"fp32", "fp16", "int8"}
     assert {"accuracy", "original_accuracy", "agreement", "share"} <= row["precisions"]["int8"].keys()
     assert (tmp_path / "curves.png").exists() and (tmp_path / "accuracy.png").exists()
     module.run(config)  # everything is done

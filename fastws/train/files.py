@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastws
 from fastws.atomic import write_atomically, write_file
+from fastws.devices import processor_name
 from fastws.files import load_plain
 from fastws.train import processes
 from fastws.version import __version__
@@ -83,7 +84,7 @@ def describe(device: torch.device) -> dict[str, str]:
     if (root / "setup.py").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or commit
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "fastws": __version__,
         "torch": torch.__version__,
