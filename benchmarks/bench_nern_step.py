@@ -23,7 +23,7 @@ What earlier predictions missed: while distillation does not count, the publishe
 It runs both networks and compares their maps, forward, and never goes back through the student. So it takes 1.3 s, and
 no exact step in float32 can be more than 18 times as fast. And memory is not what the joint step waits for: to take the
 images through both networks in parts that stay in cache made it no faster. In bf16 it takes 0.42 s at best, for
-gradients of kernels are added up in float32 and maps are rectified, added and compared in as many passes: 3.3 to 3.6
+gradients of kernels are added up in float32 and maps are rectified, added and compared in as many passes: 3.1 to 3.5
 times.
 
 With one thread, times are those of the processor: what else runs on the machine does not count.
