@@ -94,7 +94,7 @@ void add_gradients(const Mlp<real_t, kBytes>& mlp, const Sums<real_t, kBytes>& p
       transpose_panels<real_t, kBytes>(block.x(j), mlp.stride, block.panels, mlp.squares, strips.data());
       add_products<real_t, kBytes>(strips.data(), mlp.squares, grad_x, mlp.stride, block.panels, mlp.forward[j].tiles,
                                    sums + places.weights[j], sums + places.biases[j]);
-      block.apply_to(mlp.backward[j], Finish::kSlope, grad_x, grad_before, block.slope(j));
+      block.apply_backward(j, grad_x, grad_before);
       std::swap(grad_x, grad_before);
     }
     transpose_panels<real_t, kBytes>(grad_x, mlp.stride, block.panels, mlp.squares, strips.data());

@@ -134,8 +134,8 @@ struct Mlp {
   }
 };
 
-// A block of rows on its way through the network. Activations and their slopes are kept of each layer, here or in
-// kept, [2 * layers, kept_panels, stride]; without slopes, activations of two layers take turns.
+// A block of rows on its way through the network. Activations of each layer are kept, and their slopes where they do
+// not follow from these, here or in kept, [2 * layers, kept_panels, stride]; without slopes, two layers take turns.
 template <typename real_t, int kBytes>
 struct Block {
   using P = Panels<real_t, kBytes>;
@@ -164,6 +164,15 @@ struct Block {
   V* x(int64_t layer) const { return start + (with_slopes ? layer : layer % 2) * layer_stride; }
   V* slope(int64_t layer) const { return with_slopes ? start + (mlp.depth + 1 + layer) * layer_stride : nullptr; }
 
+  // Where the activation of a layer writes its slope, if anywhere.
+  V* stored_slope(int64_t layer) const { return slope_of(mlp.activation) == Finish::kSlope ? slope(layer) : nullptr; }
+
+  // The gradient before an activation, from that behind the next layer.
+  void apply_backward(int64_t layer, const V* from, V* to) const {
+    const Finish kind = slope_of(mlp.activation);
+    apply_to(mlp.backward[layer], kind, from, to, kind == Finish::kSlope ? slope(layer) : x(layer));
+  }
+
   // Finds the coordinates of rows; the last panel is filled up with zeros.
   void locate(const int64_t* rows, int64_t count) {
     panels = (count + P::kRows - 1) / P::kRows;
@@ -181,14 +190,15 @@ struct Block {
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t place = panel * mlp.stride;
       add_rows<real_t, kBytes>(&places[panel * P::kRows], mlp.squares, mlp.activation, x(0) + place,
-                               with_slopes ? slope(0) + place : nullptr);
+                               stored_slope(0) ? stored_slope(0) + place : nullptr);
     }
   }
 
   // All but the last layer.
   void forward() const {
     embed();
-    for (int64_t j = 0; j < mlp.depth; ++j) apply_to(mlp.forward[j], mlp.activation, x(j), x(j + 1), slope(j + 1));
+    for (int64_t j = 0; j < mlp.depth; ++j)
+      apply_to(mlp.forward[j], mlp.activation, x(j), x(j + 1), stored_slope(j + 1));
   }
 
   void predict() {

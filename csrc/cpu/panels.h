@@ -48,9 +48,35 @@ class Vectors {
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// What is done to the result of a layer: nothing, times a slope, or an activation in the order of
-// fastws/ops/coordinate_mlp.py.
-enum class Finish { kNothing = -2, kSlope, kRelu, kLeakyRelu, kHardswish, kGelu, kRelu6, kElu };
+// What is done to the result of a layer: nothing, times a slope, stored or that of an activation where this says it, or
+// an activation in the order of fastws/ops/coordinate_mlp.py.
+enum class Finish {
+  kNothing = -5,
+  kSlopeOfRelu,
+  kSlopeOfLeakyRelu,
+  kSlopeOfRelu6,
+  kSlope,
+  kRelu,
+  kLeakyRelu,
+  kHardswish,
+  kGelu,
+  kRelu6,
+  kElu
+};
+
+// What is done to a gradient on its way back through an activation.
+inline Finish slope_of(Finish activation) {
+  switch (activation) {
+    case Finish::kRelu:
+      return Finish::kSlopeOfRelu;
+    case Finish::kLeakyRelu:
+      return Finish::kSlopeOfLeakyRelu;
+    case Finish::kRelu6:
+      return Finish::kSlopeOfRelu6;
+    default:
+      return Finish::kSlope;
+  }
+}
 
 // y = activation(x), slope = its derivative. NaN stays NaN.
 template <Finish KIND, typename real_t, int kBytes>
@@ -81,21 +107,34 @@ template <Finish KIND, typename real_t, int kBytes>
 FASTWS_INLINE void finish_as(int64_t size, typename Lanes<real_t, kBytes>::V* y,
                              typename Lanes<real_t, kBytes>::V* slope) {
   using V = typename Lanes<real_t, kBytes>::V;
+  const V zero = {};
   V unused;
   for (int64_t i = 0; i < size; ++i)
     if constexpr (KIND == Finish::kSlope)
       y[i] *= slope[i];
+    else if constexpr (KIND == Finish::kSlopeOfRelu)
+      y[i] = slope[i] > 0 ? y[i] : y[i] * zero;
+    else if constexpr (KIND == Finish::kSlopeOfLeakyRelu)
+      y[i] = slope[i] > 0 ? y[i] : y[i] * real_t(0.01);
+    else if constexpr (KIND == Finish::kSlopeOfRelu6)
+      y[i] = slope[i] <= 0 ? y[i] * zero : slope[i] >= 6 ? y[i] * zero : y[i];
     else
       activate_as<KIND, real_t, kBytes>(y[i], y[i], slope ? slope[i] : unused);
 }
 
-// In place. slope is read by kSlope, and written by activations unless it is null.
+// In place. slope is read by kSlope, is an activation to its like, and is written by activations unless it is null.
 template <typename real_t, int kBytes>
 FASTWS_INLINE void finish(Finish kind, int64_t size, typename Lanes<real_t, kBytes>::V* y,
                           typename Lanes<real_t, kBytes>::V* slope) {
   switch (kind) {
     case Finish::kNothing:
       return;
+    case Finish::kSlopeOfRelu:
+      return finish_as<Finish::kSlopeOfRelu, real_t, kBytes>(size, y, slope);
+    case Finish::kSlopeOfLeakyRelu:
+      return finish_as<Finish::kSlopeOfLeakyRelu, real_t, kBytes>(size, y, slope);
+    case Finish::kSlopeOfRelu6:
+      return finish_as<Finish::kSlopeOfRelu6, real_t, kBytes>(size, y, slope);
     case Finish::kSlope:
       return finish_as<Finish::kSlope, real_t, kBytes>(size, y, slope);
     case Finish::kRelu:
