@@ -35,7 +35,7 @@ import statistics
 from functools import partial
 
 import torch
-from harness import DEVICE, OPTIONS, implementation_name, record, time_all
+from harness import DEVICE, HAS_BF16, OPTIONS, implementation_name, record, time_all
 from torch import nn
 
 from fastws.ops.coordinate_mlp import coordinate_mlp_reference, coordinates
@@ -173,6 +173,5 @@ if __name__ == "__main__":
         forward(network, torch.float32)
     with_gradients("ResNet-20, h = 180")
     # without instructions for bfloat16 the rivals take minutes
-    fast = DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    for network in NETWORKS if OPTIONS.full or fast else list(NETWORKS)[:1]:
+    for network in NETWORKS if OPTIONS.full or HAS_BF16 else list(NETWORKS)[:1]:
         forward(network, torch.bfloat16)

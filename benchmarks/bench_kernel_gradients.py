@@ -5,7 +5,7 @@ GFLOP/s in float32: of the 21.2 GFLOP of all kernels 2.9 are left, 27 ms at the 
 need ten loads for nine products. Inputs and gradients, 380 MB, are read once and turned into planes in cache: 40 ms at
 10 GB/s. oneDNN needs at least 0.2 s for all kernels: so 3 times. What it missed: turning images into planes took twice
 as long, because processors do not foresee its loads, until the kernel asked for them itself; and oneDNN needs more.
-With AVX-512, twice the peak, sums of short rows hardly get faster, oneDNN does: twice.
+With AVX-512, twice the peak, sums of short rows hardly get faster, oneDNN does: 1.9 times.
 
 Run: python benchmarks/bench_kernel_gradients.py [--threads 2]
 """

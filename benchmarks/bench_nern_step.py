@@ -39,7 +39,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 
 import torch
-from harness import DEVICE, OPTIONS, record
+from harness import DEVICE, HAS_BF16, OPTIONS, record
 from torch import nn
 
 from fastws.nern.optimizer import Ranger
@@ -50,8 +50,7 @@ from fastws.train import loop, nern
 HIDDEN, IMAGES, KERNELS = 180, 256, 4096
 ROUNDS = 3 if OPTIONS.quick else 7
 JOINT, RECONSTRUCTION = (1.0, 1e-4, 1e-4), (1.0, 0.0, 0.0)  # weights of the losses
-# elsewhere oneDNN emulates it, which takes eleven times as long as float32
-BF16 = DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported() or OPTIONS.full
+BF16 = HAS_BF16 or OPTIONS.full  # emulated it takes eleven times as long as float32
 torch.backends.cudnn.allow_tf32 = False  # float32 is what it says, or gradients would differ by more than is allowed
 TOLERANCES = {"fastws": (1e-4, 1e-3), "fastws bf16": (2e-2, 0.1)}  # of the loss and of gradients
 

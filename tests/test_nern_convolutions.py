@@ -46,12 +46,17 @@ def test_chosen_kernels_have_their_gradients(changes):
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
 def test_autocast_computes_in_bfloat16(first):
     kernels = torch.tensor([3, 40, 127, 0])
+    network = convolution()
     with torch.autocast("cpu", torch.bfloat16):
-        (whole, x), (some, same_x) = gradients(convolution(), kernels, inputs=first)
-    assert some.dtype == torch.float32 and same_x.dtype == first
-    expected = whole.flatten(0, 1)[kernels]  # rounded to bfloat16
-    torch.testing.assert_close(some.flatten(0, 1)[kernels], expected, rtol=2**-8, atol=0)
-    assert some.count_nonzero() == 9 * len(kernels) and not expected.equal(some.flatten(0, 1)[kernels])
+        (_, x), (some, same_x) = gradients(network, kernels, inputs=first)
+        torch.manual_seed(0)
+        inputs = torch.randn(5, 16, 8, 8, dtype=first).bfloat16()
+        weight = torch.randn_like(network[0].weight)
+        grad = 2 * torch.conv2d(inputs, weight, network[0].bias, padding=1)  # of the sum of squares
+    assert some.dtype == torch.float32 and same_x.dtype == first and grad.dtype == torch.bfloat16
+    expected = torch.nn.grad.conv2d_weight(inputs.double(), weight.shape, grad.double(), padding=1).flatten(0, 1)
+    torch.testing.assert_close(some.flatten(0, 1)[kernels].double(), expected[kernels], rtol=1e-5, atol=1e-3)
+    assert some.count_nonzero() == 9 * len(kernels)
     torch.testing.assert_close(same_x, x)
 
 
