@@ -6,7 +6,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
-SOURCES = $(wildcard csrc/*.h csrc/*/*)
+SOURCES = $(wildcard csrc/*.h csrc/*/*.* csrc/cpu/random/*)
 # the architecture to compile CUDA kernels for, where nvcc is found; a GPU is not needed
 export FASTWS_CUDA_ARCHS ?= 90a
 

@@ -1,4 +1,4 @@
-"""fastws.zoo.matching.match of ResNet-18s to a reference, against a loop of the published algorithm over networks.
+"""fastws.matching.match.match of ResNet-18s to a reference, against a loop of the published algorithm over networks.
 
 Predicted: every weight of a tensor with n units on each axis takes part in two products of 2 n FLOPs: 18.9 GFLOP for a
 ResNet-18, 0.14 s on 2 cores at 70 GFLOP/s each. Networks that have nothing in common ("random") need 7 to 9 sweeps, in
@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from zoo import resnet18
 
-from fastws.zoo.matching import batch_size, match, objective
+from fastws.matching.match import batch_size, match, objective
 
 NETWORKS = 10 if OPTIONS.quick else 100
 KINDS = {"random": 0.0, "noisy": 0.6}  # share of the reference in each network

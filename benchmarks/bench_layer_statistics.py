@@ -15,7 +15,7 @@ from harness import race
 
 from fastws.nn.resnet import ResNet
 from fastws.ops.layer_statistics import PERCENTS, layer_statistics_reference
-from fastws.zoo.architectures import build
+from fastws.zoo.making.architectures import build
 
 CASES = {"cnn-s": (build("cnn-s", (1, 28, 28)), 2000), "resnet18": (ResNet(18), 1)}  # network, how many
 

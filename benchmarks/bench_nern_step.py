@@ -45,7 +45,8 @@ from torch import nn
 from fastws.nern.optimizer import Ranger
 from fastws.nn.nern import NeRN, encode_axis
 from fastws.nn.resnet import CIFARResNet
-from fastws.train import loop, nern
+from fastws.train import loop
+from fastws.train.nern import train as nern
 
 HIDDEN, IMAGES, KERNELS = 180, 256, 4096
 ROUNDS = 3 if OPTIONS.quick else 7

@@ -28,8 +28,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import fastws
 from fastws import _native
 from fastws.ops.small_cnn_step import small_cnn_step_reference
-from fastws.small_cnn import CONVOLUTION, POOLING, rows_of
-from fastws.zoo.architectures import build, initialize
+from fastws.small_cnn.table import CONVOLUTION, POOLING, rows_of
+from fastws.zoo.making.architectures import build, initialize
 
 NETWORKS = 64 if DEVICE == "cpu" else 1000
 STEPS, BATCH, ALONE, LR = 10, 10, 4, 1e-3

@@ -23,8 +23,8 @@ from torch.nn.functional import conv2d, cross_entropy, linear
 import fastws
 from fastws import _native
 from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, variational_cnn_step_reference
-from fastws.small_cnn import CONVOLUTION, rows_of
-from fastws.zoo.architectures import build, initialize
+from fastws.small_cnn.table import CONVOLUTION, rows_of
+from fastws.zoo.making.architectures import build, initialize
 
 NETWORKS = 64 if DEVICE == "cpu" else 1000
 STEPS, BATCH, ALONE = 5, 10, 4

@@ -22,7 +22,7 @@ import torch
 from harness import OPTIONS, record
 from torch import nn
 
-from fastws.layout import Layout
+from fastws.layout.layout import Layout
 from fastws.zoo import Zoo, ZooWriter
 
 STATES = 100_000 if OPTIONS.quick else 1_000_000

@@ -13,13 +13,15 @@ import matplotlib
 import torch
 from torch import nn
 
-from fastws.atomic import write_json
+from fastws.files.atomic import write_json
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.export import PRECISIONS, answers, compare, measure, reconstruct, relative_error
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.presets import fields_of
 from fastws.nern.teachers import load_teacher
-from fastws.train import files, loop, nern, processes
+from fastws.runs import processes
+from fastws.train import files, loop
+from fastws.train.nern import train as nern
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of how to draw

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy
 import tyro
 
-from fastws.atomic import write_json
 from fastws.cli import one_sentence
-from fastws.zoo import Zoo, make
-from fastws.zoo.make import Config as ZooConfig
-from fastws.zoo.resume import LOG
+from fastws.files.atomic import write_json
+from fastws.zoo import Zoo
+from fastws.zoo.making import make
+from fastws.zoo.making.make import Config as ZooConfig
+from fastws.zoo.making.resume import LOG
 
 ZOOS = {"mnist-s-seed": 1000, "mnist-s-hyp-fix": 256}  # preset: networks
 PUBLISHED = {"mnist-s-seed": {25: 0.83, 50: 0.91}}  # mean test accuracy at some epochs

@@ -18,13 +18,14 @@ import tyro
 from torch import Tensor
 
 import fastws
-from fastws.atomic import write_json
 from fastws.cli import one_sentence
 from fastws.downstream.predict import fit_probes, r2_interval
-from fastws.zoo import Zoo, make
+from fastws.files.atomic import write_json
+from fastws.zoo import Zoo
 from fastws.zoo.align import ALIGNMENT, aligned_rows
-from fastws.zoo.diversity import tensor_offsets
-from fastws.zoo.make import Config as ZooConfig
+from fastws.zoo.making import make
+from fastws.zoo.making.make import Config as ZooConfig
+from fastws.zoo.survey.diversity import tensor_offsets
 
 SPLITS = ("train", "val", "test")
 MEASURES = ("test_accuracy", "epoch", "generalisation_gap")

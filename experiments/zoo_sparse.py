@@ -13,12 +13,13 @@ import numpy
 import tyro
 from zoo_mnist import about, print_about
 
-from fastws.atomic import write_json
 from fastws.cli import one_sentence
-from fastws.zoo import Zoo, make
-from fastws.zoo.make import Config as ZooConfig
-from fastws.zoo.sparsify import Config as TwinConfig
-from fastws.zoo.sparsify import sparsify
+from fastws.files.atomic import write_json
+from fastws.zoo import Zoo
+from fastws.zoo.making import make
+from fastws.zoo.making.make import Config as ZooConfig
+from fastws.zoo.making.sparsify import Config as TwinConfig
+from fastws.zoo.making.sparsify import sparsify
 
 SPARSITY = {2: 0.26, 3: 0.43, 4: 0.51, 5: 0.56, 10: 0.67, 25: 0.785}  # published, epoch: mean share of weights dropped
 ACCURACY = {0: 0.91, 25: 0.875}  # published, epoch: mean test accuracy

@@ -11,7 +11,7 @@ BLOCK = 256
 
 @triton.jit
 def draw_below(seed, offset, draw, bound):
-    """Integers below ``bound`` and fractions of 62 bits of int64 draws, as in fastws/draws.py; all int64."""
+    """Integers below ``bound`` and fractions of 62 bits of int64 draws, as in fastws/random/integers.py; all int64."""
     word0, word1, word2, word3 = philox(seed, offset, draw // 2)
     second = draw % 2 == 1
     low = tl.where(second, word2, word0).to(tl.uint64)

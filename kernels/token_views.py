@@ -19,7 +19,7 @@ def word_of(seed, offset, index):
 
 @triton.jit
 def normals(seed, offset, index):
-    """One standard normal per entry, by Box and Muller's method: fastws/philox.py has the formula."""
+    """One standard normal per entry, by Box and Muller's method: fastws/random/philox.py has the formula."""
     word = word_of(seed, offset, index // 2).to(tl.int64)
     radius = tl.sqrt(-tl.log(((word & 0xFFFF).to(tl.float32) + 0.5) * 1.52587890625e-05))
     t = ((word >> 16 & 0x3FFF).to(tl.float32) - 8191.5) * 9.587379924285257e-05

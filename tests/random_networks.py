@@ -6,9 +6,9 @@ from functools import cache
 import architectures
 import torch
 
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
-from fastws.verify import randomise
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
+from fastws.symmetry.verify import randomise
 
 CASES = {
     "mlp": (architectures.mlp, {}),

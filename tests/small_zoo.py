@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
-from fastws.zoo.format import Zoo
-from fastws.zoo.writer import ZooWriter
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.format.writer import ZooWriter
+from fastws.zoo.format.zoo import Zoo
 
 MODELS = 36
 

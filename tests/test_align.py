@@ -17,14 +17,15 @@ from torch import nn
 
 import fastws
 from fastws.cli import main
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
-from fastws.verify import randomise
-from fastws.zoo import Zoo, ZooWriter, matching
+from fastws.layout.layout import Layout
+from fastws.matching import match as matching
+from fastws.matching.assignment import PRICED_SIZE, solve
+from fastws.matching.match import match, objective
+from fastws.symmetry.symmetry import Symmetry
+from fastws.symmetry.verify import randomise
+from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
-from fastws.zoo.assignment import PRICED_SIZE, solve
-from fastws.zoo.manifest import MANIFEST
-from fastws.zoo.matching import match, objective
+from fastws.zoo.format.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 
@@ -130,7 +131,7 @@ def test_more_restarts_are_never_worse(case, monkeypatch):
     found = [match(flat[1:], flat[0], symmetry, restarts=restarts) for restarts in (1, 2, 6)]
     values = [objective(symmetry.permute(flat[1:], rows), flat[0], symmetry) for rows in found]
     assert (values[0] <= values[1]).all() and (values[1] <= values[2]).all() and (values[0] < values[2]).any()
-    monkeypatch.setattr("fastws.zoo.matching.BATCH_NETWORKS", 5)
+    monkeypatch.setattr("fastws.matching.match.BATCH_NETWORKS", 5)
     assert torch.equal(match(flat[1:], flat[0], symmetry, restarts=6), found[2])
 
 
@@ -218,7 +219,7 @@ def test_batch_equals_one_by_one_and_repeats(case, monkeypatch):
     symmetry, _, _, flat = networks(case, 5)
     together = match(flat[1:], flat[0], symmetry)
     assert torch.equal(together, match(flat[1:], flat[0], symmetry))
-    monkeypatch.setattr("fastws.zoo.matching.BATCH_NETWORKS", 1)
+    monkeypatch.setattr("fastws.matching.match.BATCH_NETWORKS", 1)
     assert torch.equal(together, match(flat[1:], flat[0], symmetry))
 
 

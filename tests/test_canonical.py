@@ -10,10 +10,10 @@ from small_zoo import make_small_zoo
 from torch import nn
 
 import fastws
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
+from fastws.layout.layout import Layout
+from fastws.matching.canonical import canonical, canonical_hashes, order_of
+from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.align import Alignment, Config, align, aligned_rows
-from fastws.zoo.canonical import canonical, canonical_hashes, order_of
 
 FORMS = ["l2", "lexicographic"]
 
@@ -145,5 +145,5 @@ def test_bad_arguments_and_extremes():
 
 
 def test_docstring_examples_run():
-    result = doctest.testmod(import_module("fastws.zoo.canonical"), extraglobs={"fastws": fastws, "torch": torch})
+    result = doctest.testmod(import_module("fastws.matching.canonical"), extraglobs={"fastws": fastws, "torch": torch})
     assert result.attempted == 6 and result.failed == 0

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastws.data.images import Transform, change, load, read
-from fastws.zoo.make import Config, prepare
+from fastws.zoo.making.make import Config, prepare
 
 LABELS = {"train": numpy.array([3, 0, 2, 1, 9, 5, 5, 0, 1, 2]), "test": numpy.array([0, 9, 4])}
 CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}

@@ -7,10 +7,12 @@ from small_zoo import MODELS, make_small_zoo
 from torch.nn.functional import cosine_similarity
 
 import fastws
-from fastws.zoo import Zoo, ZooWriter, diversity, make
+from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
-from fastws.zoo.make import Config as MakeConfig
+from fastws.zoo.making import make
+from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.survey import diversity
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastws
-from fastws.layout import Layout
-from fastws.zoo.architectures import build
+from fastws.layout.layout import Layout
+from fastws.zoo.making.architectures import build
 
 
 def test_layout_of_a_module_has_exact_roles():

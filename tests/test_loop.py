@@ -18,8 +18,9 @@ import torch
 from running import one_thread, run_two_processes
 from torch import nn
 
-from fastws.philox import philox_reference
-from fastws.train import files, loop, processes
+from fastws.random.philox import philox_reference
+from fastws.runs import processes
+from fastws.train import files, loop
 
 CONFIG = loop.Config(
     out="unset", steps=40, batch_size=8, lr=1e-2, clip=1.0, device="cpu", log_every=1, eval_every=10, save_every=3

@@ -11,7 +11,7 @@ from torch import nn
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.layers import find_layers
 from fastws.nern.orders import network_orders, save_orders
-from fastws.train import nern
+from fastws.train.nern import train as nern
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from fastws.nern import convolutions
 from fastws.nern.convolutions import LearnKernels, chosen_kernels
 from fastws.nern.layers import find_layers
 from fastws.ops.kernel_gradients import kernel_gradients
-from fastws.train import nern
+from fastws.train.nern import train as nern
 
 CPU = torch.device("cpu")
 

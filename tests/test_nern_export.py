@@ -29,7 +29,7 @@ from fastws.nern.prune import prune
 from fastws.nern.teachers import load_teacher
 from fastws.nn import CIFARResNet
 from fastws.nn.nern import NeRN, NeRNConfig
-from fastws.train import nern
+from fastws.train.nern import train as nern
 
 SHAPES = [(4, 3, 3, 3), (6, 4, 3, 3), (6, 4, 1, 1)]
 

@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 
 from fastws.data.images import read
-from fastws.draws import epoch_rows
 from fastws.nern import images
 from fastws.nern.augment import DRAWS
 from fastws.nern.images import MEAN, ORDER, STD, decode, flip_and_crop, open_images, uniform_images
+from fastws.random.integers import epoch_rows
 
 COUNTS = {"train": 30, "test": 8}
 

@@ -25,7 +25,7 @@ from fastws.nern.orders import network_orders, save_orders
 from fastws.nern.teachers import load_teacher
 from fastws.nn.resnet import CIFARBlock, CIFARResNet
 from fastws.testing import devices
-from fastws.train import nern
+from fastws.train.nern import train as nern
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 GOLDEN = Path(__file__).parent / "golden/nern.txt"

@@ -8,8 +8,9 @@ import numpy
 import pytest
 import torch
 
-from fastws import pages, quickstart
-from fastws.zoo.format import Zoo
+from fastws import pages
+from fastws.quickstart import run as quickstart
+from fastws.zoo.format.zoo import Zoo
 
 SMOKE = quickstart.Config(smoke=True, threads=1)
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import fastws
 from fastws import _native
-from fastws.draws import first_places, integers_reference
 from fastws.ops.random_subset import complement_reference, random_integers_reference, random_subset_reference
-from fastws.philox import philox_reference
+from fastws.random.integers import first_places, integers_reference
+from fastws.random.philox import philox_reference
 from fastws.testing import devices, implementations
 
 STREAMS = [(0, 0), (2**40 + 3, 5), (2**63 - 1, 2**33)]

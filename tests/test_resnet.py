@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastws.layout import Layout
+from fastws.layout.layout import Layout
 from fastws.nn.resnet import CIFARResNet, ResNet
 
 

@@ -7,11 +7,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import fastws
 from fastws import _native
 from fastws.ops.small_cnn_step import small_cnn_logits_reference, small_cnn_step_reference
-from fastws.philox import philox_reference
-from fastws.small_cnn import ACTIVATIONS
-from fastws.small_cnn_recipe import OPTIMIZERS
+from fastws.random.philox import philox_reference
+from fastws.small_cnn.steps import OPTIMIZERS
+from fastws.small_cnn.table import ACTIVATIONS
 from fastws.testing import assert_as_accurate, devices, implementations
-from fastws.zoo.architectures import build
+from fastws.zoo.making.architectures import build
 
 SHAPES = {"cnn-s": (1, 28, 28), "cnn2": (1, 28, 28), "cnn-l": (3, 32, 32), "mlp": (1, 16, 16), "digits-cnn": (1, 8, 8)}
 ODD = {  # name: layers and image shape; corner cases of kernels, strides, pooling and order

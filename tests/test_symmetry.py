@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastws
-from fastws import symmetry as symmetry_module
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
-from fastws.trace_rules import RULES
-from fastws.verify import randomise
+from fastws.layout.layout import Layout
+from fastws.symmetry import symmetry as symmetry_module
+from fastws.symmetry.rules import RULES
+from fastws.symmetry.symmetry import Symmetry
+from fastws.symmetry.verify import randomise
 
 R18 = [64, 128, 256, 512]  # widths of the stages
 R34 = [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3  # widths of the blocks

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import fastws
 from fastws import _native
 from fastws.ops.token_views import token_views_reference
-from fastws.philox import normal_reference
+from fastws.random.philox import normal_reference
 from fastws.testing import assert_as_accurate, devices, implementations
 
 CASES = [  # dtype of the zoo, of the values, permuted, token size, window

@@ -15,9 +15,10 @@ from running import run_two_processes
 from small_zoo import make_small_zoo
 
 import fastws
-from fastws.draws import epoch_rows
+from fastws.random.integers import epoch_rows
+from fastws.runs import processes
 from fastws.testing import devices
-from fastws.train import processes, sane
+from fastws.train import sane
 from fastws.zoo import Zoo, ZooWriter
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")

@@ -8,11 +8,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fastws
 from fastws.ops.variational_cnn_step import sparse_weights, variational_cnn_step_reference
-from fastws.philox import normal_reference, philox_reference
-from fastws.small_cnn import ACTIVATIONS
-from fastws.small_cnn_recipe import OPTIMIZERS
+from fastws.random.philox import normal_reference, philox_reference
+from fastws.small_cnn.steps import OPTIMIZERS
+from fastws.small_cnn.table import ACTIVATIONS
 from fastws.testing import assert_as_accurate, devices, implementations
-from fastws.zoo.architectures import build
+from fastws.zoo.making.architectures import build
 
 SHAPES = {"cnn-s": (1, 28, 28), "cnn2": (1, 28, 28), "cnn-l": (3, 32, 32), "mlp": (1, 16, 16), "digits-cnn": (1, 8, 8)}
 KL_WEIGHT = 0.004

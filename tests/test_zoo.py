@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import keep_moments
 
-from fastws import atomic
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
-from fastws.zoo import Zoo, ZooWriter, format, writer
-from fastws.zoo.architectures import build
-from fastws.zoo.make import Config, draw_recipes
-from fastws.zoo.training import Recipe
+from fastws.files import atomic
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo import Zoo, ZooWriter
+from fastws.zoo.format import writer
+from fastws.zoo.format import zoo as format
+from fastws.zoo.making.architectures import build
+from fastws.zoo.making.make import Config, draw_recipes
+from fastws.zoo.making.training import Recipe
 
 NETWORK = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
 LAYOUT = Layout.from_checkpoint(NETWORK)  # 14 weights

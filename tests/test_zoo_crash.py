@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_zoo import LAYOUT, assert_holds, describe, numbered
 
-from fastws import atomic
-from fastws.zoo import Zoo, ZooWriter, writer
+from fastws.files import atomic
+from fastws.zoo import Zoo, ZooWriter
+from fastws.zoo.format import writer
 
 
 class Death(BaseException):

@@ -9,10 +9,12 @@ from small_zoo import make_small_zoo
 import fastws
 from fastws import pages
 from fastws.cli import main
-from fastws.zoo import Zoo, ZooWriter, figures, info, make
+from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
-from fastws.zoo.make import Config as MakeConfig
+from fastws.zoo.making import make
+from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.survey import figures, info
 
 
 def read(path):

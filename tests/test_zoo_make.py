@@ -16,10 +16,11 @@ from torch.nn.utils import parameters_to_vector
 
 from fastws.cli import main
 from fastws.data.images import load
-from fastws.symmetry import Symmetry
-from fastws.zoo import Zoo, ZooWriter, ranks
-from fastws.zoo.architectures import build, initialize
-from fastws.zoo.make import MAY_CHANGE, Config, draw_recipes, make
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo import Zoo, ZooWriter
+from fastws.zoo.making import ranks
+from fastws.zoo.making.architectures import build, initialize
+from fastws.zoo.making.make import MAY_CHANGE, Config, draw_recipes, make
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 

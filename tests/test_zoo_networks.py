@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from fastws.zoo.architectures import BIAS, INITS, build, initialize
-from fastws.zoo.grids import PRESETS
-from fastws.zoo.make import Config, draw_recipes
+from fastws.zoo.making.architectures import BIAS, INITS, build, initialize
+from fastws.zoo.making.grids import PRESETS
+from fastws.zoo.making.make import Config, draw_recipes
 
 SHAPES = {
     "digits-cnn": (1, 8, 8),

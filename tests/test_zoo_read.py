@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from fastws.cli import main
-from fastws.files import load_checkpoint
+from fastws.files.checkpoints import load_checkpoint
+from fastws.files.torch_file import TorchFile, find_many_records, find_records
+from fastws.files.unpickle import ALLOWED
 from fastws.zoo import (
     ReadOptions,
     Zoo,
@@ -32,12 +34,10 @@ from fastws.zoo import (
     sequence_pairs,
 )
 from fastws.zoo.align import Alignment
-from fastws.zoo.architectures import build
-from fastws.zoo.read import Config
+from fastws.zoo.making.architectures import build
 from fastws.zoo.readers import collect, states
 from fastws.zoo.readers.collect import read_report
-from fastws.zoo.readers.torch_file import TorchFile, find_many_records, find_records
-from fastws.zoo.readers.unpickle import ALLOWED
+from fastws.zoo.readers.read import Config
 from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, reference_order
 
 PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them

@@ -11,16 +11,16 @@ import fastws
 from fastws.cli import main
 from fastws.data.images import load
 from fastws.ops.variational_cnn_step import kl_divergence, sparse_weights
-from fastws.small_cnn import ACTIVATIONS
-from fastws.zoo.diversity import draw_sample, measure_functions
-from fastws.zoo.figures import measured_figures
-from fastws.zoo.format import Zoo
-from fastws.zoo.make import Config as MakeConfig
-from fastws.zoo.make import make
-from fastws.zoo.recipes import TrainingData
-from fastws.zoo.sparsify import VARIATIONAL, Config, choose, kl_weight, published_names, sparsify
-from fastws.zoo.training import measure_small
-from fastws.zoo.writer import ZooWriter
+from fastws.small_cnn.table import ACTIVATIONS
+from fastws.zoo.format.writer import ZooWriter
+from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.make import make
+from fastws.zoo.making.recipes import TrainingData
+from fastws.zoo.making.sparsify import VARIATIONAL, Config, choose, kl_weight, published_names, sparsify
+from fastws.zoo.making.training import measure_small
+from fastws.zoo.survey.diversity import draw_sample, measure_functions
+from fastws.zoo.survey.figures import measured_figures
 
 DENSE = {"networks": 6, "epochs": 2, "limit": 96, "seed": 1, "threads": 1, "inits": ("kaiming_uniform",)}
 DENSE |= {"activations": ("tanh", "relu"), "dropouts": (0.0, 0.2), "optimizers": ("adam", "momentum"), "lrs": (0.003,)}

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from small_zoo import make_small_zoo
 
 from fastws.zoo.align import ALIGNMENT, Config, align, aligned_rows
-from fastws.zoo.format import Zoo
-from fastws.zoo.make import Config as MakeConfig
-from fastws.zoo.make import make
-from fastws.zoo.manifest import MANIFEST
-from fastws.zoo.resume import RESUME
-from fastws.zoo.training import Wave
-from fastws.zoo.writer import ZooWriter
+from fastws.zoo.format.manifest import MANIFEST
+from fastws.zoo.format.writer import ZooWriter
+from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.make import make
+from fastws.zoo.making.resume import RESUME
+from fastws.zoo.making.training import Wave
 
 REFUSALS = (ValueError, FileNotFoundError)
 

@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 from fastws.data.images import load
-from fastws.layout import Layout
-from fastws.philox import philox_reference
-from fastws.zoo.architectures import build, initialize
-from fastws.zoo.large import augment, one_cycle
-from fastws.zoo.orders import Orders
-from fastws.zoo.recipes import Plan, Recipe, TrainingData
-from fastws.zoo.training import Wave, minibatches
+from fastws.layout.layout import Layout
+from fastws.random.philox import philox_reference
+from fastws.zoo.making.architectures import build, initialize
+from fastws.zoo.making.large import augment, one_cycle
+from fastws.zoo.making.minibatches import Orders
+from fastws.zoo.making.recipes import Plan, Recipe, TrainingData
+from fastws.zoo.making.training import Wave, minibatches
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/coordinate_mlp_layers.h"
 #include "cpu/memory.h"
-#include "cpu/mlp.h"
 #include "cpu/panels_bf16.h"
 #include "dispatch.h"
 

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/nearest.h"
-#include "cpu/path.h"
+#include "cpu/kernel_order_nearest.h"
+#include "cpu/kernel_order_path.h"
 
 namespace fastws {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu/draw.h"
 #include "cpu/memory.h"
+#include "cpu/random/draw.h"
 #include "cpu/rows.h"
 #include "cpu/trust.h"
 #include "dispatch.h"

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu/clones.h"
-#include "cpu/integers.h"
 #include "cpu/memory.h"
+#include "cpu/random/integers.h"
 
 namespace fastws {
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/activations.h"
-#include "cpu/draw_lanes.h"
+#include "cpu/random/draw_lanes.h"
 #include "cpu/small_cnn.h"
 
 // Networks as tables, and groups of networks, one per lane, with the maps of one sample.

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "cpu/clones.h"
-#include "cpu/draw.h"
 #include "cpu/memory.h"
-#include "cpu/normal.h"
+#include "cpu/random/draw.h"
+#include "cpu/random/normal.h"
 #include "cpu/rows.h"
 #include "cpu/trust.h"
 #include "dispatch.h"

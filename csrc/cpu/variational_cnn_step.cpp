@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "cpu/normal.h"
+#include "cpu/random/normal.h"
 #include "cpu/small_cnn_training.h"
 
 namespace fastws {
@@ -20,7 +20,7 @@ struct Span {
   double bound;
 };
 
-// Two normals from a word; fastws/philox.py has the formula.
+// Two normals from a word; fastws/random/philox.py has the formula.
 inline void normals_of(uint32_t word, float& first, float& second) { normal_pair(word, first, second); }
 inline void normals_of(uint32_t word, double& first, double& second) {
   const double radius = std::sqrt(-std::log((double(word & 0xFFFF) + 0.5) * 0x1p-16));

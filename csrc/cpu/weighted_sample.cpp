@@ -6,8 +6,8 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/integers.h"
 #include "cpu/memory.h"
+#include "cpu/random/integers.h"
 
 namespace fastws {
 namespace {

@@ -133,7 +133,7 @@ __device__ void activate(int activation, real_t x, real_t& y, real_t& slope) {
   }
 }
 
-// Normals by Box and Muller's method; fastws/philox.py has the formula.
+// Normals by Box and Muller's method; fastws/random/philox.py has the formula.
 template <typename real_t>
 __device__ real_t normal_of(const Words& words, int number) {
   const uint32_t word = words.word[number / 2];

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastws
-from fastws.atomic import write_tensors
 from fastws.devices import find_device
-from fastws.files import DAMAGED, load_plain
+from fastws.files.atomic import write_tensors
+from fastws.files.checkpoints import DAMAGED, load_plain
 from fastws.nn.sane import SANE, SANEConfig
-from fastws.zoo.format import Zoo
+from fastws.zoo.format.zoo import Zoo
 
 Pool = Literal["mean", "layers"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import fastws
-from fastws.atomic import write_json
 from fastws.devices import find_device
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
-from fastws.zoo.format import Zoo
+from fastws.files.atomic import write_json
+from fastws.zoo.format.zoo import Zoo
 
 PENALTIES = (
     1e3,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastws.ops.random_subset import random_subset
 from fastws.ops.weighted_sample import AliasTable, weighted_sample
-from fastws.philox import philox_reference
+from fastws.random.philox import philox_reference
 
 Method = Literal[
     "all",  # kernels

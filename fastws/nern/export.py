@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastws.atomic import write_json, write_tensors
 from fastws.devices import find_device
-from fastws.files import load_plain
+from fastws.files.atomic import write_json, write_tensors
+from fastws.files.checkpoints import load_plain
 from fastws.nern.checkpoint import load_nern
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.layers import StoredLayers

@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 
 from fastws.data import encoded
 from fastws.data.images import SPLIT_SEED, read, spaced, white_of
-from fastws.draws import epoch_rows
 from fastws.nern.augment import DRAWS, mix, randaugment
-from fastws.philox import philox_reference
+from fastws.random.integers import epoch_rows
+from fastws.random.philox import philox_reference
 
 # where the draws of each kind begin in the stream of random numbers; each adds the step
 MIX, AUGMENT, ORDER, UNIFORM = 2**58, 2**59, 2**60, 2**61

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fastws.files import load_checkpoint
+from fastws.files.checkpoints import load_checkpoint
 from fastws.nn.resnet import CIFAR_DEPTHS, CIFARResNet, ResNet
 
 # networks of this package: name, and how to make one for a number of classes

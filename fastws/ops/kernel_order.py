@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fastws import _native  # noqa: F401  loads the compiled kernels
-from fastws.philox import philox_reference
+from fastws.random.philox import philox_reference
 
 MAX_KERNELS = 2**31 - 2  # kernels are counted in int32
-# how far a path is improved; csrc/cpu/path.h has the same numbers
+# how far a path is improved; csrc/cpu/kernel_order_path.h has the same numbers
 NEIGHBORS, LONGEST_SEGMENT, LONGEST_PIECE = 6, 3, 10
 LONGEST_REVERSAL = 25_000
 KICKS_PER_ROW, MOST_KICKS = 30, 75_000
@@ -116,7 +116,7 @@ def total(rows: Tensor, path: list[int]) -> float:
 
 
 class Tour:
-    """The path 0, 1, 2, ... through rows ``[n, d]`` and how it is improved; csrc/cpu/path.h makes the same moves.
+    """The path 0, 1, 2, ... through rows ``[n, d]`` and how it is improved, as in csrc/cpu/kernel_order_path.h.
 
     The node n has no row. It stands between the end of the path and its beginning, which stays where it is.
     """

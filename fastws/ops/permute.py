@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.checks import check_permutations, check_table
-from fastws.philox import check_stream, philox_reference
+from fastws.random.philox import check_stream, philox_reference
 
 
 def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastws import _native
-from fastws.draws import LARGEST_BOUND, first_places, integers_reference
-from fastws.philox import check_stream
+from fastws.random.integers import LARGEST_BOUND, first_places, integers_reference
+from fastws.random.philox import check_stream
 
 SPARE_DRAWS = 64
 ROUND = 2**40  # draws from which a round takes its own

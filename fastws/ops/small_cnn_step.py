@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastws.small_cnn import rows_of
-from fastws.small_cnn_passes import forward
-from fastws.small_cnn_recipe import check_networks, check_step, classify, dropout_masks, update
+from fastws.small_cnn.passes import forward
+from fastws.small_cnn.steps import check_networks, check_step, classify, dropout_masks, update
+from fastws.small_cnn.table import rows_of
 
 CHUNK = 2**21  # activations of one layer that evaluation computes at once
 

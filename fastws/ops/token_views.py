@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.checks import check_permutations
-from fastws.philox import check_stream, normal_reference, philox_reference
+from fastws.random.philox import check_stream, normal_reference, philox_reference
 from fastws.tokens import Tokens
 
 

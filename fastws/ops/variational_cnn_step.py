@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastws.philox import normal_reference
-from fastws.small_cnn import CONVOLUTION, Row, rows_of
-from fastws.small_cnn_passes import Back, convolve, forward
-from fastws.small_cnn_recipe import check_step, classify, dropout_masks, update
+from fastws.random.philox import normal_reference
+from fastws.small_cnn.passes import Back, convolve, forward
+from fastws.small_cnn.steps import check_step, classify, dropout_masks, update
+from fastws.small_cnn.table import CONVOLUTION, Row, rows_of
 
 INITIAL_LOG_SIGMA = -10.0  # of the variance of every weight, at the start
 THRESHOLD = 3.0  # of log alpha, from which a weight is dropped

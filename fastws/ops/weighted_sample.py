@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastws import _native
-from fastws.draws import FRACTION_BITS, first_places, integers_reference
-from fastws.philox import check_stream
+from fastws.random.integers import FRACTION_BITS, first_places, integers_reference
+from fastws.random.philox import check_stream
 
 WHOLE = 2**FRACTION_BITS
 SPARE_DRAWS = 64

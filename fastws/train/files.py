@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import fastws
-from fastws.atomic import write_atomically, write_file
 from fastws.devices import processor_name
-from fastws.files import load_plain
-from fastws.train import processes
+from fastws.files.atomic import write_atomically, write_file
+from fastws.files.checkpoints import load_plain
+from fastws.runs import processes
 from fastws.version import __version__
 
 if find_spec("tensorboard"):

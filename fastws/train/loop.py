@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastws.train import files, processes
+from fastws.runs import processes
+from fastws.train import files
 
 FREE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
 Metrics = dict[str, Tensor]

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from fastws.atomic import write_tensors
 from fastws.checks import is_permutation
-from fastws.symmetry import Symmetry
-from fastws.zoo.canonical import Form, canonical
-from fastws.zoo.format import Zoo
-from fastws.zoo.matching import Norms, batch_size, match, objective
+from fastws.files.atomic import write_tensors
+from fastws.matching.canonical import Form, canonical
+from fastws.matching.match import Norms, batch_size, match, objective
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.format.zoo import Zoo
 
 FORMAT = 1
 ALIGNMENT = "alignment.safetensors"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from fastws.files import unreadable
-from fastws.zoo.format import Zoo
+from fastws.files.checkpoints import unreadable
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import (
     Population,
     ReadOptions,

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastws.atomic import write_json
-from fastws.layout import Layout
-from fastws.symmetry import Symmetry
+from fastws.files.atomic import write_json
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
 from fastws.version import __version__
-from fastws.zoo.format import Zoo
-from fastws.zoo.manifest import MANIFEST
+from fastws.zoo.format.manifest import MANIFEST
+from fastws.zoo.format.writer import ZooWriter
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.states import BadState, Like, read_layout
-from fastws.zoo.writer import ZooWriter
 
 REPORT = "read.json"  # beside zoo.json: how far reading is, and which states were left out
 BATCH = 2**26  # bytes of weights that are written at once

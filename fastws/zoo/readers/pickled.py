@@ -7,13 +7,13 @@ from pathlib import PurePosixPath
 
 from torch import Tensor
 
-from fastws.layout import Layout
-from fastws.zoo.format import Zoo
+from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
+from fastws.files.unpickle import Array, StoredTensor
+from fastws.layout.layout import Layout
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import add_columns, add_gap
 from fastws.zoo.readers.states import BadState, Like, check_dtype, fill, make_layout, read_layout
-from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, TorchFile
-from fastws.zoo.readers.unpickle import Array, StoredTensor
 
 PARTS = {"trainset": "train", "valset": "val", "testset": "test", "train": "train", "val": "val", "test": "test"}
 LABEL = re.compile(r"(?P<path>.*?)(?:#_#| )epoch[_ ](?P<epoch>\d+)(?:#_#| ).*", re.DOTALL)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastws.zoo.format import Zoo
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, unique
 from fastws.zoo.readers.states import Like, StateReader
 

@@ -9,12 +9,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastws.entries import Entry, flat_dtype
-from fastws.files import load_checkpoint, unwrap
-from fastws.layout import Layout
-from fastws.roles import infer_roles
-from fastws.zoo.readers.torch_file import NOT_A_TORCH_FILE, PICKLE, ZIP, find_bytes, find_records
-from fastws.zoo.readers.unpickle import StoredTensor, Unpickler
+from fastws.files.checkpoints import load_checkpoint, unwrap
+from fastws.files.torch_file import NOT_A_TORCH_FILE, PICKLE, ZIP, find_bytes, find_records
+from fastws.files.unpickle import StoredTensor, Unpickler
+from fastws.layout.entries import Entry, flat_dtype
+from fastws.layout.layout import Layout
+from fastws.layout.roles import infer_roles
 
 VARIATIONAL = "log_sigma"  # how names of the variances of sparsified twins begin; no part of the network
 Like = str | os.PathLike | Layout  # a checkpoint of the architecture, or what is known of it without one

@@ -10,8 +10,8 @@ import pyarrow.csv
 import torch
 from torch import Tensor
 
-from fastws.layout import Layout
-from fastws.zoo.format import Zoo
+from fastws.layout.layout import Layout
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import add_gap
 

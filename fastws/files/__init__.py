@@ -1,0 +1,1 @@
+"""The one door for bytes from outside: nothing is executed, and memory is bounded by the size of what is read."""

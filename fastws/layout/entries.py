@@ -1,0 +1,104 @@
+"""Entries: the tensors of a checkpoint in a row, and the table of those that are tokenized."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from fastws.layout.roles import Role, bias_name
+
+NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: Role
+    offset: int  # of its first number in the flat vector; -1: kept aside
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def parse_entry(fields: Mapping) -> Entry:
+    """The entry that ``dataclasses.asdict`` and JSON made plain, from a file that may be anybody's."""
+    entry = Entry(
+        fields["name"], tuple(fields["shape"]), dtype_named(fields["dtype"]), fields["role"], fields["offset"]
+    )
+    if not isinstance(entry.name, str) or entry.role not in get_args(Role):
+        raise ValueError(f"name and role must be strings, a role one of {get_args(Role)}, got {fields}")
+    if not all(type(size) is int and size >= 0 for size in entry.shape):
+        raise ValueError(f"shape must be of whole numbers from 0, got {fields}")
+    return entry
+
+
+def dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be one of torch, got {name!r}")
+    return dtype
+
+
+def check_offsets(entries: Sequence[Entry]) -> None:
+    """Raises ValueError unless entries follow each other without gaps: operators trust the tables made of them."""
+    end = 0
+    for entry in entries:
+        expected = end if entry.dtype.is_floating_point else -1
+        if type(entry.offset) is not int or entry.offset != expected:
+            raise ValueError(f"layout: offset of {entry.name!r} must be {expected}, got {entry.offset!r}")
+        end += entry.numel if entry.offset >= 0 else 0
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError(f"layout: names of {len(entries)} entries must differ, got one twice")
+    if not 0 < end < 2**63:
+        what = f"{len(entries)} tensors without one" if end == 0 else f"{end} numbers"
+        raise ValueError(f"layout: checkpoint must hold a floating tensor, and less than 2**63 numbers, got {what}")
+
+
+def find_layers(entries: Sequence[Entry], norm: str) -> list[tuple[Entry, Entry | None]]:
+    """The tokenized tensors, each with the bias that is the last entry of its rows."""
+    by_name = {entry.name: entry for entry in entries}
+    layers, attached = [], set()
+    for entry in entries:
+        if entry.role.endswith("weight") and entry.numel > 0:
+            bias = by_name.get(bias_name(entry.name))
+            if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1]:
+                bias = None
+            else:
+                attached.add(bias.name)
+            layers.append((entry, bias))
+        elif entry.role.endswith(("bias", "statistic")) and entry.numel > 0:
+            layers.append((entry, None))
+    skip = ("norm weight", "norm bias", "norm statistic") if norm == "skip" else ()
+    return [(entry, bias) for entry, bias in layers if entry.name not in attached and entry.role not in skip]
+
+
+def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Tensor:
+    table, first_token = [], 0
+    for entry, bias in layers:
+        rows = entry.shape[0] if entry.shape else 1
+        length = entry.numel // rows
+        units = entry.shape[1] if len(entry.shape) > 1 else 1
+        chunks = -(-row_length(entry, bias) // token_size)
+        bias_offset = -1 if bias is None else bias.offset
+        row = [entry.offset, bias_offset, rows, length, length // units, units, chunks, first_token, -1, -1, -1]
+        table.append(row)
+        first_token += rows * chunks
+    return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 11)
+
+
+def row_length(entry: Entry, bias: Entry | None) -> int:
+    return entry.numel // (entry.shape[0] if entry.shape else 1) + (bias is not None)
+
+
+def flat_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The smallest dtype of a flat vector that holds all of ``dtypes`` exactly; float32 for floats of 8 bits."""
+    return reduce(torch.promote_types, (d if d in NATIVE else torch.float32 for d in dtypes))

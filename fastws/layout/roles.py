@@ -1,0 +1,92 @@
+"""Roles: what each tensor of a checkpoint is, from a module, a state dict or the headers of a file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastws.files.checkpoints import check_tensors, is_safetensors, load_checkpoint, read_headers
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
+
+
+def bias_name(name: str) -> str:
+    head, dot, last = name.rpartition(".")
+    return head + dot + last.replace("weight", "bias")
+
+
+def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> Mapping[str, Tensor]:
+    if isinstance(source, nn.Module):
+        return source.state_dict(keep_vars=True)
+    if isinstance(source, Mapping):
+        return source
+    return load_checkpoint(source)
+
+
+def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str], dict[str, Role]]:
+    """Shapes and dtypes, tied names, and roles of what a layout is made from."""
+    if isinstance(source, str | os.PathLike) and is_safetensors(Path(source)):
+        shapes = {name: (header.shape, header.dtype) for name, header in read_headers(Path(source)).items()}
+        return shapes, {}, infer_roles({name: shape for name, (shape, _) in shapes.items()})
+    state = load_state(source)
+    shapes, aliases, seen = {}, {}, {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"layout: {name!r} must be a tensor, got {type(tensor).__name__}")
+    check_tensors("layout", state)
+    for name, tensor in state.items():
+        key = storage_key(name, tensor)
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            shapes[name] = (tuple(tensor.shape), tensor.dtype)
+    roles = infer_roles({name: shape for name, (shape, _) in shapes.items()})
+    if isinstance(source, nn.Module):
+        roles |= {name: role for name, role in module_roles(source, shapes).items() if name in shapes}
+    return shapes, aliases, roles
+
+
+def storage_key(name: str, tensor: Tensor) -> tuple:
+    """Equal for two names of one tensor; tensors without storage (meta, empty) are never tied by it."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return (name,) if not isinstance(tensor, nn.Parameter) else (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def infer_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Role]:
+    """Roles from names and shapes alone."""
+    roles: dict[str, Role] = {}
+    for name, shape in shapes.items():
+        head, _, last = name.rpartition(".")
+        if last in ("running_mean", "running_var"):
+            roles[name] = "norm statistic"
+        elif len(shape) >= 2:
+            roles[name] = "weight"
+        elif len(shape) == 1 and last == "weight":
+            roles[name] = "norm weight"
+        else:
+            roles[name] = "other"
+    for name in [name for name, role in roles.items() if role.endswith("weight")]:
+        partner = bias_name(name)
+        if partner != name and len(shapes.get(partner, ())) == 1:
+            roles[partner] = "norm bias" if roles[name] == "norm weight" else "bias"
+    return roles
+
+
+def module_roles(module: nn.Module, shapes: Mapping) -> dict[str, Role]:
+    """Exact roles of norm layers, and of vectors named ``weight`` that belong to none."""
+    roles: dict[str, Role] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        norm = isinstance(child, NORMS) or "Norm" in type(child).__name__
+        for name, _ in child.named_parameters(prefix=path, recurse=False):
+            last = name.rpartition(".")[2]
+            if norm and last in ("weight", "bias"):
+                roles[name] = f"norm {last}"
+            elif last == "weight" and len(shapes.get(name, ((), None))[0]) == 1:
+                roles[name] = "other"
+    return roles

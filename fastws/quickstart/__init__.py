@@ -1,0 +1,1 @@
+"""A zoo, a SANE of its weights, a NeRN and a report, in minutes."""

@@ -1,0 +1,54 @@
+"""Work in stages, each kept as a file when it is done, so that the same command goes on where a stopped one was."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter, process_time
+
+from fastws.files.atomic import write_json
+
+TIMES = ("seconds", "cpu_seconds", "attempts")
+
+
+def begin(command: str, folder: Path, config: Mapping, may_change: Sequence[str] = ()) -> None:
+    """Makes the folder of a run, or goes on with one; raises ValueError if it was begun with another config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, wanted = folder / "config.json", json.loads(json.dumps(config))
+    before = read(path) if path.exists() else wanted
+    for name in wanted:
+        if name not in may_change and before.get(name) != wanted[name]:
+            what = f"{before.get(name)!r}, with which {folder} was begun, got {wanted[name]!r}"
+            raise ValueError(f"{command}: {name} must be {what}; give another --out")
+    write_json(path, wanted)
+
+
+def stage(folder: Path, name: str, work: Callable[[], dict]) -> dict:
+    """Does the work of a stage, or reads what it found when it was done before.
+
+    Returns:
+        ``result`` of the work, its ``seconds`` and ``cpu_seconds``, and how many ``attempts`` it took: the times are
+        those of the last one.
+    """
+    path, begun = folder / f"{name}.json", folder / f"{name}.begun.json"
+    if path.exists():
+        print(f"      done before: {path}")
+        return read(path, "result", *TIMES)
+    folder.mkdir(exist_ok=True)
+    attempts = 1 + (read(begun, "attempts")["attempts"] if begun.exists() else 0)
+    write_json(begun, {"attempts": attempts})
+    wall, processor = perf_counter(), process_time()
+    result = work()
+    times = {"seconds": perf_counter() - wall, "cpu_seconds": process_time() - processor}
+    write_json(path, {"result": result, "attempts": attempts} | times)
+    return read(path)
+
+
+def read(path: Path, *keys: str) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: file must be JSON, got {error}; remove it, and its stage is done again") from error
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        what = f"an object with {', '.join(keys)}, got {str(content)[:80]}" if keys else f"an object, got {content!r}"
+        raise ValueError(f"{path}: file must hold {what}; remove it, and its stage is done again")
+    return content

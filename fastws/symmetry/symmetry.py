@@ -1,0 +1,313 @@
+"""Symmetry: which axes of which tensors one permutation moves without changing the function of the network."""
+
+import copy
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import accumulate, zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from fastws.layout.layout import Layout
+from fastws.layout.roles import storage_key
+from fastws.ops.permute import permute, random_permutations
+from fastws.symmetry.rules import RULES
+from fastws.symmetry.segments import Composites, Segments, arrange, group_names, parse, plan, unit_size
+from fastws.symmetry.trace import trace
+from fastws.symmetry.verify import largest_error
+
+TOLERANCE = 1e-6  # a wrong permutation errs by far more, a module that computes parts of itself in float32 by less
+
+
+class Symmetry:
+    """Permutations of the units of an architecture that leave the function of every checkpoint as it is.
+
+    ``Symmetry.trace`` is the way to get one. A *group* is a set of units that may change places (the channels of a
+    layer and of all layers that share a residual stream with it, the heads of an attention layer). A row of
+    permutations ``[S]`` holds one permutation of each group, one after the other, and behind them the *composite* ones:
+    what they make of axes that consist of several groups or of blocks of one. Moving by ``perm`` means
+    ``new[c] = old[perm[c]]``.
+
+    Attributes:
+        sizes: Units of each group.
+        names: A name for each group: the first weight whose rows it moves.
+        axes: For every floating tensor and each of its axes None, or the segments that it consists of: a segment
+            ``(group, count, block)`` is ``count * block`` consecutive entries in which the group moves blocks of
+            ``block`` entries; those of group None stay. Repeated segments move alike. Segments whose count is less than
+            the size of their group are consecutive parts of it, between which units move too.
+        unpermuted: Sentences that say what stays because an operation forbids it or is not understood.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        names: tuple[str, ...],
+        shapes: dict[str, tuple[int, ...]],
+        aliases: dict[str, str],
+        axes: dict[str, tuple[Segments | None, ...]],
+        unpermuted: list[str],
+    ):
+        self.sizes, self.names, self.shapes, self.aliases = sizes, names, shapes, aliases
+        self.axes, self.unpermuted = axes, unpermuted
+        self._devices: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    @classmethod
+    def trace(cls, module: nn.Module, example_inputs: Tensor | tuple) -> "Symmetry":
+        """Finds the symmetry of a module by watching one forward pass, and checks it.
+
+        A copy of the module is run in eval mode. Batch size 1 and small images do, as long as they pass through. An
+        axis that meets an operation which is not understood stays unpermuted and is listed in ``unpermuted``.
+
+        Args:
+            module: Any module; it is not changed.
+            example_inputs: The arguments of its forward, on its device.
+
+        Raises:
+            ValueError: If the module returns no tensor, or if random permutations change its function.
+
+        Example:
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> fastws.Symmetry.trace(mlp, torch.randn(1, 4)).describe()
+            '8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1'
+        """
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        traced = trace(module, inputs, RULES)
+        state = {k: v for k, v in module.state_dict(keep_vars=True).items() if k in traced.axes}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        first: dict[tuple, str] = {}
+        tied = {name: first.setdefault(storage_key(name, tensor), name) for name, tensor in state.items()}
+        aliases = {name: tied_to for name, tied_to in tied.items() if tied_to != name}
+        notes = [f"{name} axis {axis} stays: {note}" for (name, axis), note in traced.notes.items()]
+        sizes, axes = arrange(traced.axes, traced.sizes, notes)
+        symmetry = cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, notes)
+        symmetry.check(module, inputs)
+        return symmetry
+
+    # --- rows of permutations
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each group begins in a row of permutations, and where the last one ends."""
+        return (0, *accumulate(self.sizes))
+
+    @property
+    def num_indices(self) -> int:
+        """Length of a row of permutations, ``S``."""
+        return self.starts[-1] + len(self._composites.source)
+
+    def random(self, batch: int, seed: int = 0, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
+        """Uniform random permutations, int32 ``[B, S]``; ``offset`` names the draw within the stream ``seed``."""
+        return self.expand(random_permutations(self.sizes, batch, seed, offset, device=device))
+
+    def identity(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """The permutations that move nothing, int32 ``[B, S]``."""
+        row = [unit for size in self.sizes for unit in range(size)]
+        return self.expand(torch.tensor(row, dtype=torch.int32, device=device).repeat(batch, 1))
+
+    def expand(self, groups: Tensor) -> Tensor:
+        """Appends the composite permutations to those of the groups: int32 ``[.., sum(sizes)]`` -> ``[.., S]``."""
+        total = self.starts[-1]
+        if groups.shape[-1] not in (total, self.num_indices) or groups.dtype != torch.int32:
+            expected = f"[.., {total}] or [.., {self.num_indices}] int32"
+            raise ValueError(f"symmetry: permutations must be {expected}, got {list(groups.shape)} {groups.dtype}")
+        groups = groups[..., :total]
+        if self.num_indices == total:
+            return groups
+        source, base, lookup, *_ = self._on(groups.device)
+        # a composite index is where the unit lies along its axis, and a unit that stays looks up its own place
+        padded = torch.nn.functional.pad(groups, (0, 1))
+        return torch.cat([groups, lookup[padded[..., source] + base]], -1)
+
+    def inverse(self, permutations: Tensor) -> Tensor:
+        """The permutations that undo ``permutations``."""
+        permutations = self.expand(permutations)
+        groups = permutations[..., : self.starts[-1]]
+        *_, first, unit, _ = self._on(groups.device)
+        return self.expand(torch.empty_like(groups).scatter_(-1, groups + first, unit.expand_as(groups)))
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        """The permutations that do what ``first`` and then ``second`` do: ``first[second[c]]``."""
+        first, second = self.expand(first), self.expand(second)
+        total = self.starts[-1]
+        *_, begin, _, _ = self._on(first.device)
+        return self.expand(first[..., :total].gather(-1, second[..., :total] + begin))
+
+    # --- checkpoints
+
+    def permute(self, flat: Tensor, permutations: Tensor) -> Tensor:
+        """Permutes flat checkpoints: another set of weights, the same function. Exact, differentiable in ``flat``.
+
+        Args:
+            flat: ``[P]`` or ``[B, P]``, floating point, in the order of ``Layout``.
+            permutations: ``[S]`` or ``[B, S]``, int32, or only the groups of them.
+
+        Returns:
+            ``[B, P]``; ``[P]`` if neither argument is a batch.
+
+        Raises:
+            ValueError: If a shape or dtype does not fit.
+        """
+        length = self._layout.num_weights
+        if flat.dim() not in (1, 2) or flat.shape[-1] != length or not flat.is_floating_point():
+            got = f"{list(flat.shape)} {flat.dtype}"
+            raise ValueError(f"symmetry: flat must be [{length}] or [B, {length}] floating point, got {got}")
+        rows = self.expand(permutations)
+        counts = {len(x) for x in (flat, rows) if x.dim() == 2} - {1} or {1}
+        if rows.dim() > 2 or rows.device != flat.device or len(counts) > 1:
+            got = f"{list(rows.shape)} on {rows.device} for flat {list(flat.shape)}"
+            raise ValueError(f"symmetry: permutations must be [S] or [B, S] on {flat.device}, got {got}")
+        (count,) = counts
+        *_, table = self._on(flat.device)
+        rows = rows.expand(count, -1).contiguous()
+        permuted = permute(flat.expand(count, -1).contiguous(), table, rows)
+        return permuted if flat.dim() == 2 or permutations.dim() == 2 else permuted[0]
+
+    def permute_state(self, state: Mapping[str, Tensor], permutations: Tensor) -> dict[str, Tensor]:
+        """Permutes a state dict, axis by axis: slow, and obviously what is meant. ``permutations``: ``[S]``."""
+        row, permuted = self.expand(permutations), dict(state)
+        for name, axes in self.axes.items():
+            for axis, segments in enumerate(axes):
+                if segments is not None:
+                    first, units, block = self._place(segments, rows=axis == 0)
+                    index = row[first : first + units].long()[:, None] * block + torch.arange(block, device=row.device)
+                    permuted[name] = permuted[name].index_select(axis, index.flatten().to(permuted[name].device))
+        return permuted
+
+    def table(self, layout: Layout) -> Tensor:
+        """``layout.table`` with the permutations of rows, input units and biases filled in, int64 ``[L, 11]``."""
+        return self._filled(layout, layout.table, layout.layers)
+
+    def tensor_table(self, layout: Layout) -> Tensor:
+        """``layout.tensor_table`` with the permutations filled in: one row per tensor, int64."""
+        names = [(entry.name, None) for entry in layout.entries if entry.offset >= 0 and entry.numel]
+        return self._filled(layout, layout.tensor_table, names)
+
+    def require_same(self, layout: Layout) -> None:
+        """Raises ValueError, naming the first tensor that differs, unless the layout is of the same architecture."""
+        theirs = {entry.name: entry.shape for entry in layout.entries if entry.offset >= 0 and entry.numel}
+        own = {name: shape for name, shape in self.shapes.items() if name not in self.aliases or name in theirs}
+        for mine, other in zip_longest(own.items(), theirs.items()):
+            if mine != other:
+                expected, got = (f"{x[0]} {list(x[1])}" if x else "no more tensors" for x in (mine, other))
+                raise ValueError(f"symmetry: layout must hold {expected}, got {got}")
+
+    def _filled(self, layout: Layout, table: Tensor, layers) -> Tensor:
+        self.require_same(layout)
+        table = table.clone()
+        for line, (weight, bias) in zip(table, layers, strict=True):
+            for axis, segments in enumerate(self.axes[weight]):
+                if segments is None:
+                    continue
+                first, units, block = self._place(segments, rows=axis == 0)
+                if axis == 0:
+                    line[8] = first
+                else:
+                    line[4], line[5], line[9] = block * math.prod(self.shapes[weight][axis + 1 :]), units, first
+            rows = self.axes[bias or weight][:1]
+            line[10] = -1 if rows in ((), (None,)) else self._place(rows[0], rows=True)[0]
+        return table
+
+    # --- checks
+
+    def verify(
+        self, module: nn.Module, inputs: Tensor | tuple, trials: int = 2, seed: int = 0, *, only: int | None = None
+    ) -> float:
+        """The largest relative error that random permutations make in the outputs of a module, in float64.
+
+        A copy of the module in eval mode gets random weights first: a fresh network hides mistakes, because its biases
+        and norm layers are all alike. The module is not changed.
+
+        Args:
+            module: The module that was traced, or one of the same architecture.
+            inputs: The arguments of its forward.
+            trials: Permutations to try.
+            seed: Of weights and permutations.
+            only: A group; the others stay.
+
+        Raises:
+            ValueError: If the module returns no tensor or numbers that are not finite.
+        """
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        return largest_error(module, inputs, self._trials(trials, seed, only), self.permute_state, seed)
+
+    def _trials(self, trials: int, seed: int, only: int | None) -> Tensor:
+        """Random permutations that move something in every group, or in one."""
+        rows, identity = self.random(trials, seed)[:, : self.starts[-1]], self.identity()
+        for group, (first, size) in enumerate(zip(self.starts, self.sizes, strict=False)):
+            here, still = rows[:, first : first + size], identity[:, first : first + size]
+            here[(here == still).all(1)] = still.roll(1, 1)
+            if only not in (None, group):
+                here[:] = still
+        return self.expand(rows)
+
+    def check(self, module: nn.Module, inputs: Tensor | tuple) -> None:
+        """Raises a ValueError that names the error and a guilty group if permutations change the outputs."""
+        error = self.verify(module, inputs)
+        if error < TOLERANCE:
+            return
+        groups = range(len(self.sizes))
+        bad = next((g for g in groups if not self.verify(module, inputs, 1, only=g) < TOLERANCE), None)
+        which = "all groups together" if bad is None else f"group {bad}, {self.names[bad]}"
+        raise ValueError(f"symmetry: outputs must survive permutations, got relative error {error:.1e} from {which}")
+
+    def describe(self) -> str:
+        """One line per group, with every axis that it moves, and one line for each thing that stays."""
+        lines = []
+        for group, (size, name) in enumerate(zip(self.sizes, self.names, strict=True)):
+            places = [
+                f"{tensor} axis {axis}"
+                for tensor, axes in self.axes.items()
+                for axis, segments in enumerate(axes)
+                if segments and any(g == group for g, _, _ in segments)
+            ]
+            lines.append(f"{size} units, {name}: {', '.join(places)}")
+        return "\n".join(lines + self.unpermuted)
+
+    def to_dict(self) -> dict:
+        """Lists, numbers and strings, for JSON."""
+        keys = ("sizes", "names", "shapes", "aliases", "axes", "unpermuted")
+        return {key: copy.deepcopy(getattr(self, key)) for key in keys}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> "Symmetry":
+        """The symmetry that ``to_dict`` wrote; raises ValueError for anything else."""
+        return cls(**parse(fields))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Symmetry) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.sizes, self.names))
+
+    def __repr__(self) -> str:
+        return f"Symmetry({len(self.sizes)} groups, {self.starts[-1]} units, {len(self.axes)} tensors)"
+
+    # --- where permutations lie in a row
+
+    @cached_property
+    def _layout(self) -> Layout:
+        empty = {n: torch.empty(s, device="meta") for n, s in self.shapes.items() if n not in self.aliases}
+        return Layout.from_checkpoint(empty)
+
+    @cached_property
+    def _composites(self) -> Composites:
+        axes = [(k, segments) for found in self.axes.values() for k, segments in enumerate(found) if segments]
+        return plan([(segments, unit_size(segments) if k else 1) for k, segments in axes], self.sizes)
+
+    def _place(self, segments: Segments, rows: bool) -> tuple[int, int, int]:
+        """Where the permutation of an axis begins in a row of permutations, its length, and entries per unit."""
+        block = 1 if rows else unit_size(segments)
+        units = sum(count * width for _, count, width in segments) // block
+        return self._composites.first[segments, block], units, block
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Of the composites source, base and lookup; of the groups first index and number of each unit; the table."""
+        if device not in self._devices:
+            sizes = torch.tensor(self.sizes, dtype=torch.int64)
+            first = torch.tensor(self.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
+            unit = (torch.arange(self.starts[-1]) - first).int()
+            plan = self._composites
+            tables = plan.source, plan.base, plan.lookup, first, unit, self.tensor_table(self._layout)
+            self._devices[device] = tuple(x.to(device) for x in tables)
+        return self._devices[device]

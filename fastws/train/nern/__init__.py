@@ -1,0 +1,1 @@
+"""NeRN's trainer: its options, its setting and its steps."""

@@ -1,0 +1,1 @@
+"""The folder that a zoo is: written atomically, read by memory map."""

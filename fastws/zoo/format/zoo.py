@@ -1,0 +1,293 @@
+"""The zoo folder: many checkpoints of one architecture as rows of one memory-mapped matrix, with their properties.
+
+    zoo.json                    layout, symmetry, provenance, splits by model id, and which files hold which rows
+    weights-00000.safetensors   a tensor "weights" [rows, P] per file; one file unless the zoo exceeds 1 GiB
+    models.parquet              one row per state: model id, epoch, seed, hyperparameters, accuracies ...
+
+A zoo that is being written has more and smaller files. ``zoo.json`` is replaced last, and nothing counts that it does
+not list: so a writer may die at any byte, and readers may come at any time.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from fastws.files.atomic import write_atomically
+from fastws.files.checkpoints import DTYPES, read_safetensors_header
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.format.manifest import MANIFEST, read_manifest
+
+WEIGHTS = "weights"  # name of the tensor in every safetensors file of a zoo
+ALIGNMENT = 64  # bytes, of the first weight in its file
+CHUNK = 2**26  # bytes that are read or written at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Zoo:
+    """Trained networks of one architecture, open for reading.
+
+    Attributes:
+        path: The folder.
+        layout: What a row means.
+        symmetry: Which neurons may be permuted, if the zoo knows.
+        dtype: Of the stored weights.
+        provenance: Where the networks come from, as written.
+        splits: Model ids of ``train``, ``val`` and ``test``, also of models that are still to come.
+        shards: Memory-mapped weights ``[rows, P]``, one tensor per file. Pages are read when they are touched; what is
+            written into them stays private.
+        dropped: States that were left out when the zoo was written, because they were not finite.
+        bad_rows: Rows that ``on_bad="drop"`` found; ``split`` leaves them out.
+    """
+
+    path: Path
+    layout: Layout
+    symmetry: Symmetry | None
+    dtype: torch.dtype
+    provenance: dict
+    splits: dict[str, list[str]]
+    shards: tuple[Tensor, ...]
+    model_files: tuple[dict, ...]
+    dropped: int
+    bad_rows: Tensor
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, on_bad: Literal["drop", "raise"] | None = None) -> "Zoo":
+        """Opens a zoo folder; reads ``zoo.json`` and the headers of the weight files, no weights.
+
+        Args:
+            path: The folder. It may be written to at the same time; the zoo is what was there when it was opened.
+            on_bad: What to do about rows that hold NaN or infinite weights. ``"drop"`` leaves them out of every
+                split, ``"raise"`` refuses the zoo; both read all weights. The default trusts the writer, which lets no
+                such row in.
+
+        Raises:
+            FileNotFoundError: If there is no zoo, or a file that it lists is missing.
+            ValueError: If a file is damaged or does not fit, or ``on_bad="raise"`` found something.
+
+        Example:
+            >>> zoo = fastws.Zoo.open("zoos/digits")  # doctest: +SKIP
+            >>> weights = zoo.rows(zoo.split("train")[:64])  # [64, P]  # doctest: +SKIP
+        """
+        if on_bad not in (None, "drop", "raise"):
+            raise ValueError(f"Zoo.open: on_bad must be 'drop', 'raise' or None, got {on_bad!r}")
+        path = Path(path)
+        check_path(path)
+        manifest = read_manifest(path)
+        while True:
+            try:
+                zoo = cls._of(path, manifest)
+                break
+            except FileNotFoundError:
+                newer = read_manifest(path)
+                if newer == manifest:
+                    raise
+                manifest = newer  # a writer has merged files since
+        return zoo if on_bad is None else zoo._checked(on_bad)
+
+    @classmethod
+    def _of(cls, path: Path, manifest: dict) -> "Zoo":
+        try:
+            layout = Layout.from_dict(manifest["layout"])
+            symmetry = manifest["symmetry"] and Symmetry.from_dict(manifest["symmetry"])
+            if symmetry:
+                symmetry.require_same(layout)
+        except ValueError as error:
+            raise ValueError(f"{path / MANIFEST}: file must describe a zoo, got {error}; restore it") from error
+        dtype, models = DTYPES[manifest["dtype"]], tuple(manifest["models"])
+        files = [(path / file["file"], (file["rows"], layout.num_weights)) for file in manifest["weights"]]
+        shards = tuple(map_weights(file, expected, dtype) for file, expected in files)
+        for file in models:
+            if not (path / file["file"]).is_file():
+                raise FileNotFoundError(f"{path / file['file']}: file must be there, {MANIFEST} lists it; restore it")
+        empty = torch.empty(0, dtype=torch.int64)
+        told = manifest["provenance"], manifest["splits"]
+        return cls(path, layout, symmetry, dtype, *told, shards, models, manifest["dropped"], empty)
+
+    def __len__(self) -> int:
+        """States in the zoo, ``M``."""
+        return sum(len(shard) for shard in self.shards)
+
+    def __repr__(self) -> str:
+        return f"Zoo({str(self.path)!r}, {len(self):,} states, {self.layout!r})"
+
+    @property
+    def weights(self) -> Tensor:
+        """All weights, memory-mapped ``[M, P]``; for zoos of one file.
+
+        Raises:
+            ValueError: If the zoo has several files; ``rows`` reads from all zoos.
+        """
+        if len(self.shards) > 1:
+            raise ValueError(
+                f"{self.path}: zoo must have one file of weights to be one tensor, got {len(self.shards)}; "
+                "take zoo.rows(indices), or zoo.shards"
+            )
+        return self.shards[0] if self.shards else torch.empty(0, self.layout.num_weights, dtype=self.dtype)
+
+    def rows(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Copies of rows ``[k, P]``, in the order of ``indices`` (integers in ``[0, M)``), in the dtype of the zoo.
+
+        Raises:
+            IndexError: If an index is out of range.
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64).flatten()
+        if indices.numel() and not 0 <= indices.min() <= indices.max() < len(self):
+            bounds = f"[{indices.min()}, {indices.max()}]"
+            raise IndexError(f"rows: indices must be in [0, {len(self)}), got some in {bounds}")
+        if len(self.shards) == 1:
+            return self.shards[0][indices]
+        rows = torch.empty(len(indices), self.layout.num_weights, dtype=self.dtype)
+        first = 0
+        for shard in self.shards:
+            here = ((indices >= first) & (indices < first + len(shard))).nonzero().flatten()
+            rows[here] = shard[indices[here] - first]
+            first += len(shard)
+        return rows
+
+    def checkpoint(self, row: int) -> dict[str, Tensor]:
+        """The state dict of one row."""
+        return self.layout.unflatten(self.rows([row])[0])
+
+    @cached_property
+    def properties(self) -> pyarrow.Table:
+        """One row per state, in the order of the weights: ``model`` (string), ``epoch``, and what the maker knew."""
+        files = self.model_files
+        while True:
+            try:
+                tables = [read_models(self.path / file["file"], file["rows"]) for file in files]
+                break
+            except FileNotFoundError:
+                newer = tuple(read_manifest(self.path)["models"])
+                if newer == files:
+                    raise
+                files = newer  # a writer has merged files since; rows are only ever added at the end
+        empty = pyarrow.table({"model": pyarrow.array([], "string")})
+        return pyarrow.concat_tables(tables).slice(0, len(self)) if tables else empty
+
+    def count_models(self, split: str) -> int:
+        """Models of a split that have states here."""
+        return len(self.properties["model"].take(self.split(split).numpy()).unique())
+
+    def numbers(self, name: str) -> numpy.ndarray:
+        """A property as float64 ``[M]``, nan where it is unknown.
+
+        Raises:
+            ValueError: If it is not a number.
+        """
+        column = self.properties[name]
+        if not is_number(column.type):
+            raise ValueError(f"{self.path}: property {name!r} must be a number, got {column.type}")
+        return column.cast("float64", safe=False).to_numpy()  # large seeds are rounded
+
+    def split(self, name: str) -> Tensor:
+        """Rows of a split, int64 ``[m]``, ascending. All states of a model are in the same split.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"split: name must be one of {', '.join(self.splits)}, got {name!r}")
+        members = pyarrow.array(self.splits[name], "string")
+        inside = pyarrow.compute.is_in(self.properties["model"].cast("string"), value_set=members)
+        chosen = torch.from_numpy(inside.to_numpy(zero_copy_only=False).copy())
+        chosen[self.bad_rows] = False
+        return chosen.nonzero().flatten()
+
+    def _checked(self, on_bad: str) -> "Zoo":
+        bad, first = [], 0
+        for shard in self.shards:
+            for part in shard.split(max(1, CHUNK // (4 * self.layout.num_weights))):
+                bad.append(find_nonfinite(part) + first)
+                first += len(part)
+        bad_rows = torch.cat(bad) if bad else self.bad_rows
+        if on_bad == "raise" and len(bad_rows):
+            raise ValueError(
+                f"{self.path}: weights must be finite, got NaN or infinity in {len(bad_rows)} of {len(self)} rows, "
+                f'first in row {int(bad_rows[0])}; open it with on_bad="drop"'
+            )
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Zoo(**fields | {"bad_rows": bad_rows})
+
+
+def check_path(path: Path) -> None:
+    """torch and pyarrow open files by names in UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"zoo: path must be in UTF-8, got {os.fsencode(path)!r}; take another folder") from error
+
+
+def is_number(kind: pyarrow.DataType) -> bool:
+    """Whether a property of this type has numbers, or no values at all."""
+    types = pyarrow.types
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
+
+
+def find_nonfinite(rows: Tensor) -> Tensor:
+    """Which rows hold NaN or infinity, int64."""
+    # one pass in the usual case: a sum is finite only if all numbers are
+    if rows.sum(dtype=torch.float64).isfinite():
+        return torch.empty(0, dtype=torch.int64)
+    return (~rows.isfinite().all(1)).nonzero().flatten()
+
+
+def map_weights(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Memory-maps the weights of one file, after checking all that its header says."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file must be there, {MANIFEST} lists it; restore it")
+    header = read_safetensors_header(path).get(WEIGHTS)
+    if header is None:
+        raise ValueError(f"{path}: file must hold a tensor {WEIGHTS!r}, got none; restore it")
+    if header.shape != shape or header.dtype != dtype or not dtype.is_floating_point:
+        expected, got = f"{dtype} {list(shape)}", f"{header.dtype} {list(header.shape)}"
+        raise ValueError(f"{path}: {WEIGHTS!r} must be {expected}, as {MANIFEST} says, got {got}; restore it")
+    if header.begin % dtype.itemsize:
+        raise ValueError(f"{path}: weights must begin at a multiple of {dtype.itemsize} bytes, got {header.begin}")
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=header.end)
+    offset = header.begin // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, (shape[1], 1))
+
+
+def read_models(path: Path, rows: int) -> pyarrow.Table:
+    """The first ``rows`` rows of a properties file: more may have been added since it was listed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file must be there, {MANIFEST} lists it; restore it")
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: file must be readable as parquet, got {error}; restore it") from error
+    if len(table) < rows or "model" not in table.column_names:
+        raise ValueError(f"{path}: file must hold {rows} rows with a column 'model', got {len(table)}; restore it")
+    return table.slice(0, rows)
+
+
+# --- writing
+
+
+def write_weights(path: Path, parts: Iterable[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Writes a safetensors file with one tensor of ``shape``, whose rows come in ``parts``, atomically."""
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    size = shape[0] * shape[1] * dtype.itemsize
+    header = json.dumps({WEIGHTS: {"dtype": name, "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    with write_atomically(path, 8 + len(header) + size) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for part in parts:
+            file.write(part.contiguous().view(torch.uint8).numpy().data)
+
+
+def write_models(path: Path, table: pyarrow.Table) -> None:
+    with write_atomically(path, table.nbytes) as file:
+        pyarrow.parquet.write_table(table, file, compression="zstd")

@@ -1,0 +1,1 @@
+"""Zoos made here: recipes, and many small networks trained at once."""

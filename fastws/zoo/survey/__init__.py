@@ -1,0 +1,1 @@
+"""What is in a zoo, in figures and on a page."""

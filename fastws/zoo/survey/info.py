@@ -1,0 +1,87 @@
+"""What is in a zoo."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pyarrow
+
+from fastws import pages
+from fastws.zoo.format.zoo import Zoo, is_number
+from fastws.zoo.survey import report
+from fastws.zoo.survey.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Prints what is in a zoo; writes a report with figures where one is asked for."""
+
+    zoo: str  # folder
+
+    report: str | None = None  # HTML file to write: accuracies, weights, distances, agreement, duplicates
+    models: int = 200  # networks that the report draws and compares, at random
+    seed: int = 0  # of that draw
+    data: str | None = None  # images to compare predictions on, as in zoo make; by default those of the zoo
+    images: int = 2000  # of them, evenly spaced
+
+    def __post_init__(self):
+        for name, least in (("models", 2), ("seed", 0), ("images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"zoo info: {name} must be at least {least}, got {getattr(self, name)}")
+
+
+def run(config: Config) -> None:
+    if config.report is not None:
+        pages.require_matplotlib("zoo info")
+        if Path(config.report).is_dir():
+            raise ValueError(f"zoo info: report must be a file to write, got the folder {config.report}")
+    zoo = Zoo.open(config.zoo)
+    describe(zoo)
+    if config.report is not None:
+        write_report(config, zoo)
+        print(f"report: {config.report}   (open it in a browser)")
+
+
+def describe(zoo: Zoo) -> None:
+    table = zoo.properties
+    models = table["model"].unique()
+    print(zoo)
+    print(f"models: {len(models):,}, states: {len(zoo):,}, left out as not finite: {zoo.dropped:,}")
+    print(f"weights: {zoo.dtype}, {len(zoo.shards)} file(s); symmetry: {zoo.symmetry or 'unknown'}")
+    sizes = {name: f"{zoo.count_models(name):,} models, {len(zoo.split(name)):,} states" for name in zoo.splits}
+    print("splits: " + "; ".join(f"{name} {size}" for name, size in sizes.items()))
+    print(f"{'property':<18} {'min':>10} {'25 %':>10} {'50 %':>10} {'75 %':>10} {'max':>10}")
+    for name in table.column_names:
+        kind = table[name].type
+        if is_number(kind):
+            values = zoo.numbers(name)
+            values = values[numpy.isfinite(values)]
+            quantiles = numpy.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if len(values) else numpy.full(5, numpy.nan)
+            print(f"{name:<18} " + " ".join(f"{value:>10.4g}" for value in quantiles))
+        elif pyarrow.types.is_nested(kind):
+            print(f"{name:<18} {kind}")
+        elif name != "model":
+            print(f"{name:<18} {', '.join(sorted(map(str, table[name].unique().to_pylist())))}")
+    print("tensors:")
+    print(zoo.layout.describe())
+
+
+def write_report(config: Config, zoo: Zoo) -> None:
+    """Measures and writes.
+
+    Raises:
+        ValueError: If the zoo is empty, or ``data`` was given and predictions cannot be compared on it.
+        OSError: If the file cannot be written.
+    """
+    if len(zoo) == 0:
+        raise ValueError(f"zoo info: zoo must hold networks for a report, got none in {zoo.path}")
+    sample = draw_sample(zoo, config.models, config.seed)
+    functions, reason = None, ""
+    try:
+        functions = measure_functions(zoo, sample, config.data, config.images)
+    except (ValueError, OSError) as error:
+        if config.data is not None:
+            raise
+        reason = str(error)
+    findings = (measure_weights(zoo, sample), find_duplicates(zoo), functions, reason)
+    report.write(Path(config.report), report.Findings(zoo, sample, config.seed, *findings))
