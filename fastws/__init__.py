@@ -23,6 +23,7 @@ LATER = {
     "kernel_order": "fastws.ops.kernel_order",
     "layer_statistics": "fastws.ops.layer_statistics",
     "layer_table": "fastws.small_cnn",
+    "layerwise_mse": "fastws.ops.layerwise_mse",
     "masked_mse": "fastws.ops.masked_mse",
     "nt_xent": "fastws.ops.nt_xent",
     "permute": "fastws.ops.permute",
