@@ -93,13 +93,14 @@ def compare(kind: str, share: float) -> None:
     for first in range(0, NETWORKS, step):
         seeds = range(first + 1, min(first + step, NETWORKS) + 1)
         flat = torch.stack([share * reference + (1 - share) * network(layout, seed) for seed in seeds])
-        flat = symmetry.permute(flat, symmetry.random(len(flat), seed=first))
-        *seconds, found = timed(match, flat, reference, symmetry)
+        flat = symmetry.permute(flat, symmetry.random(len(flat), seed=first), layout)
+        *seconds, found = timed(match, flat, reference, symmetry, layout)
         times["fastws"].append([x / len(flat) for x in seconds])
         # the loop does the first of each batch
         *seconds, theirs = timed(published_loop, symmetry, reference_state, layout.unflatten(flat[0]))
         times["published loop"].append(seconds)
-        ours, theirs = (objective(symmetry.permute(flat[:1], x), reference, symmetry) for x in (found[:1], theirs))
+        moved = (symmetry.permute(flat[:1], rows, layout) for rows in (found[:1], theirs))
+        ours, theirs = (objective(x, reference, symmetry, layout) for x in moved)
         if not ours >= theirs * (1 - 1e-6):
             raise ValueError(f"bench_align: objective must be that of the published loop, {theirs}, got {ours}")
     for name, both in times.items():

@@ -30,7 +30,7 @@ def traced(case):
 
 
 def networks(case, count, mix=0.0):
-    """A symmetry, a module with its input, and random networks; ``mix`` is the share that all have in common."""
+    """A symmetry, a layout, a module, its input, and random networks; ``mix`` is the share that they have in common."""
     symmetry, module, inputs = traced(case)
     module, layout, rows = copy.deepcopy(module), Layout.from_checkpoint(module), []
     for seed in range(count):
@@ -39,4 +39,4 @@ def networks(case, count, mix=0.0):
         rows.append(layout.flatten(module).detach())
     flat = torch.stack(rows)
     flat = mix * flat[:1] + (1 - mix) * flat
-    return symmetry, module, inputs, symmetry.permute(flat, symmetry.random(count, seed=1))
+    return symmetry, layout, module, inputs, symmetry.permute(flat, symmetry.random(count, seed=1), layout)

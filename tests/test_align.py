@@ -86,39 +86,39 @@ def published(symmetry, reference, state, order):
 
 @pytest.mark.parametrize("case", CASES)
 def test_permutation_of_a_permuted_copy_is_recovered(case):
-    symmetry, _, _, flat = networks(case, 2)
+    symmetry, layout, _, _, flat = networks(case, 2)
     moves = symmetry.random(5, seed=2)
-    copies = symmetry.permute(flat[0].expand(5, -1), moves)
-    found = match(copies, flat[0], symmetry)
+    copies = symmetry.permute(flat[0].expand(5, -1), moves, layout)
+    found = match(copies, flat[0], symmetry, layout)
     assert torch.equal(found, symmetry.inverse(moves))
-    assert torch.equal(symmetry.permute(copies, found), flat[:1].expand(5, -1))
+    assert torch.equal(symmetry.permute(copies, found, layout), flat[:1].expand(5, -1))
 
 
 @pytest.mark.parametrize("case, dtype", [*((case, torch.float64) for case in CASES), ("mlp", torch.float32)])
 def test_match_is_the_published_algorithm(case, dtype):
     """Visiting groups in the same order, it reaches the same objective."""
-    symmetry, module, _, flat = networks(case, 3, mix=0.4)
+    symmetry, layout, module, _, flat = networks(case, 3, mix=0.4)
     flat = flat.to(dtype)
     layout, groups = Layout.from_checkpoint(module), list(range(len(symmetry.sizes)))
     states = [layout.unflatten(row.double()) for row in flat]
     theirs = [published(symmetry, states[0], s, lambda i: groups[:: (-1) ** i]) for s in states[1:]]
     values = [
-        objective(symmetry.permute(flat[1:].double(), rows), flat[0].double(), symmetry)
-        for rows in (match(flat[1:], flat[0], symmetry), torch.stack(theirs))
+        objective(symmetry.permute(flat[1:].double(), rows, layout), flat[0].double(), symmetry, layout)
+        for rows in (match(flat[1:], flat[0], symmetry, layout), torch.stack(theirs))
     ]
     torch.testing.assert_close(*values, rtol=1e-9 if dtype == torch.float64 else 1e-5, atol=0)
 
 
 def test_fixed_order_loses_nothing_to_a_random_one():
-    symmetry, module, _, flat = networks("CNN with flatten", 7, mix=0.4)
+    symmetry, layout, module, _, flat = networks("CNN with flatten", 7, mix=0.4)
     layout, numbers = Layout.from_checkpoint(module), numpy.random.default_rng(0)
     states = [layout.unflatten(row) for row in flat]
     theirs = [published(symmetry, states[0], s, lambda _: numbers.permutation(len(symmetry.sizes))) for s in states[1:]]
     value, random_order, before = (
-        objective(permuted, flat[0], symmetry).sum()
+        objective(permuted, flat[0], symmetry, layout).sum()
         for permuted in (
-            symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry)),
-            symmetry.permute(flat[1:], torch.stack(theirs)),
+            symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry, layout), layout),
+            symmetry.permute(flat[1:], torch.stack(theirs), layout),
             flat[1:],
         )
     )
@@ -127,20 +127,20 @@ def test_fixed_order_loses_nothing_to_a_random_one():
 
 @pytest.mark.parametrize("case", ["CNN with flatten", "ResNet"])
 def test_more_restarts_are_never_worse(case, monkeypatch):
-    symmetry, _, _, flat = networks(case, 12)
-    found = [match(flat[1:], flat[0], symmetry, restarts=restarts) for restarts in (1, 2, 6)]
-    values = [objective(symmetry.permute(flat[1:], rows), flat[0], symmetry) for rows in found]
+    symmetry, layout, _, _, flat = networks(case, 12)
+    found = [match(flat[1:], flat[0], symmetry, layout, restarts=restarts) for restarts in (1, 2, 6)]
+    values = [objective(symmetry.permute(flat[1:], rows, layout), flat[0], symmetry, layout) for rows in found]
     assert (values[0] <= values[1]).all() and (values[1] <= values[2]).all() and (values[0] < values[2]).any()
     monkeypatch.setattr("fastws.matching.match.BATCH_NETWORKS", 5)
-    assert torch.equal(match(flat[1:], flat[0], symmetry, restarts=6), found[2])
+    assert torch.equal(match(flat[1:], flat[0], symmetry, layout, restarts=6), found[2])
 
 
 def test_no_group_alone_can_gain():
     """Every permutation of every single group is tried."""
-    symmetry, _, _, flat = networks(lambda: architectures.densenet(blocks=(1, 2), growth=4, first=4), 3)
-    found = match(flat[1:].double(), flat[0].double(), symmetry)
-    aligned = symmetry.permute(flat[1:].double(), found)
-    best, tried = objective(aligned, flat[0].double(), symmetry), 0
+    symmetry, layout, _, _, flat = networks(lambda: architectures.densenet(blocks=(1, 2), growth=4, first=4), 3)
+    found = match(flat[1:].double(), flat[0].double(), symmetry, layout)
+    aligned = symmetry.permute(flat[1:].double(), found, layout)
+    best, tried = objective(aligned, flat[0].double(), symmetry, layout), 0
     for start, size in zip(symmetry.starts, symmetry.sizes, strict=False):
         if size > 5:
             continue
@@ -148,7 +148,7 @@ def test_no_group_alone_can_gain():
         for order in permutations(range(size)):
             row = symmetry.identity()[0, : symmetry.starts[-1]]
             row[start : start + size] = torch.tensor(order)
-            other = objective(symmetry.permute(aligned, row[None]), flat[0].double(), symmetry)
+            other = objective(symmetry.permute(aligned, row[None], layout), flat[0].double(), symmetry, layout)
             assert (other <= best * (1 + 1e-12)).all()
     assert tried == 5  # stem, 3 growths, transition
 
@@ -160,10 +160,10 @@ def test_small_gains_beside_large_weights():
         mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         symmetry, layout = Symmetry.trace(mlp, torch.randn(1, 4)), Layout.from_checkpoint(mlp)
         reference = layout.flatten(mlp).detach()
-        moved = symmetry.permute(reference, symmetry.random(50))
-        expected = match(moved, reference, symmetry)
+        moved = symmetry.permute(reference, symmetry.random(50), layout)
+        expected = match(moved, reference, symmetry, layout)
         moved[:, -3:] = reference[-3:] = 1e6  # biases of the output
-        assert torch.equal(match(moved, reference, symmetry), expected)
+        assert torch.equal(match(moved, reference, symmetry, layout), expected)
 
 
 def test_wide_layers_whose_units_have_unlike_scales():
@@ -174,17 +174,18 @@ def test_wide_layers_whose_units_have_unlike_scales():
         layers = [layer for sizes in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*sizes), nn.ReLU())]
         return nn.Sequential(*layers[:-1]), torch.randn(2, 12)
 
-    symmetry, module, _, flat = networks(build, 4)
+    symmetry, layout, module, _, flat = networks(build, 4)
     assert min(symmetry.sizes) > PRICED_SIZE
     flat = (flat + 0.3 * flat.abs()).double()
     layout = Layout.from_checkpoint(module)
     states = [layout.unflatten(row) for row in flat]
     theirs = [published(symmetry, states[0], s, lambda i: [0, 1, 2][:: (-1) ** i]) for s in states[1:]]
-    assert torch.equal(match(flat[1:], flat[0], symmetry), torch.stack(theirs))
+    assert torch.equal(match(flat[1:], flat[0], symmetry, layout), torch.stack(theirs))
     for dtype in (torch.float32, torch.bfloat16):
-        found = match(flat[1:].to(dtype), flat[0].to(dtype), symmetry)
+        found = match(flat[1:].to(dtype), flat[0].to(dtype), symmetry, layout)
         values = [
-            objective(symmetry.permute(flat[1:], rows), flat[0], symmetry) for rows in (found, torch.stack(theirs))
+            objective(symmetry.permute(flat[1:], rows, layout), flat[0], symmetry, layout)
+            for rows in (found, torch.stack(theirs))
         ]
         torch.testing.assert_close(*values, rtol=1e-6 if dtype == torch.float32 else 0.02, atol=0)
 
@@ -216,21 +217,21 @@ def test_assignments_are_the_best_whatever_the_search_starts_from(size, kind, st
 
 @pytest.mark.parametrize("case", ["mlp", "ResNet", "DenseNet"])
 def test_batch_equals_one_by_one_and_repeats(case, monkeypatch):
-    symmetry, _, _, flat = networks(case, 5)
-    together = match(flat[1:], flat[0], symmetry)
-    assert torch.equal(together, match(flat[1:], flat[0], symmetry))
+    symmetry, layout, _, _, flat = networks(case, 5)
+    together = match(flat[1:], flat[0], symmetry, layout)
+    assert torch.equal(together, match(flat[1:], flat[0], symmetry, layout))
     monkeypatch.setattr("fastws.matching.match.BATCH_NETWORKS", 1)
-    assert torch.equal(together, match(flat[1:], flat[0], symmetry))
+    assert torch.equal(together, match(flat[1:], flat[0], symmetry, layout))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_function_is_preserved(case):
-    symmetry, module, inputs, flat = networks(case, 2)
+    symmetry, layout, module, inputs, flat = networks(case, 2)
     layout, module = Layout.from_checkpoint(module), module.double().eval()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     flat = flat.double()
     outputs = []
-    for row in (flat[1], symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry))[0]):
+    for row in (flat[1], symmetry.permute(flat[1:], match(flat[1:], flat[0], symmetry, layout), layout)[0]):
         module.load_state_dict(layout.unflatten(row, like=module))
         with torch.no_grad():
             outputs.append(module(inputs))
@@ -245,51 +246,64 @@ def test_objective_never_falls_where_a_group_lies_on_both_axes():
         body = architectures.Residual(nn.Linear(7, 7, bias=False))
         return nn.Sequential(nn.Linear(3, 7), body, nn.Tanh(), nn.Linear(7, 2)), torch.randn(2, 3)
 
-    symmetry, module, _, flat = networks(build, 25)
+    symmetry, layout, module, _, flat = networks(build, 25)
     assert symmetry.axes["1.body.weight"][0] == symmetry.axes["1.body.weight"][1] == ((0, 7, 1),)
     flat = flat.double()
     flat[:, 28:77] *= 10  # W, so that it decides
-    values = [objective(flat[1:], flat[0], symmetry)]
+    values = [objective(flat[1:], flat[0], symmetry, layout)]
     for sweeps in range(1, 5):
-        found = match(flat[1:], flat[0], symmetry, sweeps=sweeps)
-        values.append(objective(symmetry.permute(flat[1:], found), flat[0], symmetry))
+        found = match(flat[1:], flat[0], symmetry, layout, sweeps=sweeps)
+        values.append(objective(symmetry.permute(flat[1:], found, layout), flat[0], symmetry, layout))
     assert all((after >= before - 1e-9).all() for before, after in zip(values, values[1:], strict=False))
     assert (values[-1] > values[0]).float().mean() > 0.5
     layout = Layout.from_checkpoint(module)
     states = [layout.unflatten(row) for row in flat]
     taken = torch.stack([published(symmetry, states[0], state, lambda _: [0]) for state in states[1:]])
-    unguarded = objective(symmetry.permute(flat[1:], taken), flat[0], symmetry)
+    unguarded = objective(symmetry.permute(flat[1:], taken, layout), flat[0], symmetry, layout)
     assert (unguarded < values[0] - 1).any()  # the published algorithm can fall
     assert values[-1].mean() > unguarded.mean()
 
 
 def test_norm_statistics_decide_nothing_unless_included():
-    symmetry, module, _, flat = networks("ResNet", 1)
+    symmetry, layout, module, _, flat = networks("ResNet", 1)
     moves = symmetry.random(3, seed=2)
-    copies = symmetry.permute(flat.expand(3, -1), moves)
+    copies = symmetry.permute(flat.expand(3, -1), moves, layout)
     for entry in Layout.from_checkpoint(module).entries:
         if entry.role == "norm statistic":
             copies[:, entry.offset : entry.offset + entry.numel] = 1e3 * torch.rand(3, entry.numel)
-    assert torch.equal(match(copies, flat[0], symmetry), symmetry.inverse(moves))
-    assert not torch.equal(match(copies, flat[0], symmetry, norms="include"), symmetry.inverse(moves))
+    assert torch.equal(match(copies, flat[0], symmetry, layout), symmetry.inverse(moves))
+    assert not torch.equal(match(copies, flat[0], symmetry, layout, norms="include"), symmetry.inverse(moves))
+
+
+@pytest.mark.parametrize("case", ["ResNet", "GPT"])
+def test_match_does_not_depend_on_the_order_of_tensors(case):
+    symmetry, layout, module, _, flat = networks(case, 3)
+    backwards = Layout.from_checkpoint(dict(reversed(module.state_dict().items())))
+    turned = torch.stack([backwards.flatten(layout.unflatten(row)) for row in flat])
+    moves = symmetry.random(2, seed=3)
+    copies = symmetry.permute(turned[:1].expand(2, -1), moves, backwards)
+    assert torch.equal(match(copies, turned[0], symmetry, backwards), symmetry.inverse(moves))
+    values = (objective(turned[1:], turned[0], symmetry, backwards), objective(flat[1:], flat[0], symmetry, layout))
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-9)
 
 
 def test_extreme_networks():
-    symmetry, _, _, flat = networks("CNN with flatten", 3)
-    assert match(flat[:0], flat[0], symmetry).shape == (0, symmetry.num_indices)
-    assert torch.equal(match(torch.zeros(2, flat.shape[1]), flat[0], symmetry), symmetry.identity(2))
-    assert torch.equal(match(flat, flat[0], symmetry, sweeps=0), symmetry.identity(3))
+    symmetry, layout, _, _, flat = networks("CNN with flatten", 3)
+    assert match(flat[:0], flat[0], symmetry, layout).shape == (0, symmetry.num_indices)
+    assert torch.equal(match(torch.zeros(2, flat.shape[1]), flat[0], symmetry, layout), symmetry.identity(2))
+    assert torch.equal(match(flat, flat[0], symmetry, layout, sweeps=0), symmetry.identity(3))
     moves = symmetry.random(2)
-    copies = symmetry.permute(flat[:1].bfloat16().expand(2, -1), moves)
-    assert torch.equal(match(copies, flat[0].bfloat16(), symmetry), symmetry.inverse(moves))
+    copies = symmetry.permute(flat[:1].bfloat16().expand(2, -1), moves, layout)
+    assert torch.equal(match(copies, flat[0].bfloat16(), symmetry, layout), symmetry.inverse(moves))
     alone = Symmetry.trace(nn.Linear(4, 3), torch.randn(1, 4))  # has no groups
-    assert match(torch.randn(2, 15), torch.randn(15), alone).shape == (2, 0)
+    single = Layout.from_checkpoint(nn.Linear(4, 3))
+    assert match(torch.randn(2, 15), torch.randn(15), alone, single).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (dict(flat=torch.zeros(3, 5)), r"flat must be \[M, 722\] floating point, as the symmetry says, got \[3, 5\]"),
+        (dict(flat=torch.zeros(3, 5)), r"flat must be \[M, 722\] floating point, as the layout says, got \[3, 5\]"),
         (dict(flat=torch.zeros(722)), r"flat must be \[M, 722\]"),
         (dict(reference=torch.zeros(5)), r"reference must be \[722\] floating point on cpu, got \[5\]"),
         (dict(reference=torch.full((722,), torch.nan)), "reference must be finite"),
@@ -300,14 +314,14 @@ def test_extreme_networks():
     ],
 )
 def test_bad_arguments(change, sentence):
-    symmetry, _, _, flat = networks("mlp", 2)
+    symmetry, layout, _, _, flat = networks("mlp", 2)
     with pytest.raises(ValueError, match=f"match: {sentence}"):
-        match(**{"flat": flat, "reference": flat[0], "symmetry": symmetry} | change)
+        match(**{"flat": flat, "reference": flat[0], "symmetry": symmetry, "layout": layout} | change)
 
 
 def test_docstring_examples_run():
     result = doctest.testmod(matching, extraglobs={"fastws": fastws, "torch": torch})
-    assert result.attempted == 5 and result.failed == 0
+    assert result.attempted == 7 and result.failed == 0
 
 
 # --- zoos
@@ -334,7 +348,7 @@ def make_zoo(path, symmetry=True, splits=SPLITS):
     template = layout.flatten(module).detach()
     generator = torch.Generator().manual_seed(0)
     rows = template + 1e-3 * torch.randn(MODELS * EPOCHS, layout.num_weights, generator=generator)
-    rows = traced.permute(rows, traced.random(MODELS, seed=1).repeat(EPOCHS, 1))
+    rows = traced.permute(rows, traced.random(MODELS, seed=1).repeat(EPOCHS, 1), layout)
     with ZooWriter(path, layout, traced if symmetry else None, splits=splits) as writer:
         for first in range(0, len(rows), 4):
             part = rows[first : first + 4]
@@ -351,17 +365,19 @@ def test_zoo_is_aligned_as_a_whole(tmp_path, capsys):
     assert alignment.permutations.shape == (6, 38) and alignment.norms == "exclude"
     reference = zoo.rows([16])[0]  # m4, last epoch
     rows = torch.tensor([17, 3, 3, 0, 10, 16])
-    expected = symmetry_rows(zoo, rows, match(zoo.rows(range(12, 18)), reference, zoo.symmetry)[rows % MODELS])
+    expected = symmetry_rows(
+        zoo, rows, match(zoo.rows(range(12, 18)), reference, zoo.symmetry, zoo.layout)[rows % MODELS]
+    )
     assert torch.equal(aligned_rows(zoo, rows), expected)
     assert (aligned_rows(zoo, range(18)) - reference).abs().max() < 0.02
     assert (zoo.rows(range(18)) - reference).abs().max() > 0.2
-    after = objective(aligned_rows(zoo, range(12, 18)), reference, zoo.symmetry)
+    after = objective(aligned_rows(zoo, range(12, 18)), reference, zoo.symmetry, zoo.layout)
     torch.testing.assert_close(alignment.after, after, rtol=1e-12, atol=0)
     assert (tmp_path / "zoo" / ALIGNMENT).stat().st_size < 10_000
 
 
 def symmetry_rows(zoo, rows, found):
-    return zoo.symmetry.permute(zoo.rows(rows), found)
+    return zoo.symmetry.permute(zoo.rows(rows), found, zoo.layout)
 
 
 def test_reference_and_file_can_be_named(tmp_path):
@@ -402,7 +418,7 @@ def test_last_epoch_is_that_of_the_largest_number(tmp_path):
     with ZooWriter(tmp_path, layout, symmetry, splits={"train": ["a", "b"], "val": [], "test": []}) as writer:
         writer.append(rows, {"model": ["a", "b", "a", "b"], "epoch": [2, 2, 1, 1]})
     made = align(Config(zoo=str(tmp_path), reference="a"))
-    assert torch.equal(made.permutations, match(rows[:2], rows[0], symmetry))
+    assert torch.equal(made.permutations, match(rows[:2], rows[0], symmetry, layout))
 
 
 @pytest.mark.parametrize(

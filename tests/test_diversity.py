@@ -111,7 +111,7 @@ def test_alignment_brings_networks_nearer(tmp_path):
 def test_duplicates_are_found(tmp_path, zoo):
     rows = zoo.rows(range(6))
     permutation = zoo.symmetry.random(1, seed=1)
-    permuted = zoo.symmetry.permute(rows[2:3], permutation)
+    permuted = zoo.symmetry.permute(rows[2:3], permutation, zoo.layout)
     assert not torch.equal(permuted, rows[2:3])
     several = torch.cat([rows, rows[4:5], permuted, rows[4:5] * (1 + 1e-6)])
     with ZooWriter(tmp_path, zoo.layout, zoo.symmetry, shard_bytes=3 * 4 * zoo.layout.num_weights) as writer:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -224,12 +225,58 @@ def test_permute_is_permute_state_bit_for_bit(case):
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     rows = symmetry.random(3, seed=2)
     flat = layout.flatten(state)
-    permuted = symmetry.permute(flat, rows)
+    permuted = symmetry.permute(flat, rows, layout)
     for row, actual in zip(rows, permuted, strict=True):
         expected = layout.flatten(symmetry.permute_state(state, row))
         assert torch.equal(actual, expected)
         assert not torch.equal(actual, flat)
-    assert torch.equal(symmetry.permute(permuted, symmetry.inverse(rows)), flat.expand(3, -1))
+    assert torch.equal(symmetry.permute(permuted, symmetry.inverse(rows), layout), flat.expand(3, -1))
+
+
+def same_function(module, inputs, symmetry, layout, state):
+    """Whether a layout and a permutation give other weights and the same outputs."""
+    flat = layout.flatten(state)
+    permuted = symmetry.permute(flat, symmetry.random(1, seed=7)[0], layout)
+    moved = copy.deepcopy(module)
+    moved.load_state_dict(layout.unflatten(permuted, like=module), strict=False)
+    with torch.no_grad():
+        difference = (moved(inputs) - module(inputs)).abs().max()
+    return not torch.equal(permuted, flat) and difference < 1e-9
+
+
+@pytest.mark.parametrize("case", ["mlp", "SE-ResNet", "DenseNet small", "ViT fused"])
+def test_order_of_tensors_does_not_matter(case, tmp_path):
+    """A file lies in the order of names, a module in that of its layers."""
+    module, inputs = build(case)
+    symmetry, module = Symmetry.trace(module, inputs), module.double().eval()
+    inputs = inputs.double()
+    with torch.no_grad():
+        randomise(module, 3)
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    of_module, of_file = Layout.from_checkpoint(module), Layout.from_checkpoint(tmp_path / "net.safetensors")
+    backwards = Layout.from_checkpoint(dict(reversed(module.state_dict().items())))
+    assert len({layout.fingerprint for layout in (of_module, of_file, backwards)}) > 1
+    for layout in (of_module, of_file, backwards, of_module):
+        assert same_function(module, inputs, symmetry, layout, module.state_dict())
+
+
+def test_ties_may_be_known_to_one_side_only():
+    module, inputs = build("GPT tied")
+    symmetry, state = Symmetry.trace(module, inputs), module.state_dict()
+    (alias, name), *_ = symmetry.aliases.items()
+    row = symmetry.random(1, seed=1)[0]
+    apart = {key: tensor.clone() for key, tensor in state.items()}
+    lacking = {key: tensor for key, tensor in state.items() if key != name}
+    for held in (state, apart, lacking):
+        layout = Layout.from_checkpoint(held)
+        moved = layout.unflatten(symmetry.permute(layout.flatten(held), row, layout))
+        expected = symmetry.permute_state(held, row)
+        assert all(torch.equal(moved[key], expected[key]) for key in held)
+    mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    tied = mlp.state_dict()
+    tied["2.weight"] = tied["0.weight"]  # one is permuted along its rows, the other along its columns
+    with pytest.raises(ValueError, match="layout must hold 2.weight untied, got it tied to 0.weight"):
+        Symmetry.trace(mlp, torch.randn(1, 4)).table(Layout.from_checkpoint(tied))
 
 
 def tokens_by_formula(flat, table, row, token_size):
@@ -259,7 +306,7 @@ def test_table_tokenizes_the_permuted_checkpoint(case):
     module, inputs = build(case)
     symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module, token_size=13)
     flat, (row,) = torch.randn(layout.num_weights), symmetry.random(1, seed=3)
-    expected = layout.tokenize(symmetry.permute(flat, row)).values
+    expected = layout.tokenize(symmetry.permute(flat, row, layout)).values
     assert torch.equal(tokens_by_formula(flat, symmetry.table(layout), row, 13), expected)
 
 
@@ -279,34 +326,37 @@ def test_algebra_of_permutations(case):
 def test_compose_is_first_then_second():
     module, inputs = build("DenseNet small")
     symmetry = Symmetry.trace(module, inputs)
-    flat = torch.randn(2, Layout.from_checkpoint(module).num_weights)
+    layout = Layout.from_checkpoint(module)
+    flat = torch.randn(2, layout.num_weights)
     first, second = symmetry.random(2, seed=0), symmetry.random(2, seed=1)
-    one_by_one = symmetry.permute(symmetry.permute(flat, first), second)
-    assert torch.equal(symmetry.permute(flat, symmetry.compose(first, second)), one_by_one)
-    assert not torch.equal(symmetry.permute(flat, symmetry.compose(second, first)), one_by_one)
+    one_by_one = symmetry.permute(symmetry.permute(flat, first, layout), second, layout)
+    assert torch.equal(symmetry.permute(flat, symmetry.compose(first, second), layout), one_by_one)
+    assert not torch.equal(symmetry.permute(flat, symmetry.compose(second, first), layout), one_by_one)
 
 
 def test_permute_accepts_single_rows_and_groups_only():
     module, inputs = build("ViT fused")
     symmetry = Symmetry.trace(module, inputs)
-    flat = torch.randn(2, Layout.from_checkpoint(module).num_weights)
+    layout = Layout.from_checkpoint(module)
+    flat = torch.randn(2, layout.num_weights)
     rows = symmetry.random(2)
     groups = rows[:, : sum(symmetry.sizes)]
-    expected = symmetry.permute(flat, rows)
-    assert torch.equal(symmetry.permute(flat, groups), expected)
-    assert torch.equal(symmetry.permute(flat[1], groups[1]), expected[1])
-    assert torch.equal(symmetry.permute(flat[1], rows)[1], expected[1])
-    assert torch.equal(symmetry.permute(flat, rows[1])[1], expected[1])
+    expected = symmetry.permute(flat, rows, layout)
+    assert torch.equal(symmetry.permute(flat, groups, layout), expected)
+    assert torch.equal(symmetry.permute(flat[1], groups[1], layout), expected[1])
+    assert torch.equal(symmetry.permute(flat[1], rows, layout)[1], expected[1])
+    assert torch.equal(symmetry.permute(flat, rows[1], layout)[1], expected[1])
 
 
 def test_permute_gradients():
     module, inputs = build("group norm")
     symmetry = Symmetry.trace(module, inputs)
-    flat = torch.randn(Layout.from_checkpoint(module).num_weights, dtype=torch.float64, requires_grad=True)
+    layout = Layout.from_checkpoint(module)
+    flat = torch.randn(layout.num_weights, dtype=torch.float64, requires_grad=True)
     row = symmetry.random(1, seed=4)[0]
     weights = torch.randn_like(flat)
-    (grad,) = torch.autograd.grad((symmetry.permute(flat, row) * weights).sum(), flat)
-    assert torch.equal(grad, symmetry.permute(weights, symmetry.inverse(row)))
+    (grad,) = torch.autograd.grad((symmetry.permute(flat, row, layout) * weights).sum(), flat)
+    assert torch.equal(grad, symmetry.permute(weights, symmetry.inverse(row), layout))
 
 
 def test_json_round_trip():
@@ -314,8 +364,9 @@ def test_json_round_trip():
     symmetry = Symmetry.trace(module, inputs)
     restored = Symmetry.from_dict(json.loads(json.dumps(symmetry.to_dict())))
     assert restored == symmetry and restored != Symmetry.trace(*build("CNN-s"))
-    flat, rows = torch.randn(2, Layout.from_checkpoint(module).num_weights), symmetry.random(2)
-    assert torch.equal(restored.permute(flat, restored.random(2)), symmetry.permute(flat, rows))
+    layout, rows = Layout.from_checkpoint(module), symmetry.random(2)
+    flat = torch.randn(2, layout.num_weights)
+    assert torch.equal(restored.permute(flat, restored.random(2), layout), symmetry.permute(flat, rows, layout))
 
 
 # --- what may go wrong
@@ -378,7 +429,7 @@ def test_tensors_that_share_storage_move_alike():
     # the rows of the first use are the columns of the second
     assert symmetry.sizes == (4,)
     layout = Layout.from_checkpoint(module)
-    permuted = layout.unflatten(symmetry.permute(layout.flatten(module), symmetry.random(1)[0]))
+    permuted = layout.unflatten(symmetry.permute(layout.flatten(module), symmetry.random(1)[0], layout))
     inputs = torch.randn(5, 3)
     torch.testing.assert_close(torch.func.functional_call(module, permuted, inputs), module(inputs))
 
@@ -490,23 +541,32 @@ def test_other_layouts_are_refused():
     symmetry = Symmetry.trace(*build("CNN-s"))
     with pytest.raises(ValueError, match=r"layout must hold 0.weight \[8, 1, 5, 5\], got 0.weight \[6, 3, 5, 5\]"):
         symmetry.table(Layout.from_checkpoint(build("CNN2")[0]))
-    with pytest.raises(ValueError, match="layout must hold 11.bias .10., got no more tensors"):
+    with pytest.raises(ValueError, match="layout must hold 11.bias .10., got no tensor of this name"):
         state = build("CNN-s")[0].state_dict()
         symmetry.tensor_table(Layout.from_checkpoint({k: v for k, v in state.items() if k != "11.bias"}))
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    symmetry = Symmetry.trace(module, torch.randn(1, 3))
+    renamed = Layout.from_checkpoint({f"module.{name}": tensor for name, tensor in module.state_dict().items()})
+    for call in (symmetry.table, lambda x: symmetry.permute(torch.zeros(31), symmetry.identity(), x)):
+        with pytest.raises(
+            ValueError, match=r"layout must hold no tensor module.0.weight, got module.0.weight \[4, 3\]"
+        ):
+            call(renamed)
 
 
 def test_wrong_arguments_are_named():
     module, inputs = build("CNN-s")
     symmetry = Symmetry.trace(module, inputs)
-    flat = Layout.from_checkpoint(module).flatten(module)
+    layout = Layout.from_checkpoint(module)
+    flat = layout.flatten(module)
     with pytest.raises(ValueError, match=r"permutations must be \[.., 38\] or \[.., 38\] int32, got \[1, 7\]"):
-        symmetry.permute(flat, symmetry.identity()[:, :7])
+        symmetry.permute(flat, symmetry.identity()[:, :7], layout)
     with pytest.raises(
         ValueError, match=r"permutations must be \[S\] or \[B, S\] on cpu, got \[3, 38\] on cpu for flat"
     ):
-        symmetry.permute(flat.expand(2, -1), symmetry.identity(3))
+        symmetry.permute(flat.expand(2, -1), symmetry.identity(3), layout)
     with pytest.raises(ValueError, match=r"flat must be \[2464\] or \[B, 2464\] floating point, got \[2463\]"):
-        symmetry.permute(flat[1:], symmetry.identity())
+        symmetry.permute(flat[1:], symmetry.identity(), layout)
     with pytest.raises(ValueError, match="module must return tensors, got int"):
         Symmetry.trace(nn.Sequential(nn.Linear(3, 2), Count()), torch.randn(1, 3))
 
@@ -579,8 +639,8 @@ def check_drawn(module, inputs):
     assert symmetry.verify(module, inputs, trials=1, seed=1) < 1e-10
     layout = Layout.from_checkpoint(module)
     flat, rows = torch.randn(2, layout.num_weights), symmetry.random(2, seed=1)
-    permuted = symmetry.permute(flat, rows)
-    assert torch.equal(symmetry.permute(permuted, symmetry.inverse(rows)), flat)
+    permuted = symmetry.permute(flat, rows, layout)
+    assert torch.equal(symmetry.permute(permuted, symmetry.inverse(rows), layout), flat)
     state = symmetry.permute_state(layout.unflatten(flat[0]), rows[0])
     assert torch.equal(layout.flatten(state), permuted[0])
 

@@ -133,7 +133,7 @@ def test_views_are_windows_of_permuted_networks(zoo, permute):
     for view in (0, 1):
         networks = source.weights[rows]
         if (permute, view) in {("second", 1), ("both", 0), ("both", 1)}:
-            networks = zoo.symmetry.permute(networks, permutations[view])
+            networks = zoo.symmetry.permute(networks, permutations[view], zoo.layout)
         tokens = standardise(source, networks)
         expected = torch.stack([tokens[b, n : n + 8] for b, n in enumerate(start)])
         torch.testing.assert_close(batch.values[view], expected, rtol=1e-5, atol=1e-6)

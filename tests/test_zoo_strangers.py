@@ -30,7 +30,7 @@ def use(zoo: Zoo) -> None:
     if tokens is not None:
         assert torch.equal(zoo.layout.detokenize(tokens, like=flat), flat)
     if zoo.symmetry:
-        permuted = zoo.symmetry.permute(flat, zoo.symmetry.random(len(flat)))
+        permuted = zoo.symmetry.permute(flat, zoo.symmetry.random(len(flat)), zoo.layout)
         assert torch.equal(permuted.sort(1).values, flat.sort(1).values)
         repr(zoo.symmetry), zoo.symmetry.describe()
     zoo.checkpoint(0), zoo.layout.describe(), zoo.properties

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastws.layout.layout import Layout
-from fastws.matching.match import batch_size, is_finite, layout_of
+from fastws.matching.match import batch_size, is_finite
 from fastws.matching.places import Place, find_places
 from fastws.symmetry.symmetry import Symmetry
 
 Form = Literal["l2", "lexicographic"]
 
 
-def canonical(flat: Tensor, symmetry: Symmetry, form: Form = "l2") -> Tensor:
+def canonical(flat: Tensor, symmetry: Symmetry, layout: Layout, form: Form = "l2") -> Tensor:
     """Finds the permutations that sort the units of networks: the same weights for all permuted copies of a network.
 
     Group by group, each applied before the next is looked at (hyper-representations, arXiv 2110.15288). What is
@@ -29,12 +29,13 @@ def canonical(flat: Tensor, symmetry: Symmetry, form: Form = "l2") -> Tensor:
 
     Args:
         flat: Networks, ``[M, P]``, floating point.
-        symmetry: Of their architecture.
+        symmetry: Of their architecture. "First" above means the order of its tensors, whatever that of the layout is.
+        layout: What the networks were flattened with.
         form: ``"l2"`` sorts by Euclidean norm, the largest first; ``"lexicographic"`` by the first weight, the smallest
             first, then by the second and so on. The published code calls the latter "absolute", although signs count.
 
     Returns:
-        int32 ``[M, S]`` for ``symmetry.permute(flat, permutations)``.
+        int32 ``[M, S]`` for ``symmetry.permute(flat, permutations, layout)``.
 
     Raises:
         ValueError: If a shape or dtype does not fit, or a weight is NaN or infinite.
@@ -42,16 +43,15 @@ def canonical(flat: Tensor, symmetry: Symmetry, form: Form = "l2") -> Tensor:
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> symmetry = fastws.Symmetry.trace(mlp, torch.randn(1, 4))
-        >>> flat = fastws.Layout.from_checkpoint(mlp).flatten(mlp).detach()
-        >>> copies = symmetry.permute(flat, symmetry.random(5))
-        >>> sorted_copies = symmetry.permute(copies, canonical(copies, symmetry))
+        >>> layout = fastws.Layout.from_checkpoint(mlp)
+        >>> copies = symmetry.permute(layout.flatten(mlp).detach(), symmetry.random(5), layout)
+        >>> sorted_copies = symmetry.permute(copies, canonical(copies, symmetry, layout), layout)
         >>> bool((sorted_copies == sorted_copies[0]).all())
         True
     """
-    layout = layout_of(symmetry)
     if flat.dim() != 2 or flat.shape[1] != layout.num_weights or not flat.is_floating_point():
         expected, got = f"[M, {layout.num_weights}] floating point", f"{list(flat.shape)} {flat.dtype}"
-        raise ValueError(f"canonical: flat must be {expected}, as the symmetry says, got {got}")
+        raise ValueError(f"canonical: flat must be {expected}, as the layout says, got {got}")
     if form not in ("l2", "lexicographic"):
         raise ValueError(f"canonical: form must be 'l2' or 'lexicographic', got {form!r}")
     if not is_finite(flat):
@@ -63,14 +63,14 @@ def canonical(flat: Tensor, symmetry: Symmetry, form: Form = "l2") -> Tensor:
     return torch.cat(parts)
 
 
-def canonical_hashes(flat: Tensor, symmetry: Symmetry | None) -> list[str]:
+def canonical_hashes(flat: Tensor, symmetry: Symmetry | None, layout: Layout) -> list[str]:
     """A name of 32 hexadecimal digits for each network ``[M, P]``, the same for its permuted copies.
 
     It is a hash of the weights in lexicographic form, for which see ``canonical``; without a symmetry, of the weights
-    as they lie. Zeros are equal whatever their sign.
+    as they lie. Zeros are equal whatever their sign. The order of tensors in the layout counts: compare hashes of one.
     """
     if symmetry is not None:
-        flat = symmetry.permute(flat, canonical(flat, symmetry, "lexicographic"))
+        flat = symmetry.permute(flat, canonical(flat, symmetry, layout, "lexicographic"), layout)
     rows = (flat.detach().cpu() + 0.0).contiguous()  # -0.0 becomes 0.0
     return [hashlib.blake2b(row.view(torch.uint8).numpy(), digest_size=16).hexdigest() for row in rows]
 
@@ -87,8 +87,10 @@ class Key(NamedTuple):
 def find_keys(symmetry: Symmetry, layout: Layout, device: torch.device) -> Iterator[Key]:
     """The keys of all groups, in the order in which they are to be sorted."""
     places = find_places(symmetry, layout, device)
-    names = [entry.name for entry in layout.entries if entry.numel]
-    bias_of = dict(layout.layers)
+    names = [entry.name for entry in layout.entries if entry.offset >= 0 and entry.numel]
+    number = {name: i for i, name in enumerate(symmetry.axes)}
+    number |= {alias: number[name] for alias, name in symmetry.aliases.items()}
+    bias_of = dict(layout.with_tokens(1, "keep").layers)
     waiting = list(range(len(places)))
 
     def in_order(place: Place) -> bool:
@@ -97,9 +99,9 @@ def find_keys(symmetry: Symmetry, layout: Layout, device: torch.device) -> Itera
         groups = {group for segments in others for group, _, _ in segments or ()}
         return not groups & set(waiting)
 
-    def rank(group: int, place: Place) -> tuple[bool, bool, bool]:
+    def rank(group: int, place: Place) -> tuple:
         """The least is the best: a matrix, whose inputs are in order, and whose rows the group moves."""
-        return len(place.shape) < 2, not in_order(place), place.axis > 0
+        return len(place.shape) < 2, not in_order(place), place.axis > 0, group, number[names[place.tensor]]
 
     while waiting:
         group, place = min(((group, place) for group in waiting for place in places[group]), key=lambda x: rank(*x))
@@ -111,7 +113,7 @@ def find_keys(symmetry: Symmetry, layout: Layout, device: torch.device) -> Itera
 def sort(flat: Tensor, symmetry: Symmetry, layout: Layout, keys: list[Key], form: Form) -> Tensor:
     """The permutations of networks ``[k, P]``: ``[k, S]``."""
     rows = symmetry.identity(len(flat), flat.device)
-    entries = [entry for entry in layout.entries if entry.numel]
+    entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
     for key in keys:
         size, values = symmetry.sizes[key.group], []
         for place in [key.weight] + [key.bias] * (key.bias is not None):

@@ -25,6 +25,7 @@ def match(
     flat: Tensor,
     reference: Tensor,
     symmetry: Symmetry,
+    layout: Layout,
     *,
     sweeps: int = 100,
     restarts: int = 1,
@@ -33,18 +34,19 @@ def match(
 ) -> Tensor:
     """Finds permutations that bring networks close to a reference (Git Re-Basin, algorithm 1, arXiv 2209.04836).
 
-    Coordinate descent on ``objective(symmetry.permute(flat, permutations), ...)``, from the identity: in turn each
-    group gets the assignment that is best while the others stay, until none of a network's groups gains. Sweeps go
-    through the groups forward and backward by turns. A group is visited again only when one that it shares a tensor
-    with has moved. The objective never falls: an assignment that gains nothing is not taken, which matters for a group
-    on both axes of one tensor, whose assignment problem is only the tangent of the objective. Deterministic, where the
-    published code visits groups in a random order: to no advantage on average, but for one network the one, for another
-    the other ends higher. Further ``restarts`` visit groups in random orders too, the same at every call.
+    Coordinate descent on ``objective`` of the permuted networks, from the identity: in turn each group gets the
+    assignment that is best while the others stay, until none of a network's groups gains. Sweeps go through the groups
+    forward and backward by turns. A group is visited again only when one that it shares a tensor with has moved. The
+    objective never falls: an assignment that gains nothing is not taken, which matters for a group on both axes of one
+    tensor, whose assignment problem is only the tangent of the objective. Deterministic, where the published code
+    visits groups in a random order: to no advantage on average, but for one network the one, for another the other ends
+    higher. Further ``restarts`` visit groups in random orders too, the same at every call.
 
     Args:
         flat: Networks to move, ``[M, P]``, floating point. All M are worked on together.
         reference: ``[P]``, on the device of ``flat``.
         symmetry: Of their architecture.
+        layout: What the networks were flattened with.
         sweeps: Most visits of a group.
         restarts: Runs from the identity, each with other orders of the groups; a network keeps the best of them.
         tolerance: Smallest gain that counts, as a share of the sum of squares of the reference's tensors in which the
@@ -54,7 +56,7 @@ def match(
             norm layers take part.
 
     Returns:
-        int32 ``[M, S]`` for ``symmetry.permute(flat, permutations)``.
+        int32 ``[M, S]`` for ``symmetry.permute(flat, permutations, layout)``.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit, or a weight is NaN or infinite.
@@ -62,24 +64,27 @@ def match(
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> symmetry = fastws.Symmetry.trace(mlp, torch.randn(1, 4))
-        >>> reference = fastws.Layout.from_checkpoint(mlp).flatten(mlp)
-        >>> moved = symmetry.permute(reference, symmetry.random(5))
-        >>> torch.equal(symmetry.permute(moved, match(moved, reference, symmetry)), reference.expand(5, -1))
+        >>> layout = fastws.Layout.from_checkpoint(mlp)
+        >>> reference = layout.flatten(mlp)
+        >>> moved = symmetry.permute(reference, symmetry.random(5), layout)
+        >>> found = match(moved, reference, symmetry, layout)
+        >>> torch.equal(symmetry.permute(moved, found, layout), reference.expand(5, -1))
         True
     """
-    check_networks("match", flat, reference, symmetry, norms)
+    check_networks("match", flat, reference, layout, norms)
     if sweeps < 0 or tolerance < 0:
         raise ValueError(f"match: sweeps and tolerance must be at least 0, got {sweeps} and {tolerance}")
     if restarts < 1:
         raise ValueError(f"match: restarts must be at least 1, got {restarts}")
     flat, reference = flat.detach(), reference.detach()
-    matcher = Matcher(reference, symmetry, norms, sweeps, tolerance)
+    matcher = Matcher(reference, symmetry, layout, norms, sweeps, tolerance)
 
     def match_part(part: Tensor, pool: Executor) -> Tensor:
         found = matcher.match(part, pool)
         for restart in range(1, restarts):
             both = found, matcher.match(part, pool, restart)
-            before, after = (objective(symmetry.permute(part, x), reference, symmetry, norms=norms) for x in both)
+            moved = (symmetry.permute(part, rows, layout) for rows in both)
+            before, after = (objective(x, reference, symmetry, layout, norms=norms) for x in moved)
             found = torch.where((after > before)[:, None], both[1], found)
         return found
 
@@ -87,14 +92,17 @@ def match(
         return torch.cat([match_part(part, pool) for part in flat.split(batch_size(symmetry))])
 
 
-def objective(flat: Tensor, reference: Tensor, symmetry: Symmetry, *, norms: Norms = "exclude") -> Tensor:
+def objective(
+    flat: Tensor, reference: Tensor, symmetry: Symmetry, layout: Layout, *, norms: Norms = "exclude"
+) -> Tensor:
     """The inner product of each network with the reference, float64 ``[M]``: what ``match`` maximises.
 
-    ``flat``, ``reference``, ``symmetry`` and ``norms`` are those of ``match``.
+    ``flat``, ``reference``, ``symmetry``, ``layout`` and ``norms`` are those of ``match``.
     """
-    check_networks("objective", flat, reference, symmetry, norms)
+    check_networks("objective", flat, reference, layout, norms)
+    symmetry.require_same(layout)
     weights = reference.double().clone()  # a copy also of float64
-    for entry in layout_of(symmetry).entries:
+    for entry in layout.entries:
         if entry.role == "norm statistic" and norms == "exclude":
             weights[entry.offset : entry.offset + entry.numel] = 0
     return torch.cat([part.double() @ weights for part in flat.split(batch_size(symmetry))])
@@ -120,11 +128,12 @@ class State:
 class Matcher:
     """A reference, prepared for networks to be matched to it. The arguments are those of ``match``."""
 
-    def __init__(self, reference: Tensor, symmetry: Symmetry, norms: Norms, sweeps: int, tolerance: float):
+    def __init__(
+        self, reference: Tensor, symmetry: Symmetry, layout: Layout, norms: Norms, sweeps: int, tolerance: float
+    ):
         self.symmetry, self.sweeps, self.device = symmetry, sweeps, reference.device
         self.dtype = torch.promote_types(reference.dtype, torch.float32)  # of the similarities
-        layout = layout_of(symmetry)
-        self.entries = [entry for entry in layout.entries if entry.numel]
+        self.entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
         table = symmetry.tensor_table(layout)
         self.tables = table[:, None].clone()  # each tensor as a checkpoint of its own, [L, 1, 11]
         self.tables[:, :, 0] = 0
@@ -257,12 +266,6 @@ def chunk_size(tensor: Tensor) -> int:
     return max(1, CHUNK_WEIGHTS // tensor.numel())
 
 
-def layout_of(symmetry: Symmetry) -> Layout:
-    """The layout of what a symmetry permutes."""
-    shapes = {name: shape for name, shape in symmetry.shapes.items() if name not in symmetry.aliases}
-    return Layout.from_checkpoint({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-
-
 def is_finite(x: Tensor) -> bool:
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())  # a sum is one pass without a mask, and may overflow
 
@@ -273,11 +276,11 @@ def batch_size(symmetry: Symmetry) -> int:
     return max(1, min(BATCH_NETWORKS, BATCH_BYTES // (4 * numbers)))
 
 
-def check_networks(where: str, flat: Tensor, reference: Tensor, symmetry: Symmetry, norms: str) -> None:
-    length = layout_of(symmetry).num_weights
+def check_networks(where: str, flat: Tensor, reference: Tensor, layout: Layout, norms: str) -> None:
+    length = layout.num_weights
     if flat.dim() != 2 or flat.shape[1] != length or not flat.is_floating_point():
         got = f"{list(flat.shape)} {flat.dtype}"
-        raise ValueError(f"{where}: flat must be [M, {length}] floating point, as the symmetry says, got {got}")
+        raise ValueError(f"{where}: flat must be [M, {length}] floating point, as the layout says, got {got}")
     if reference.shape != (length,) or reference.device != flat.device or not reference.is_floating_point():
         got = f"{list(reference.shape)} {reference.dtype} on {reference.device}"
         raise ValueError(f"{where}: reference must be [{length}] floating point on {flat.device}, got {got}")

@@ -49,7 +49,7 @@ class Place(NamedTuple):
 def find_places(symmetry: Symmetry, layout: Layout, device: torch.device) -> list[list[Place]]:
     """The places of each group, tensor by tensor; tensors are counted without those that are empty."""
     places: list[list[Place]] = [[] for _ in symmetry.sizes]
-    entries = [entry for entry in layout.entries if entry.numel]
+    entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
     for tensor, (entry, line) in enumerate(zip(entries, symmetry.tensor_table(layout).tolist(), strict=True)):
         _, _, rows, length, block, count, _, _, out, into, _ = line
         for axis, segments in enumerate(symmetry.axes[entry.name]):

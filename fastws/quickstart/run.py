@@ -258,7 +258,8 @@ def check_permutations(config: Config, folder: Path) -> dict:
     rows = zoo.split("test")
     weights = zoo.rows(rows[epochs[rows] == config.epochs])
     permutations = zoo.symmetry.random(len(weights) * config.permutations, config.seed)
-    permuted = zoo.symmetry.permute(weights.repeat_interleave(config.permutations, 0), permutations)
+    repeated = weights.repeat_interleave(config.permutations, 0)
+    permuted = zoo.symmetry.permute(repeated, permutations, zoo.layout)
     embeddings, moved = (
         average(encoder, encode(encoder, flat, halo=None), config.pool) for flat in (weights, permuted)
     )

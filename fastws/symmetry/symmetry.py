@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class Symmetry:
         self.sizes, self.names, self.shapes, self.aliases = sizes, names, shapes, aliases
         self.axes, self.unpermuted = axes, unpermuted
         self._devices: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._tables: dict[torch.device, tuple[Layout, Tensor]] = {}  # the last layout on each device, and its table
 
     @classmethod
     def trace(cls, module: nn.Module, example_inputs: Tensor | tuple) -> "Symmetry":
@@ -123,32 +124,33 @@ class Symmetry:
         """The permutations that undo ``permutations``."""
         permutations = self.expand(permutations)
         groups = permutations[..., : self.starts[-1]]
-        *_, first, unit, _ = self._on(groups.device)
+        *_, first, unit = self._on(groups.device)
         return self.expand(torch.empty_like(groups).scatter_(-1, groups + first, unit.expand_as(groups)))
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """The permutations that do what ``first`` and then ``second`` do: ``first[second[c]]``."""
         first, second = self.expand(first), self.expand(second)
         total = self.starts[-1]
-        *_, begin, _, _ = self._on(first.device)
+        *_, begin, _ = self._on(first.device)
         return self.expand(first[..., :total].gather(-1, second[..., :total] + begin))
 
     # --- checkpoints
 
-    def permute(self, flat: Tensor, permutations: Tensor) -> Tensor:
+    def permute(self, flat: Tensor, permutations: Tensor, layout: Layout) -> Tensor:
         """Permutes flat checkpoints: another set of weights, the same function. Exact, differentiable in ``flat``.
 
         Args:
-            flat: ``[P]`` or ``[B, P]``, floating point, in the order of ``Layout``.
+            flat: ``[P]`` or ``[B, P]``, floating point.
             permutations: ``[S]`` or ``[B, S]``, int32, or only the groups of them.
+            layout: What ``flat`` was flattened with. Its tensors may lie in any order: they are found by name.
 
         Returns:
             ``[B, P]``; ``[P]`` if neither argument is a batch.
 
         Raises:
-            ValueError: If a shape or dtype does not fit.
+            ValueError: If a shape or dtype does not fit, or the layout holds other tensors than the symmetry.
         """
-        length = self._layout.num_weights
+        length = layout.num_weights
         if flat.dim() not in (1, 2) or flat.shape[-1] != length or not flat.is_floating_point():
             got = f"{list(flat.shape)} {flat.dtype}"
             raise ValueError(f"symmetry: flat must be [{length}] or [B, {length}] floating point, got {got}")
@@ -158,15 +160,20 @@ class Symmetry:
             got = f"{list(rows.shape)} on {rows.device} for flat {list(flat.shape)}"
             raise ValueError(f"symmetry: permutations must be [S] or [B, S] on {flat.device}, got {got}")
         (count,) = counts
-        *_, table = self._on(flat.device)
         rows = rows.expand(count, -1).contiguous()
-        permuted = permute(flat.expand(count, -1).contiguous(), table, rows)
+        permuted = permute(flat.expand(count, -1).contiguous(), self._table_on(layout, flat.device), rows)
         return permuted if flat.dim() == 2 or permutations.dim() == 2 else permuted[0]
 
     def permute_state(self, state: Mapping[str, Tensor], permutations: Tensor) -> dict[str, Tensor]:
-        """Permutes a state dict, axis by axis: slow, and obviously what is meant. ``permutations``: ``[S]``."""
+        """Permutes a state dict, axis by axis: slow, and obviously what is meant. ``permutations``: ``[S]``.
+
+        Raises ValueError if a tensor is missing, other than one of several that are tied, or has another shape.
+        """
+        self._require_tensors("state", {name: tuple(state[name].shape) for name in self.axes if name in state})
         row, permuted = self.expand(permutations), dict(state)
         for name, axes in self.axes.items():
+            if name not in state:
+                continue
             for axis, segments in enumerate(axes):
                 if segments is not None:
                     first, units, block = self._place(segments, rows=axis == 0)
@@ -184,13 +191,30 @@ class Symmetry:
         return self._filled(layout, layout.tensor_table, names)
 
     def require_same(self, layout: Layout) -> None:
-        """Raises ValueError, naming the first tensor that differs, unless the layout is of the same architecture."""
+        """Raises ValueError, naming the first tensor that differs, unless the layout has the tensors of the symmetry.
+
+        Names and shapes count, the order does not. Of tensors that the symmetry knows as tied the layout may hold one
+        or all; of those that only the layout knows as tied, the axes must be permuted alike.
+        """
         theirs = {entry.name: entry.shape for entry in layout.entries if entry.offset >= 0 and entry.numel}
-        own = {name: shape for name, shape in self.shapes.items() if name not in self.aliases or name in theirs}
-        for mine, other in zip_longest(own.items(), theirs.items()):
-            if mine != other:
-                expected, got = (f"{x[0]} {list(x[1])}" if x else "no more tensors" for x in (mine, other))
-                raise ValueError(f"symmetry: layout must hold {expected}, got {got}")
+        tied = {alias: name for alias, name in layout.aliases.items() if name in theirs and alias in self.axes}
+        for alias, name in tied.items():
+            if self.axes[alias] != self.axes[name]:
+                raise ValueError(
+                    f"symmetry: layout must hold {alias} untied, got it tied to {name}, which moves otherwise"
+                )
+        self._require_tensors("layout", theirs | {alias: theirs[name] for alias, name in tied.items()})
+
+    def _require_tensors(self, what: str, theirs: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError unless names and shapes are those of the symmetry; one of several that are tied does."""
+        for name, shape in theirs.items():
+            if self.shapes.get(name) != shape:
+                expected = f"{name} {list(self.shapes[name])}" if name in self.shapes else f"no tensor {name}"
+                raise ValueError(f"symmetry: {what} must hold {expected}, got {name} {list(shape)}")
+        held = {self.aliases.get(name, name) for name in theirs}
+        for name, shape in self.shapes.items():
+            if math.prod(shape) and self.aliases.get(name, name) not in held:
+                raise ValueError(f"symmetry: {what} must hold {name} {list(shape)}, got no tensor of this name")
 
     def _filled(self, layout: Layout, table: Tensor, layers) -> Tensor:
         self.require_same(layout)
@@ -286,11 +310,6 @@ class Symmetry:
     # --- where permutations lie in a row
 
     @cached_property
-    def _layout(self) -> Layout:
-        empty = {n: torch.empty(s, device="meta") for n, s in self.shapes.items() if n not in self.aliases}
-        return Layout.from_checkpoint(empty)
-
-    @cached_property
     def _composites(self) -> Composites:
         axes = [(k, segments) for found in self.axes.values() for k, segments in enumerate(found) if segments]
         return plan([(segments, unit_size(segments) if k else 1) for k, segments in axes], self.sizes)
@@ -302,12 +321,18 @@ class Symmetry:
         return self._composites.first[segments, block], units, block
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Of the composites source, base and lookup; of the groups first index and number of each unit; the table."""
+        """Of the composites source, base and lookup; of the groups first index and number of each unit."""
         if device not in self._devices:
             sizes = torch.tensor(self.sizes, dtype=torch.int64)
             first = torch.tensor(self.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
             unit = (torch.arange(self.starts[-1]) - first).int()
             plan = self._composites
-            tables = plan.source, plan.base, plan.lookup, first, unit, self.tensor_table(self._layout)
-            self._devices[device] = tuple(x.to(device) for x in tables)
+            self._devices[device] = tuple(x.to(device) for x in (plan.source, plan.base, plan.lookup, first, unit))
         return self._devices[device]
+
+    def _table_on(self, layout: Layout, device: torch.device) -> Tensor:
+        """``tensor_table`` on a device; that of the last layout is kept, because it takes longer than permuting."""
+        kept = self._tables.get(device)
+        if kept is None or kept[0] is not layout:
+            kept = self._tables[device] = layout, self.tensor_table(layout).to(device)
+        return kept[1]

@@ -128,7 +128,8 @@ def aligned_rows(zoo: Zoo, rows: Tensor | Sequence[int], alignment: Alignment | 
     if places.null_count:
         new = ids.filter(places.is_null())[0]
         raise ValueError(f"aligned_rows: models must be in the alignment, got {str(new)!r}; run fastws zoo align again")
-    return symmetry_of(zoo).permute(flat, alignment.permutations[torch.from_numpy(places.to_numpy().copy()).long()])
+    permutations = alignment.permutations[torch.from_numpy(places.to_numpy().copy()).long()]
+    return symmetry_of(zoo).permute(flat, permutations, zoo.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,25 +165,26 @@ def align(config: Config) -> Alignment:
     if config.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"zoo align: device must be cpu where no GPU is, got {config.device!r}")
     zoo = Zoo.open(config.zoo)
-    symmetry, last = symmetry_of(zoo), last_rows(zoo)
+    symmetry, layout, last = symmetry_of(zoo), zoo.layout, last_rows(zoo)
     reference, chosen = choose_reference(config, zoo, last)
     target = zoo.rows([last[reference]])[0].to(config.device)
     rows, options = torch.tensor(list(last.values())), {"norms": config.norms}
 
     def find(flat: Tensor) -> Tensor:
         if config.canonical is not None:
-            return canonical(flat, symmetry, config.canonical)
-        return match(flat, target, symmetry, sweeps=config.sweeps, restarts=config.restarts, **options)
+            return canonical(flat, symmetry, layout, config.canonical)
+        return match(flat, target, symmetry, layout, sweeps=config.sweeps, restarts=config.restarts, **options)
 
-    goal = target if config.canonical is None else symmetry.permute(target, find(target[None]))[0]
+    goal = target if config.canonical is None else symmetry.permute(target, find(target[None]), layout)[0]
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
         for part in rows.split(batch_size(symmetry)):
             flat = zoo.rows(part).to(config.device)
             found = find(flat)
             permutations.append(found[:, : sum(symmetry.sizes)].cpu())
-            before.append(objective(flat, target, symmetry, **options).cpu())
-            after.append(objective(symmetry.permute(flat, found), goal, symmetry, **options).cpu())
+            before.append(objective(flat, target, symmetry, layout, **options).cpu())
+            moved = symmetry.permute(flat, found, layout)
+            after.append(objective(moved, goal, symmetry, layout, **options).cpu())
             bar.update(len(part))
     results = (torch.cat(parts).contiguous() for parts in (permutations, before, after))
     method = config.canonical or "matching"

@@ -141,7 +141,7 @@ def measure_weights(zoo: Zoo, sample: Sample) -> Weights:
             between["aligned"] = pairwise_distances(aligned_rows(zoo, rows))
         except ValueError as error:
             not_aligned = str(error)
-    permuted = count_repeated(canonical_hashes(last, zoo.symmetry), rows.tolist())
+    permuted = count_repeated(canonical_hashes(last, zoo.symmetry, zoo.layout), rows.tolist())
     std = torch.cat([part.double().std(0, correction=0) for part in last.split(COLUMNS, 1)])
     return Weights(statistics, steps, std, between, permuted, not_aligned)
 
