@@ -5,7 +5,7 @@ the code back to a network. Names of submodules are those of the published model
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -79,6 +79,15 @@ class HyperRepresentationConfig:
             )
         if self.encoding == "neuron_in_out" and self.embedder == "attn":
             raise ValueError('HyperRepresentation: embedder must be "linear" for neuron_in_out, got "attn"')
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return asdict(self) | {"layers": [list(rows) for rows in self.layers], "hidden": list(self.hidden)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        layers = tuple(Rows(*rows) for rows in fields["layers"])
+        return cls(**{**fields, "layers": layers, "hidden": tuple(fields["hidden"])})
 
     @property
     def num_tokens(self) -> int:
@@ -273,17 +282,22 @@ class HyperRepresentation(nn.Module):
         """Networks ``[B, P]`` of codes ``[B, E]``."""
         return self.decoder(z) * self.scale + self.shift
 
-    def forward(self, flat: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, flat: Tensor, noise: Tensor | None = None, views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Codes ``[B, E]``, reconstructions ``[B, P]`` and projections of networks ``[B, P]``.
 
         Args:
             flat: Networks, ``[B, P]``.
             noise: Added to the code before it is decoded, ``[B, E]``, in units of the standard deviation that each
                 entry of the code has over the batch.
+            views: Equal parts of the batch, one behind the other, of which each has its own batch norm in the
+                projection, as in the published code.
         """
         z = self.encode(flat)
         seen = z if noise is None else z + noise * z.detach().std(0, correction=0)
-        return z, self.decode(seen), z if self.projection_head is None else self.projection_head(z)
+        projection = z
+        if self.projection_head is not None:
+            projection = torch.cat([self.projection_head(part) for part in z.chunk(views)])
+        return z, self.decode(seen), projection
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Self:

@@ -83,19 +83,14 @@ class NeuronDebedder(nn.Module):
         entries = token_entries(layers, outgoing)
         self.rows = [len(rows) for rows in entries]
         self.layer_lst = nn.ModuleList(debedder(width, len(rows[0]), depth, dropout) for rows in entries)
-        places = torch.tensor([entry for rows in entries for row in rows for entry in row])
-        order = torch.arange(len(places))
-        # the places of each weight among the values of all tokens; one behind the end is a zero
-        self.register_buffer("last", self._find(places, order, size), persistent=False)
-        first = self._find(places.flip(0), order.flip(0), size) if outgoing else None
-        self.register_buffer("first", first, persistent=False)
-
-    @staticmethod
-    def _find(places: Tensor, order: Tensor, size: int) -> Tensor:
-        found = torch.full((size,), len(places))
-        for place, number in zip(places.tolist(), order.tolist(), strict=True):
-            found[place] = number
-        return found
+        places = [entry for rows in entries for row in rows for entry in row]
+        # where each weight is among the values of all tokens; one behind the end is a zero
+        last, first = ([len(places)] * size for _ in range(2))
+        for number, place in enumerate(places):
+            last[place] = number
+            first[place] = min(first[place], number)
+        self.register_buffer("last", torch.tensor(last), persistent=False)
+        self.register_buffer("first", torch.tensor(first) if outgoing else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [linear(part) for part, linear in zip(x.split(self.rows, 1), self.layer_lst, strict=True)]

@@ -48,7 +48,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "log_every", "eval_every", "save_every"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"train: clip must be positive, or None for no clipping, got {self.clip}")
