@@ -59,7 +59,7 @@ def view(source: Source, model: Tensor, augmentation: Augmentation, seed: int, s
     flat = source.weights[model.to(source.weights.device)].repeat(2, 1)
     if augmentation.permute:
         permutations = source.symmetry.random(len(flat), seed, PERMUTATION + step, device=flat.device)
-        flat = source.symmetry.permute(flat, permutations)
+        flat = source.symmetry.permute(flat, permutations, source.layout)
     views = flat
     if augmentation.noise > 0 or augmentation.erase > 0:
         views = whole(views, seed=seed, offset=step, noise=augmentation.noise, erase=augmentation.erase)
