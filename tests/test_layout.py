@@ -117,7 +117,7 @@ def test_tied_tensors_that_differ_are_refused():
     "state, message",
     [
         ({1: torch.ones(2, 2)}, "names of tensors must be strings, got 1"),
-        ({"a": torch.eye(2).to_sparse()}, "'a' must be a dense tensor, got torch.sparse_coo"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' must be a dense tensor, got (torch.sparse_coo|a sparse one)"),
         ({"a": torch.ones(2, 2, dtype=torch.complex64)}, "'a' must be of real numbers, got torch.complex64"),
     ],
 )
@@ -291,10 +291,13 @@ def test_layout_of_a_pickled_checkpoint_unwraps_it_and_runs_nothing(tmp_path):
     assert layout == Layout.from_checkpoint(state)
     assert torch.equal(layout.flatten(tmp_path / "a.pt"), layout.flatten(state))
     torch.save({"weight": nn.Linear(2, 2)}, tmp_path / "module.pt")
-    with pytest.raises(ValueError, match=r"module.pt: file must hold .*, got torch.nn.modules.linear.Linear, "):
+    with pytest.raises(ValueError, match=r"module.pt: file must hold .*, got torch.nn.modules.linear.Linear; "):
         Layout.from_checkpoint(tmp_path / "module.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text.pt: file must hold .*, got no whole torch file or pickle"):
+    with pytest.raises(
+        ValueError,
+        match=r"text.pt: file must be a whole torch file, got a pickle",
+    ):
         Layout.from_checkpoint(tmp_path / "text.pt")
     with pytest.raises(FileNotFoundError, match="nothing.pt: checkpoint must be a file, got nothing"):
         Layout.from_checkpoint(tmp_path / "nothing.pt")
@@ -311,9 +314,9 @@ TWO = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
         (TWO, 4, "it is truncated or damaged"),
         (TWO, 12, "it is truncated or damaged"),
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, 8, "'a' must take 12 bytes, got 8"),
-        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "must be integers from 0"),
-        ({"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, 8, "header must be that of a safetensors file"),
-        ({"a": {"dtype": "F32"}}, 8, "header must be that of a safetensors file"),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "must have whole numbers from 0"),
+        ({"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, 8, "must have a dtype of BOOL, "),
+        ({"a": {"dtype": "F32"}}, 8, "must have shape, dtype and data_offsets"),
         (["a"], 8, "header must be that of a safetensors file"),
     ],
 )
@@ -331,7 +334,7 @@ def test_truncated_headers_get_one_sentence(tmp_path):
         with pytest.raises(ValueError, match="a.safetensors: header must fit into the file"):
             Layout.from_checkpoint(path)
     path.write_bytes(struct.pack("<Q", 4) + b"{x}}")
-    with pytest.raises(ValueError, match="a.safetensors: header must be that of a safetensors file"):
+    with pytest.raises(ValueError, match="a.safetensors: header must be JSON"):
         Layout.from_checkpoint(path)
 
 

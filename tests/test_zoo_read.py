@@ -22,7 +22,7 @@ from torch import nn
 from fastws.cli import main
 from fastws.files.checkpoints import load_checkpoint
 from fastws.files.torch_file import TorchFile, find_many_records, find_records
-from fastws.files.unpickle import ALLOWED
+from fastws.files.values import ALLOWED
 from fastws.zoo import (
     ReadOptions,
     Zoo,
@@ -43,6 +43,8 @@ from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, refere
 PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them
 CONFIG = {"model::nlin": "tanh", "optim::lr": 1e-3, "optim::wd": 0, "training": {"batchsize": 10}, "layers": [1, 2]}
 FIX = "; save the state_dict of the network alone"  # for torch files that are refused
+WHOLE = "file must be a whole torch file, got "
+ONLY = "file must hold tensors, numbers, strings and containers only, got "
 
 
 def make_state(seed, modules=PLAIN):
@@ -461,9 +463,12 @@ def write_foreign(path, kind):
 @pytest.mark.parametrize(
     "kind, got",
     [
-        ("script", "a TorchScript program, which is refused"),
-        ("module", "torch.nn.modules.linear.Linear, which is refused"),
-        *((kind, "no whole torch file or pickle of protocol 2") for kind in ("pickle", "text", "zip", "legacy")),
+        ("script", f"{WHOLE}a TorchScript program, which is refused"),
+        ("module", f"{ONLY}torch.nn.modules.linear.Linear; it is refused{FIX}"),
+        ("pickle", f"{WHOLE}a pickle that torch did not write"),
+        ("text", f"{WHOLE}a pickle that recalls its value 101, which it has not made; it is damaged"),
+        ("zip", f"{WHOLE}a zip file without its end; copy it again"),
+        ("legacy", f"{WHOLE}a pickle without its end; copy it again"),
     ],
 )
 def test_foreign_files_are_named_in_one_sentence(tmp_path, kind, got, recwarn):
@@ -471,13 +476,12 @@ def test_foreign_files_are_named_in_one_sentence(tmp_path, kind, got, recwarn):
     write_foreign(tmp_path / "files/b.pt", kind)
     command = ["zoo", "read", "--out", str(tmp_path / "zoo"), "--paths"]
     recwarn.clear()  # scripts are of another time
-    reason = f"file must hold tensors and plain containers only, got {got}{FIX}"
-    with pytest.raises(SystemExit, match=rf"got \S+b.pt: {reason}$"):
+    with pytest.raises(SystemExit, match=rf"got \S+b.pt: {got}$"):
         main([*command, str(tmp_path / "files/b.pt")])
     torch.save({"a": torch.zeros(2)}, tmp_path / "files/a.pt")
     read_quietly(main, [*command, str(tmp_path / "files")])
     assert not recwarn.list
-    assert [entry.reason for entry in read_report(tmp_path / "zoo").bad] == [f"unreadable: {reason}"]
+    assert [entry.reason for entry in read_report(tmp_path / "zoo").bad] == [f"unreadable: {got}"]
 
 
 def test_files_that_make_no_layout_are_named(tmp_path):
@@ -518,7 +522,7 @@ def test_senseless_pickles(tmp_path, codes):
 
 def test_refused_names_are_printable(tmp_path):
     write_raw_pickle(tmp_path / "bad.pt", b"c\x1b[31mos\n" + 1000 * b"x" + b"\n.")
-    with pytest.raises(ValueError, match=r"only, got \\x1b\[31mos\.x{1,200}; it is refused"):
+    with pytest.raises(ValueError, match=r"only, got \\x1b\[31mos\.x{1,250}\.\.\.; it is refused"):
         TorchFile(tmp_path / "bad.pt")
 
 

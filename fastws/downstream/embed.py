@@ -14,7 +14,8 @@ from tqdm import tqdm
 import fastws
 from fastws.devices import find_device
 from fastws.files.atomic import write_tensors
-from fastws.files.checkpoints import DAMAGED, load_plain
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format.zoo import Zoo
 
@@ -71,7 +72,7 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     if not Path(path).is_file():
         raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
     try:
-        state = load_plain(path, mmap=True)
+        state = load_plain(path)
         layout, sizes, mean, std = (state["extra"][name] for name in ("layout", "sane", "mean", "std"))
         layout = fastws.Layout.from_dict(layout)
         config = SANEConfig.of_state(state["model"], sizes["heads"])

@@ -5,26 +5,38 @@ small files, for which ``torch.load`` takes longer than the disk. Both need the 
 lies where, read by an unpickler that makes plain containers only, and the place of each storage in the file.
 """
 
-import io
+import math
 import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastws.files.checkpoints import DAMAGED
-from fastws.files.unpickle import Refused, StoredTensor, Unpickler
+from fastws.files.limits import DAMAGED, open_regular, room, shorten
+from fastws.files.unpickle import Unpickler
+from fastws.files.values import Refused, StoredTensor
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"  # records of a torch zip file
 KEPT = (PICKLE, BYTE_ORDER)
 ZIP = b"PK\x03\x04"
-END, CENTRAL, LOCAL = struct.Struct("<4s6xHII"), struct.Struct("<4s6xH8xIIHHH8xI"), struct.Struct("<HH")
+END, CENTRAL, LOCAL = struct.Struct("<4s6xHII"), struct.Struct("<4s6xH4xIIIHHH8xI"), struct.Struct("<HH")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch files before 1.6, which are pickles and bytes one after the other
-NOT_A_TORCH_FILE = (*DAMAGED, OverflowError, MemoryError, zipfile.BadZipFile)
+DEEPEST = 200  # containers in containers
+NOT_A_TORCH_FILE = (*DAMAGED, zipfile.BadZipFile)
+
+
+class Place(NamedTuple):
+    """Where the bytes of a record or storage lie in its file."""
+
+    begin: int
+    size: int
+    checksum: int = 0  # CRC-32; 0 if there is none
 
 
 class TorchFile:
@@ -38,62 +50,175 @@ class TorchFile:
 
         Raises:
             FileNotFoundError: If there is no such file.
+            OSError: If it is no regular file.
             ValueError: If it is not a torch file, is damaged, or wants anything to be imported or called.
         """
         self.path = Path(path)
-        if not self.path.is_file():
+        if self.path.is_dir() or not self.path.exists():
             got = "a folder" if self.path.is_dir() else "nothing"
             raise FileNotFoundError(f"{path}: source must be a torch file, got {got}")
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             # private and writable: tensors can be views of it without a warning
-            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
+            size = os.fstat(file.fileno()).st_size
+            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+        self.compared: set[str] = set()  # storages whose checksums have been compared
         try:
             self.content, self.places = self._open()
         except Refused as error:
             raise Refused(f"{self.path}: {error}", error.published) from error
         except NOT_A_TORCH_FILE as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{self.path}: file must be a whole torch file, got {first}") from error
+            raise ValueError(f"{self.path}: file must be a whole torch file, got {in_words(error)}") from error
 
-    def _open(self) -> tuple[object, dict[str, tuple[int, int]]]:
+    def _open(self) -> tuple[object, dict[str, Place]]:
         if self.buffer[:4] == ZIP:
             records, _ = find_records(self.buffer)
-            begin, size = records[PICKLE]
+            if PICKLE not in records:
+                program = any(name.startswith("code/") for name in records)
+                raise ValueError("a TorchScript program, which is refused" if program else f"a zip without {PICKLE}")
             storages = {name.removeprefix("data/"): place for name, place in records.items()}
-            return Unpickler(io.BytesIO(self.buffer[begin : begin + size])).load(), storages
+            pickled = read_record(self.buffer, records[PICKLE])
+            return Unpickler(pickled, size=len(self.buffer)).load(), storages
         return read_legacy(self.buffer)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """A view of the file; what is written into it stays private.
 
         Raises:
-            ValueError: If the tensor does not fit into its storage.
+            ValueError: If the tensor does not fit into its storage or claims to be larger, or the storage is damaged.
         """
         begin, length = find_bytes(stored, self.places, self.path)
+        if math.prod(stored.shape) * stored.storage.dtype.itemsize > length:  # a stride of 0 claims any shape
+            what = f"{self.path}: tensor must not be larger than its storage"
+            raise ValueError(f"{what}, got {list(stored.shape)} in {length:,} bytes; save it contiguous")
         if 0 in stored.shape:
             return torch.empty(stored.shape, dtype=stored.storage.dtype)
+        self.storage(stored.storage.key)
         dtype = stored.storage.dtype
         flat = torch.frombuffer(self.buffer, dtype=dtype, count=length // dtype.itemsize, offset=begin)
         return flat.as_strided(stored.shape, stored.stride)
 
+    def storage(self, key: str) -> Tensor:
+        """The bytes of a storage, uint8, as a view of the file.
 
-def find_bytes(stored: StoredTensor, places: Mapping[str, tuple[int, int]], path) -> tuple[int, int]:
+        Raises:
+            ValueError: If they are not those of which the file has the checksum.
+        """
+        place = self.places[key]
+        if key not in self.compared:
+            if not is_whole(self.buffer, place):
+                where = f"{self.path}: storage {shorten(key)!r}"
+                raise ValueError(f"{where} must have the checksum that the file says, got another; copy it again")
+            self.compared.add(key)
+        return torch.frombuffer(self.buffer, dtype=torch.uint8, count=place.size, offset=place.begin)
+
+    def load(self) -> object:
+        """The content with tensors in memory; those that share a storage in the file share it again.
+
+        Raises:
+            ValueError: If containers are nested too deep, a tensor does not fit into its storage, or all together claim
+                to be much larger than the file.
+        """
+        try:
+            return replace_tensors(self.content, Loader(self).tensor, self.path)
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for a shape or dtype that it has not
+            raise ValueError(f"{self.path}: tensors must be of a kind that torch has, got {in_words(error)}") from error
+
+
+class Loader:
+    """Puts the tensors of a file into memory, storage by storage."""
+
+    def __init__(self, file: TorchFile):
+        self.file, self.left = file, room(len(file.buffer))
+        self.storages: dict[str, Tensor] = {}
+
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        dtype, key = stored.storage.dtype, stored.storage.key
+        find_bytes(stored, self.file.places, self.file.path)
+        self.left -= math.prod(stored.shape) * dtype.itemsize
+        if self.left < 0:  # a stride of 0 says that all entries lie in one place
+            what = f"{self.file.path}: tensors must not claim to be many times larger than the file"
+            raise ValueError(f"{what}, got one of {list(stored.shape)}; save them contiguous")
+        if 0 in stored.shape:
+            return torch.empty(stored.shape, dtype=dtype)
+        if key not in self.storages:
+            self.storages[key] = self.file.storage(key).clone()
+        # some bytes at the end may be those of no whole number
+        content = self.storages[key]
+        content = content[: len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
+        return content.as_strided(stored.shape, stored.stride, stored.offset)
+
+
+def replace_tensors(content: object, replace: Callable[[StoredTensor], object], where: object) -> object:
+    """Plain containers with what ``replace`` makes of each tensor in them; containers that are shared stay shared.
+
+    Raises:
+        ValueError: If they are nested too deep.
+    """
+    done: dict[int, object] = {}  # containers by id: what each is referred to from many places is copied once
+
+    def copied(value: object, depth: int) -> object:
+        if type(value) is StoredTensor:
+            return replace(value)
+        if not isinstance(value, dict | list) and type(value) is not tuple:
+            return value
+        if depth > DEEPEST:
+            what = f"{where}: containers must be nested at most {DEEPEST} deep"
+            raise ValueError(f"{what}, got more; save the state_dict of the network alone")
+        if id(value) not in done:
+            done[id(value)] = filled(value, depth + 1)
+        return done[id(value)]
+
+    def filled(value: dict | list | tuple, depth: int) -> object:
+        if type(value) is tuple:
+            return tuple(copied(entry, depth) for entry in value)
+        made = done[id(value)] = type(value)()  # before its entries, which may hold it
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                made[key] = copied(entry, depth)
+        else:
+            made.extend(copied(entry, depth) for entry in value)
+        return made
+
+    return copied(content, 0)
+
+
+def find_bytes(stored: StoredTensor, places: Mapping[str, Place], path) -> tuple[int, int]:
     """First byte of a tensor and the number of bytes that it spans."""
     (key, dtype), offset, shape, stride = stored
-    begin, size = places.get(key, (0, -1))
+    itemsize = dtype.itemsize
+    begin, size, _ = places.get(key, Place(0, -1))
     span = 0 if 0 in shape else 1 + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
-    if offset < 0 or min((*shape, *stride), default=0) < 0 or (offset + span) * dtype.itemsize > size:
-        raise ValueError(f"{path}: tensor must lie in its storage {key!r} of {size} bytes, got {stored}; copy it again")
-    return begin + offset * dtype.itemsize, span * dtype.itemsize
+    if offset < 0 or min((*shape, *stride), default=0) < 0 or (offset + span) * itemsize > size:
+        where = f"{path}: tensor must lie in its storage {shorten(key)!r} of {size} bytes"
+        raise ValueError(f"{where}, got {list(shape)} {dtype} from {offset} on; copy it again")
+    if math.prod(max(1, count) for count in (*shape, itemsize)) >= 2**63 or max(stride, default=0) >= 2**63:
+        raise ValueError(f"{path}: tensor must have a shape and stride of 64 bits, got more; copy it again")
+    return begin + offset * itemsize, span * itemsize
+
+
+def in_words(error: Exception) -> str:
+    """The first line of what a library says of a damaged file."""
+    first = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200)
+    return first if isinstance(error, ValueError) else f"a damaged one ({type(error).__name__}: {first})"
+
+
+def is_whole(buffer, place: Place) -> bool:
+    """Whether bytes are those that the checksum was made of, where there is one."""
+    begin, size, checksum = place
+    return checksum == 0 or zlib.crc32(memoryview(buffer)[begin : begin + size]) == checksum
+
+
+def read_record(buffer, place: Place) -> bytes:
+    if not is_whole(buffer, place):
+        raise ValueError("a record whose checksum is another; copy it again")
+    return bytes(buffer[place.begin : place.begin + place.size])
 
 
 # --- the two formats
 
 
-def find_records(buffer: bytes | bytearray | mmap.mmap) -> tuple[dict[str, tuple[int, int]], list[slice]]:
-    """First byte and length of every record of a torch zip file, by name without the folder that all are in.
-
-    Checksums are not compared: torch does not either, and can be told not to write them.
+def find_records(buffer: bytes | bytearray | mmap.mmap) -> tuple[dict[str, Place], list[slice]]:
+    """The place of every record of a torch zip file, by name without the folder that all are in.
 
     Returns:
         The records, and the bytes that say so: where these are the same, records lie the same. None in a large file.
@@ -106,29 +231,34 @@ def find_records(buffer: bytes | bytearray | mmap.mmap) -> tuple[dict[str, tuple
         return find_many_records(buffer), []
     records, structure = {}, [slice(end, len(buffer))]
     for _ in range(count):
-        magic, method, size, full_size, name, extra, comment, header = CENTRAL.unpack_from(buffer, place)
+        magic, method, checksum, size, full_size, name, extra, comment, header = CENTRAL.unpack_from(buffer, place)
         if magic != b"PK\x01\x02" or method != 0 or size != full_size:
-            raise ValueError("a record that torch does not write")
+            program = b"/code/" in bytes(buffer[place + 46 : place + 46 + name])
+            raise ValueError(
+                "a TorchScript program, which is refused" if program else "a record that torch does not write"
+            )
         following = place + 46 + name + extra + comment
         structure += [slice(place, place + 16), slice(place + 20, following), slice(header + 26, header + 30)]
-        add_record(records, buffer, buffer[place + 46 : place + 46 + name].decode(), header, size)
+        add_record(records, buffer, bytes(buffer[place + 46 : place + 46 + name]).decode(), header, size, checksum)
         place = following
-    structure += [slice(begin, begin + size) for name in KEPT if name in records for begin, size in [records[name]]]
+    check_total(records, buffer)
+    structure += [slice(records[name].begin, sum(records[name][:2])) for name in KEPT if name in records]
     return records, structure
 
 
-def find_many_records(buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
+def find_many_records(buffer: mmap.mmap) -> dict[str, Place]:
     """The same for files of more than 65,534 records or 4 GiB."""
     records = {}
     with zipfile.ZipFile(buffer) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("a record that torch does not write")
-            add_record(records, buffer, info.filename, info.header_offset, info.file_size)
+            add_record(records, buffer, info.filename, info.header_offset, info.file_size, info.CRC)
+    check_total(records, buffer)
     return records
 
 
-def add_record(records: dict, buffer, name: str, header: int, size: int) -> None:
+def add_record(records: dict, buffer, name: str, header: int, size: int, checksum: int) -> None:
     # names and padding may be longer before the data than in the directory
     before_name, padding = LOCAL.unpack_from(buffer, header + 26)
     begin = header + 30 + before_name + padding
@@ -136,23 +266,37 @@ def add_record(records: dict, buffer, name: str, header: int, size: int) -> None
         raise ValueError("a record beyond the end of the file; copy it again")
     if name.endswith("/" + BYTE_ORDER) and buffer[begin : begin + size] != b"little":
         raise ValueError("numbers in another byte order than little endian")
-    records[name.partition("/")[2]] = begin, size
+    name = name.partition("/")[2]
+    if name in records:
+        raise ValueError("two records of one name; copy it again")
+    records[name] = Place(begin, size, checksum)
 
 
-def read_legacy(buffer: mmap.mmap) -> tuple[object, dict[str, tuple[int, int]]]:
+def check_total(records: Mapping[str, Place], buffer) -> None:
+    if sum(place.size for place in records.values()) > len(buffer):
+        raise ValueError("records that overlap; copy it again")
+
+
+def read_legacy(buffer: mmap.mmap) -> tuple[object, dict[str, Place]]:
     """The format before torch 1.6: magic number, version, system, content, storage keys, then the storages."""
-    buffer.seek(0)
-    storages = {}
-    magic, _, system = (Unpickler(buffer, storages).load() for _ in range(3))
-    if magic != LEGACY_MAGIC or not system["little_endian"]:
-        raise ValueError("a file of another kind")
-    content, keys = Unpickler(buffer, storages).load(), Unpickler(buffer, storages).load()
-    place, places = buffer.tell(), {}
+    storages: dict[str, torch.dtype] = {}
+    machine = Unpickler(buffer, storages=storages)
+    if machine.load() != LEGACY_MAGIC:
+        raise ValueError("a pickle that torch did not write")
+    _, system = machine.load(), machine.load()
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("numbers in another byte order than little endian")
+    content, keys = machine.load(), machine.load()
+    if not isinstance(keys, list) or set(map(type, keys)) > {str} or len(set(keys)) != len(keys):
+        raise ValueError("storages without names; copy it again")
+    if storages.keys() != set(keys):
+        raise ValueError("tensors without their storages; copy it again")
+    place, places = machine.place, {}
     for key in keys:
         (count,) = struct.unpack_from("<q", buffer, place)
         size = count * storages[key].itemsize
         if count < 0 or place + 8 + size > len(buffer):
             raise ValueError("a storage beyond the end of the file; copy it again")
-        places[key] = place + 8, size
+        places[key] = Place(place + 8, size)
         place += 8 + size
     return content, places

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastws.checks import is_permutation
-from fastws.files.checkpoints import DAMAGED, load_plain
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
 from fastws.nern.layers import StoredLayers
 from fastws.nn.nern import NeRN, NeRNConfig, load
 

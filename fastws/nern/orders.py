@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.checks import is_permutation
-from fastws.files.checkpoints import DAMAGED, load_plain
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
 from fastws.ops.kernel_order import kernel_order, unit_rows
 
 MODES = ("crossfilter", "infilter")

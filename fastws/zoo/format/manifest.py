@@ -1,9 +1,9 @@
 """The manifest of a zoo, ``zoo.json``: what the zoo is, and which files hold which of its rows."""
 
-import json
 from pathlib import Path
 
-from fastws.files.checkpoints import DTYPES
+from fastws.files import json
+from fastws.files.safetensors import DTYPES
 
 FORMAT = 1
 MANIFEST = "zoo.json"
@@ -33,10 +33,7 @@ def read_manifest(path: Path) -> dict:
     if not file.is_file():
         what = "a folder without it" if path.is_dir() else "no such folder"
         raise FileNotFoundError(f"{file}: zoo must be a folder with a {MANIFEST}, got {what}; see fastws zoo make")
-    try:
-        manifest = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: file must be JSON, got {error}; restore it") from error
+    manifest = json.read(file)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"{file}: format must be {FORMAT}, got {got!r}; it was written by another version")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastws.files.atomic import sync_folder, write_json
-from fastws.files.checkpoints import DTYPES
+from fastws.files.safetensors import DTYPES
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.lock import release_lock, take_lock

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastws.files.atomic import write_atomically
-from fastws.files.checkpoints import DTYPES, read_safetensors_header
+from fastws.files.safetensors import DTYPES, read_safetensors_header
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.manifest import MANIFEST, read_manifest

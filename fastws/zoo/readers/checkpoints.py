@@ -1,12 +1,12 @@
 """Folders of checkpoints, and of repositories as the Hugging Face hub keeps them on disk."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from fastws.files import json
 from fastws.files.checkpoints import unreadable
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import (
@@ -157,8 +157,8 @@ def describe_repository(folder: Path, name: str) -> dict[str, str]:
 
 def read_config(folder: Path) -> dict:
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError:
+        config = json.read(folder / "config.json")
+    except (OSError, ValueError):
         return {}
     properties = flatten(config) if isinstance(config, dict) else {}
     return {name: value for name, value in properties.items() if name not in ("model", "revision")}

@@ -7,8 +7,10 @@ from pathlib import PurePosixPath
 
 from torch import Tensor
 
+from fastws.files.checkpoints import describe_value
+from fastws.files.limits import room
 from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
-from fastws.files.unpickle import Array, StoredTensor
+from fastws.files.values import Array, StoredTensor
 from fastws.layout.layout import Layout
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
@@ -16,7 +18,7 @@ from fastws.zoo.readers.ray import add_columns, add_gap
 from fastws.zoo.readers.states import BadState, Like, check_dtype, fill, make_layout, read_layout
 
 PARTS = {"trainset": "train", "valset": "val", "testset": "test", "train": "train", "val": "val", "test": "test"}
-LABEL = re.compile(r"(?P<path>.*?)(?:#_#| )epoch[_ ](?P<epoch>\d+)(?:#_#| ).*", re.DOTALL)
+LABEL = re.compile(r"(?P<path>.*?)(?:#_#| )epoch[_ ](?P<epoch>\d{1,18})(?:#_#| ).*", re.DOTALL)
 
 
 class State:
@@ -60,7 +62,7 @@ def read_pickle(
     file = TorchFile(path)
     parts = find_parts(file.content)
     if not parts:
-        what = f"a dictionary of {list(file.content)[:5]}" if isinstance(file.content, dict) else type(file.content)
+        what = describe_value(file.content)
         raise ValueError(f"{path}: file must hold data sets under {', '.join(list(PARTS)[:3])}, got {what}")
     states = [state for name, part in parts.items() for state in unique(read_part(file, name, part))]
     if not states:
@@ -97,21 +99,21 @@ def find_parts(content: object) -> dict[str, Mapping]:
 
 def read_part(file: TorchFile, part: str, dataset: Mapping) -> Iterator[State]:
     """The states of one data set: those that it gives as input, then those that it gives as output."""
-    count = count_of(dataset["data_in"])
+    count = count_of(file, dataset["data_in"])
     properties = read_properties(file, dataset.get("properties"), count)
     labels = dataset.get("labels_in")
     paths, epochs = dataset.get("paths"), dataset.get("epochs")
     for place in range(count):
-        path, epoch = parse_label(labels[place]) if is_column(labels, count) else (f"{part}-{place}", None)
-        path = str(paths[place]) if is_column(paths, count) else path
-        epoch = int(epochs[place]) if is_column(epochs, count) else epoch
+        path, epoch = parse_label(file, labels[place]) if is_column(labels, count) else (f"{part}-{place}", None)
+        path = to_name(file, paths[place]) if is_column(paths, count) else path
+        epoch = to_epoch(file, epochs[place]) if is_column(epochs, count) else epoch
         state = State(part, path, epoch, *weights_of(dataset["data_in"], place))
         state.properties = {name: column[place] for name, column in properties.items()}
         yield state
     following, labels = dataset.get("data_out"), dataset.get("labels_out")
-    if following is not None and is_column(labels, count_of(following)):
-        for place in range(count_of(following)):
-            yield State(part, *parse_label(labels[place]), *weights_of(following, place))
+    if following is not None and is_column(labels, count_of(file, following)):
+        for place in range(len(labels)):
+            yield State(part, *parse_label(file, labels[place]), *weights_of(following, place))
 
 
 def unique(states: Iterator[State]) -> list[State]:
@@ -122,14 +124,31 @@ def unique(states: Iterator[State]) -> list[State]:
     return list(kept.values())
 
 
-def parse_label(label: object) -> tuple[str, int | None]:
-    found = LABEL.fullmatch(str(label))
-    return (found["path"], int(found["epoch"])) if found else (str(label), None)
+def parse_label(file: TorchFile, label: object) -> tuple[str, int | None]:
+    label = to_name(file, label)
+    found = LABEL.fullmatch(label)
+    return (found["path"], int(found["epoch"])) if found else (label, None)
 
 
-def count_of(weights: object) -> int:
+def to_name(file: TorchFile, value: object) -> str:
+    if not isinstance(value, str | int):
+        raise ValueError(f"{file.path}: paths and labels must be strings, got a {type(value).__name__}")
+    return str(value)
+
+
+def to_epoch(file: TorchFile, value: object) -> int:
+    if not isinstance(value, int | float) or not abs(value) < 2**53 or value != int(value):
+        got = value if isinstance(value, float) else f"a {type(value).__name__}"
+        raise ValueError(f"{file.path}: epochs must be whole numbers, got {got}")
+    return int(value)
+
+
+def count_of(file: TorchFile, weights: object) -> int:
     if isinstance(weights, StoredTensor):
-        return weights.shape[0] if len(weights.shape) == 2 else 0
+        if len(weights.shape) != 2:
+            return 0
+        file.tensor(weights)  # or it may claim to have rows that are not there
+        return weights.shape[0]
     return len(weights) if isinstance(weights, list | tuple) else 0
 
 
@@ -145,9 +164,10 @@ def read_properties(file: TorchFile, properties: object, count: int) -> dict[str
     """Columns with a number or a string per state; what else is there is left out."""
     columns = {}
     for name, column in properties.items() if isinstance(properties, dict) else ():
-        if isinstance(column, StoredTensor) and len(column.shape) == 1:
+        if isinstance(column, StoredTensor) and column.shape == (count,):
             column = file.tensor(column).tolist()
-        column = column.value.tolist() if isinstance(column, Array) else column
+        if isinstance(column, Array) and column.value.shape == (count,):
+            column = column.value.tolist()
         if is_column(column, count) and all(isinstance(value, str | int | float | None) for value in column):
             columns[str(name)] = list(column)
     return columns
@@ -158,15 +178,32 @@ def find_layout(file: TorchFile, parts: Mapping, states: Sequence[State], like: 
         return read_layout(like)
     first = states[0].weights
     if isinstance(first, dict):
-        return make_layout({name: file.tensor(tensor) for name, tensor in first.items() if is_stored(tensor)})
+        return make_layout(read_tensors(file, first))
     dataset = next(iter(parts.values()))
     base, layers = dataset.get("checkpoint_base"), dataset.get("layer_lst")
-    if not isinstance(base, dict) or not isinstance(layers, list):
+    if not isinstance(base, dict) or not isinstance(layers, list) or not all(map(is_named_layer, layers)):
         raise ValueError(f"{file.path}: file must hold checkpoints, got vectors; say like=<a checkpoint of their kind>")
     # a vector holds these tensors in this order
     kinds = ("weight", "bias") if dataset.get("use_bias", True) else ("weight",)
     names = [f"module_list.{layer[0]}.{kind}" for layer in layers for kind in kinds]
-    return make_layout({name: file.tensor(base[name]) for name in names if is_stored(base.get(name))})
+    return make_layout(read_tensors(file, {name: base.get(name) for name in names}))
+
+
+def is_named_layer(layer: object) -> bool:
+    return isinstance(layer, list | tuple) and len(layer) > 0 and isinstance(layer[0], str | int)
+
+
+def read_tensors(file: TorchFile, stored: Mapping) -> dict[str, Tensor]:
+    """The tensors among entries; a few bytes may stand for many of them, so all together are bounded by the file.
+
+    Raises:
+        ValueError: If they take more than the file has room for, or one does not lie in it.
+    """
+    tensors = {name: file.tensor(value) for name, value in stored.items() if is_stored(value)}
+    if sum(tensor.nbytes for tensor in tensors.values()) > room(len(file.buffer)):
+        what = f"{len(tensors)} tensors that are many times larger"
+        raise ValueError(f"{file.path}: tensors of a state must fit into the file, got {what}")
+    return tensors
 
 
 def is_stored(value: object) -> bool:
@@ -175,7 +212,7 @@ def is_stored(value: object) -> bool:
 
 def fill_state(file: TorchFile, state: State, row: Tensor, layout: Layout) -> None:
     if isinstance(state.weights, dict):
-        fill(row, layout, {name: file.tensor(tensor) for name, tensor in state.weights.items() if is_stored(tensor)})
+        fill(row, layout, read_tensors(file, state.weights))
         return
     if not is_stored(state.weights):
         raise BadState("unreadable", f"a checkpoint or a vector is expected, got {type(state.weights).__name__}")

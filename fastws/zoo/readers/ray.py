@@ -4,22 +4,27 @@
 <zoo>/<trial>/checkpoint_000050/checkpoints    the state dict; older zoos have no leading zeros
 """
 
-import json
+import io
+import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from json import JSONDecoder
 from pathlib import Path
 
 from tqdm import tqdm
 
+from fastws.files import json
+from fastws.files.limits import open_regular
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, unique
 from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
-CONFIG, DECODER = '"config": ', json.JSONDecoder()  # as json.dumps writes it
+CONFIG, DECODER = '"config": ', JSONDecoder()  # as json.dumps writes it
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
     "train_acc": "train_accuracy",
@@ -142,10 +147,10 @@ def read_results(path: Path) -> list[dict]:
     """
     lines, repeated = [], None
     try:
-        with open(path, encoding="utf-8") as file:
-            for text in file:
+        with open_regular(path) as file:
+            for text in io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8"):
                 try:
-                    line = json.loads(text.replace(repeated, CONFIG + "0") if repeated else text)
+                    line = json.parse(text.replace(repeated, CONFIG + "0") if repeated else text, "line")
                 except ValueError:
                     continue
                 if isinstance(line, dict):
@@ -163,7 +168,7 @@ def find_config(text: str) -> str | None:
 
 def read_config(folder: Path) -> dict:
     try:
-        config = json.loads((folder / "params.json").read_text())
+        config = json.read(folder / "params.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -211,5 +216,11 @@ def add_gap(columns: Mapping[str, list]) -> dict[str, list]:
     columns = dict(columns)
     if {"train_accuracy", "test_accuracy"} <= columns.keys() and "generalisation_gap" not in columns:
         pairs = zip(columns["train_accuracy"], columns["test_accuracy"], strict=True)
-        columns["generalisation_gap"] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+        gaps = [as_number(train) - as_number(test) for train, test in pairs]
+        columns["generalisation_gap"] = [None if math.isnan(gap) else gap for gap in gaps]
     return columns
+
+
+def as_number(value: object) -> float:
+    """A property as a number, nan if it is none or has more digits than numbers have."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else math.nan

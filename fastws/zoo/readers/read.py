@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from fastws.files.torch_file import TorchFile
-from fastws.files.unpickle import Refused
+from fastws.files.values import Refused
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.zoo import Zoo

@@ -1,6 +1,5 @@
 """One state at a time: a checkpoint file, checked against a layout, into a row of a zoo."""
 
-import io
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,8 +9,20 @@ import torch
 from torch import Tensor
 
 from fastws.files.checkpoints import load_checkpoint, unwrap
-from fastws.files.torch_file import NOT_A_TORCH_FILE, PICKLE, ZIP, find_bytes, find_records
-from fastws.files.unpickle import StoredTensor, Unpickler
+from fastws.files.limits import open_regular
+from fastws.files.torch_file import (
+    NOT_A_TORCH_FILE,
+    PICKLE,
+    ZIP,
+    Place,
+    find_bytes,
+    find_records,
+    is_whole,
+    read_record,
+    replace_tensors,
+)
+from fastws.files.unpickle import Unpickler
+from fastws.files.values import StoredTensor
 from fastws.layout.entries import Entry, flat_dtype
 from fastws.layout.layout import Layout
 from fastws.layout.roles import infer_roles
@@ -35,6 +46,7 @@ class Form(NamedTuple):
     structure: numpy.ndarray  # places of the bytes that say what lies where
     expected: numpy.ndarray  # those bytes
     copies: list[tuple[slice, slice]]  # bytes of a row, bytes of a file
+    sums: list[tuple[int, int, int]]  # first byte and size of each storage, and where its checksum stands
 
 
 class StateReader:
@@ -77,6 +89,9 @@ class StateReader:
                 return False
             if len(self.forms) < FORMS:
                 self.forms[len(buffer)] = form
+        for begin, size, noted in form.sums:
+            if not is_whole(buffer, Place(begin, size, int.from_bytes(buffer[noted : noted + 4], "little"))):
+                raise BadState("unreadable", "the checksum of a storage is another; copy it again")
         target = row.view(torch.uint8).numpy()
         for here, there in form.copies:
             target[here] = content[there]
@@ -86,29 +101,32 @@ class StateReader:
         """None if there is more to do than to copy, or the file is damaged."""
         try:
             records, structure = find_records(buffer)
-            begin, size = records[PICKLE]
-            stored = unwrap_stored(Unpickler(io.BytesIO(buffer[begin : begin + size])).load())
+            stored = unwrap_stored(Unpickler(read_record(buffer, records[PICKLE]), size=len(buffer)).load())
             if stored is None or not structure:
                 return None
             names = match(self.layout, {name: (tensor.shape, tensor.storage.dtype) for name, tensor in stored.items()})
             places = {name.removeprefix("data/"): place for name, place in records.items()}
-            copies, place = [], 0
+            # three places of each record say where it lies; its checksum stands behind the first
+            noted = {name: structure[1 + 3 * number].stop for number, name in enumerate(records)}
+            copies, sums, place = [], {}, 0
             for tensor in map(stored.get, names):
                 if tensor.storage.dtype != self.layout.dtype or not tensor.is_contiguous:
                     return None
                 begin, size = find_bytes(tensor, places, "checkpoint")
                 copies.append((slice(place, place + size), slice(begin, begin + size)))
                 place += size
+                key = tensor.storage.key
+                sums[key] = (*places[key][:2], noted[f"data/{key}"])
         except BadState:
             raise
         except NOT_A_TORCH_FILE:
             return None  # torch reads more, or says what is wrong
         index = numpy.concatenate([numpy.arange(part.start, part.stop) for part in structure])
-        return Form(index, numpy.frombuffer(buffer, numpy.uint8)[index], copies)
+        return Form(index, numpy.frombuffer(buffer, numpy.uint8)[index], copies, list(sums.values()))
 
 
 def read_file(path: str) -> bytearray:
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         buffer = bytearray(os.fstat(file.fileno()).st_size)
         if file.readinto(buffer) != len(buffer):
             raise BadState("unreadable", "its end is missing")
@@ -119,14 +137,12 @@ def unwrap_stored(content: object) -> dict[str, StoredTensor] | None:
     """The state dict in what a training script saved; None if it holds anything but tensors."""
     stored: dict[int, StoredTensor] = {}
 
-    def stand_in(value):
-        if isinstance(value, StoredTensor):
-            tensor = torch.empty(0, dtype=value.storage.dtype)
-            stored[id(tensor)] = value
-            return tensor
-        return {key: stand_in(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+    def stand_in(value: StoredTensor) -> Tensor:
+        tensor = torch.empty(0, dtype=value.storage.dtype)
+        stored[id(tensor)] = value
+        return tensor
 
-    state = unwrap(stand_in(content), "checkpoint")
+    state = unwrap(replace_tensors(content, stand_in, "checkpoint"), "checkpoint")
     if not all(id(tensor) in stored for tensor in state.values()):
         return None
     return {name: stored[id(tensor)] for name, tensor in state.items()}
