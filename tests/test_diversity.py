@@ -10,8 +10,8 @@ import fastws
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows
-from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.make import make
 from fastws.zoo.survey import diversity
 
 

@@ -9,14 +9,15 @@ from checkpoints import checkpoints, small_checkpoint
 from hypothesis import given, settings
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastws
 from fastws.layout.layout import Layout
 from fastws.zoo.making.architectures import build
 
 
-def test_layout_of_a_module_has_exact_roles():
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(), nn.Linear(32, 5))
+def test_roles_of_a_module():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Scale(8), nn.Flatten(), nn.Linear(32, 5))
     roles = [(entry.name, entry.role) for entry in Layout.from_checkpoint(module).entries]
     assert roles == [
         ("0.weight", "weight"),
@@ -26,15 +27,62 @@ def test_layout_of_a_module_has_exact_roles():
         ("1.running_mean", "norm statistic"),
         ("1.running_var", "norm statistic"),
         ("1.num_batches_tracked", "other"),
-        ("2.weight", "other"),
+        ("2.gamma", "other"),
         ("4.weight", "weight"),
         ("4.bias", "bias"),
     ]
 
 
-def test_layout_of_a_state_dict_infers_the_same_roles():
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5), nn.LayerNorm(5))
-    assert Layout.from_checkpoint(module) == Layout.from_checkpoint(module.state_dict())
+class Scale(nn.Module):
+    """One tensor."""
+
+    def __init__(self, size, name="gamma"):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+
+ODD = {  # modules with tensors that are no weights of layers
+    "layer scale": lambda: nn.Sequential(nn.Linear(4, 8), Scale(8), nn.Linear(8, 2)),
+    "scalar": lambda: nn.Sequential(nn.Linear(4, 8), Scale((), "logit_scale")),
+    "gate": lambda: nn.Sequential(nn.Linear(4, 8), Scale(3, "D"), nn.Linear(8, 2, bias=False)),
+    "PReLU": lambda: nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 2), nn.PReLU()),
+    "norm by another name": lambda: nn.Sequential(nn.Linear(4, 8), Scale(8, "weight"), nn.Linear(8, 2)),
+    "norm of maps": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([8, 4, 4])),
+    "norms": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)),
+    "bias of another shape": lambda: nn.Sequential(Scale((4, 2), "weight"), nn.Bilinear(2, 3, 4)),
+    "weight norm": lambda: nn.Sequential(weight_norm(nn.Linear(4, 8)), nn.ReLU(), spectral_norm(nn.Linear(8, 2))),
+    "recurrent": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2),
+    "attention": lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=6),
+}
+
+
+@pytest.mark.parametrize("token_size", [None, 3])
+@pytest.mark.parametrize("case", ODD)
+def test_tokens_hold_every_number(case, token_size):
+    module = ODD[case]()
+    layout = Layout.from_checkpoint(module, token_size)
+    flat = torch.randn(2, layout.num_weights)
+    tokens = layout.tokenize(flat)
+    assert torch.equal(layout.detokenize(tokens.values), flat)
+    assert int(tokens.lengths.sum()) == layout.num_weights
+    assert "no token" not in layout.describe()
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_module_and_its_state_dict_and_its_file_are_taken_alike(case, tmp_path):
+    module = ODD[case]()
+    layout = Layout.from_checkpoint(module)
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    assert layout == Layout.from_checkpoint(module.state_dict()) == Layout.from_checkpoint(tmp_path / "net.pt")
+    roles = {entry.name: entry.role for entry in Layout.from_checkpoint(tmp_path / "net.safetensors").entries}
+    assert roles == {entry.name: entry.role for entry in layout.entries}
+
+
+def test_one_bias_is_the_last_entry_of_one_weight():
+    state = {"a.weightbias": torch.randn(3, 2), "a.biasweight": torch.randn(3, 4), "a.biasbias": torch.randn(3)}
+    layout = Layout.from_checkpoint(state)
+    assert layout.layers == (("a.weightbias", "a.biasbias"), ("a.biasweight", None))
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,14 @@ def find_layers(entries: Sequence[Entry], norm: str) -> list[tuple[Entry, Entry 
     by_name = {entry.name: entry for entry in entries}
     layers, attached = [], set()
     for entry in entries:
-        if entry.role.endswith("weight") and entry.numel > 0:
-            bias = by_name.get(bias_name(entry.name))
-            if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1]:
-                bias = None
-            else:
-                attached.add(bias.name)
-            layers.append((entry, bias))
-        elif entry.role.endswith(("bias", "statistic")) and entry.numel > 0:
-            layers.append((entry, None))
+        if entry.offset < 0 or entry.numel == 0:
+            continue
+        bias = by_name.get(bias_name(entry.name)) if entry.role.endswith("weight") else None
+        if bias is None or not bias.role.endswith("bias") or bias.shape != entry.shape[:1] or bias.name in attached:
+            bias = None
+        else:
+            attached.add(bias.name)
+        layers.append((entry, bias))
     skip = ("norm weight", "norm bias", "norm statistic") if norm == "skip" else ()
     return [(entry, bias) for entry, bias in layers if entry.name not in attached and entry.role not in skip]
 

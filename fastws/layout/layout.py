@@ -55,9 +55,10 @@ class Layout:
     ) -> "Layout":
         """Makes the layout of a checkpoint.
 
-        From a module, roles are exact. From a state dict or a file they are inferred from shapes and names: a tensor
-        of two or more axes is a weight, a vector named ``weight`` is that of a norm layer, a vector named like a
-        weight with ``bias`` for ``weight`` is its bias. ``describe()`` prints every decision.
+        Roles follow from shapes and names, so that a module, its state dict and its file are taken alike: a tensor of
+        two or more axes is a weight, a vector named ``weight`` is that of a norm layer, a vector named like a weight
+        with ``bias`` for ``weight`` is its bias, which becomes the last entry of the weight's rows. All others have
+        tokens of their own. ``describe()`` prints every decision.
 
         Args:
             source: A state dict, a module, or a file: safetensors or ``*.safetensors.index.json``, of which only the
@@ -228,7 +229,7 @@ class Layout:
         Args:
             values: Tokens.
             like: Flat checkpoint ``[P]`` or ``[.., P]`` that gives the weights which are in no token (norm layers
-                with ``norm="skip"``, and what ``describe()`` calls other); zeros without it.
+                with ``norm="skip"``); zeros without it.
 
         Raises:
             ValueError: If a shape does not fit.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastws.files.checkpoints import check_tensors, is_safetensors, load_checkpoint, read_headers
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
 
@@ -46,8 +45,6 @@ def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtyp
             seen[key] = name
             shapes[name] = (tuple(tensor.shape), tensor.dtype)
     roles = infer_roles({name: shape for name, (shape, _) in shapes.items()})
-    if isinstance(source, nn.Module):
-        roles |= {name: role for name, role in module_roles(source, shapes).items() if name in shapes}
     return shapes, aliases, roles
 
 
@@ -59,7 +56,7 @@ def storage_key(name: str, tensor: Tensor) -> tuple:
 
 
 def infer_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Role]:
-    """Roles from names and shapes alone."""
+    """Roles from names and shapes alone, also of a module: its own checkpoint must get the same layout."""
     roles: dict[str, Role] = {}
     for name, shape in shapes.items():
         head, _, last = name.rpartition(".")
@@ -75,18 +72,4 @@ def infer_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Role]:
         partner = bias_name(name)
         if partner != name and len(shapes.get(partner, ())) == 1:
             roles[partner] = "norm bias" if roles[name] == "norm weight" else "bias"
-    return roles
-
-
-def module_roles(module: nn.Module, shapes: Mapping) -> dict[str, Role]:
-    """Exact roles of norm layers, and of vectors named ``weight`` that belong to none."""
-    roles: dict[str, Role] = {}
-    for path, child in module.named_modules(remove_duplicate=False):
-        norm = isinstance(child, NORMS) or "Norm" in type(child).__name__
-        for name, _ in child.named_parameters(prefix=path, recurse=False):
-            last = name.rpartition(".")[2]
-            if norm and last in ("weight", "bias"):
-                roles[name] = f"norm {last}"
-            elif last == "weight" and len(shapes.get(name, ((), None))[0]) == 1:
-                roles[name] = "other"
     return roles
