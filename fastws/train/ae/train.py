@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import fastws
-from fastws.layout.layout import Layout
+from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.nn.hyper_representation import HyperRepresentation, HyperRepresentationConfig, rows_of
 from fastws.nn.perceptron import linear_widths
 from fastws.random.philox import normal_reference
@@ -25,7 +25,6 @@ from fastws.train.ae.views import CODE, Augmentation, Batch, Source, choose, vie
 from fastws.zoo.align import aligned_rows
 from fastws.zoo.format.zoo import Zoo
 
-SMALLEST_SIGMA = 1e-4
 HIDDEN_LAYERS = 10  # of the published perceptron, whose widths fall by equal steps
 BEST = "best.pt"  # beside checkpoint.pt, which is the last
 NOTHING = 1e-10  # a share of the loss below which it is not computed
@@ -283,33 +282,6 @@ def contrast(projection: Tensor, kind: Contrast, temperature: float) -> Tensor:
     cosine = cosine_similarity(first, second)
     distance = 1 - cosine if kind == "positive" else cosine
     return (distance / temperature).square().mean() / (2 * len(first))
-
-
-def layer_offsets(layout: Layout) -> Tensor:
-    """First weight and end of each layer, its bias included where it stands behind the weights: int64 ``[L, 2]``."""
-    found = []
-    for weight, bias, rows, length, *_ in layout.table.tolist():
-        end = weight + rows * length
-        found.append([weight, end + rows if bias == end else end])
-        if bias >= 0 and bias != end:
-            found.append([bias, bias + rows])
-    return torch.tensor(sorted(found))
-
-
-def layer_std(weights: Tensor, offsets: Tensor) -> Tensor:
-    """The unbiased standard deviation of all weights of a layer over all networks, at least 1e-4: float32 ``[L]``."""
-    stds = [
-        weights[:, begin:end].double().std() if end > begin else weights.new_ones(()) for begin, end in offsets.tolist()
-    ]
-    return torch.stack([std.double().cpu() for std in stds]).nan_to_num(1.0).clamp(min=SMALLEST_SIGMA).float()
-
-
-def per_weight(values: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """For each weight the value of its layer, 1 outside of all layers: ``[P]``."""
-    spread = torch.ones(size)
-    for value, (begin, end) in zip(values, offsets.tolist(), strict=True):
-        spread[begin:end] = value
-    return spread
 
 
 # --- the zoo and the model

@@ -1,0 +1,110 @@
+"""Accuracy of all networks of a zoo at once, written as properties of the zoo."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from fastws.devices import find_device
+from fastws.downstream.populations import Measured, measure
+from fastws.zoo.format.properties import add_properties
+from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.make import Job, config_of, prepare
+from fastws.zoo.making.recipes import Part
+
+ACTIVATION = "tanh"  # of networks whose zoo does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measures all networks of a zoo on a data set's test images, and on its validation images where there are any.
+
+    fastws zoo evaluate --zoo zoos/kde30
+    fastws zoo evaluate --zoo zoos/kde30 --data digits28
+    """
+
+    zoo: str  # folder of the zoo; the results become columns of its properties
+    data: str | None = None  # another data set than the one that the networks were made for
+    limit: int | None = None  # images of each part, evenly spaced; by default as many as the zoo was made with
+    ensemble: bool = True  # says the accuracy of the mean of all networks' logits as well
+    device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+
+
+def run(config: Config) -> None:
+    zoo, results, ensemble = evaluate(config)
+    for name, values in results.items():
+        if not name.endswith("accuracy"):
+            continue
+        low, middle, high = numpy.quantile(values, [0.1, 0.5, 0.9])
+        spread = f"10 %, 50 %, 90 %: {low:.4f}, {middle:.4f}, {high:.4f}"
+        line = f"{name}: {values.mean():.4f} +- {values.std():.4f}; {spread}"
+        print(line + (f"; ensemble of all {len(zoo)}: {ensemble[name]:.4f}" if config.ensemble else ""))
+    print(f"written to the properties of {zoo.path}")
+
+
+def evaluate(config: Config) -> tuple[Zoo, dict[str, numpy.ndarray], dict[str, float]]:
+    """Measures a zoo and adds what was found to its properties.
+
+    Returns:
+        The zoo, open anew; columns ``[M]`` by name; and the accuracy of the ensemble of all networks by column.
+
+    Raises:
+        FileNotFoundError: If zoo or images are not there.
+        ValueError: If the zoo does not say what its networks are, or the images do not fit them.
+    """
+    zoo = Zoo.open(config.zoo)
+    job = job_of(zoo, data=config.data, limit=config.limit, device=config.device)
+    prefix = "" if config.data is None else f"{Path(config.data).name}_"
+    columns, ensemble = {}, {}
+    for name, part in job.data.evaluated().items():
+        found = measure_zoo(zoo, job, part)
+        columns[f"{prefix}{name}_accuracy"] = found.accuracy.numpy()
+        columns[f"{prefix}{name}_loss"] = found.loss.numpy()
+        right = found.mean_logits.argmax(1) == part.y.cpu()
+        ensemble[f"{prefix}{name}_accuracy"] = right.double().mean().item()
+    return add_properties(zoo, columns), columns, ensemble
+
+
+def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: str | None = None) -> Job:
+    """Architecture and images of a zoo that ``zoo make`` made, or that was sampled from one.
+
+    Raises:
+        ValueError: If it is of another origin, or other images do not fit its networks.
+    """
+    made = config_of(zoo.path, zoo.provenance)
+    changes = {"device": find_device(device).type, "networks": 1}
+    changes |= ({} if data is None else {"data": data}) | ({} if limit is None else {"limit": limit})
+    job = prepare(replace(made, **changes))
+    if data is not None and data != made.data:
+        own = prepare(replace(made, networks=1, limit=1, batch_size=1)).plan if Path(made.data).exists() else None
+        if own is not None and (own.image_shape, own.num_classes) != (job.plan.image_shape, job.plan.num_classes):
+            what = f"images {own.image_shape} of {own.num_classes} classes"
+            raise ValueError(
+                f"zoo evaluate: data must have {what}, as {zoo.path} was made for, "
+                f"got {job.plan.image_shape} and {job.plan.num_classes} in {data}"
+            )
+    with torch.device("meta"):
+        network = job.plan.build()
+    weights = sum(tensor.numel() for tensor in network.state_dict().values() if tensor.is_floating_point())
+    if weights != zoo.layout.num_weights:
+        images = f"{job.plan.image_shape} of {job.plan.num_classes} classes"
+        raise ValueError(
+            f"zoo evaluate: data must be for networks of {zoo.layout.num_weights} weights, those of {zoo.path}, "
+            f"got images {images}, which take {weights}, in {data or made.data}"
+        )
+    return job
+
+
+def measure_zoo(zoo: Zoo, job: Job, part: Part, rows: Tensor | None = None) -> Measured:
+    """What all networks of a zoo, or those of some rows, do on images."""
+    rows = torch.arange(len(zoo)) if rows is None else rows
+    return measure(zoo.rows(rows).float().to(part.x.device), job.plan, activations_of(zoo, rows), part)
+
+
+def activations_of(zoo: Zoo, rows: Tensor) -> list[str]:
+    if "activation" not in zoo.properties.column_names:
+        return [ACTIVATION] * len(rows)
+    column = zoo.properties["activation"].cast("string").to_pylist()
+    return [column[row] or ACTIVATION for row in rows.tolist()]

@@ -1,0 +1,267 @@
+"""Samplers, the command that writes what they draw as a zoo, and the accuracy of such zoos."""
+
+import numpy
+import pytest
+import torch
+
+import fastws
+from fastws.downstream import evaluate, generators, populations, sample
+from fastws.downstream.representation import load
+from fastws.train import sane
+from fastws.train.ae import train as ae
+from fastws.zoo import Zoo, make
+from fastws.zoo.align import ALIGNMENT, align
+from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.making.make import Config as MakeConfig
+
+pytestmark = pytest.mark.usefixtures("in_one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("zoo"))
+    torch.set_num_threads(1)
+    make(
+        MakeConfig(
+            zoo=path,
+            networks=14,
+            epochs=2,
+            limit=200,
+            validation=50,
+            activations=("tanh", "relu"),
+            optimizers=("adam",),
+            lrs=(0.01,),
+            threads=1,
+        )  # fmt: skip
+    )
+    return Zoo.open(path)
+
+
+@pytest.fixture(scope="module")
+def models(zoo, tmp_path_factory):
+    """Checkpoints of both trainers, which hardly learned anything."""
+    out = tmp_path_factory.mktemp("models")
+    torch.set_num_threads(1)
+    ae.train(ae.Config(zoo=str(zoo.path), out=str(out / "ae"), steps=3, batch_size=8, device="cpu"), zoo, CPU)
+    options = {"size": "tiny", "steps": 2, "batch_size": 4, "window": 20, "device": "cpu"}
+    sane.train(sane.Config(zoo=str(zoo.path), out=str(out / "sane"), **options), zoo, CPU)
+    return {name: str(out / name / "checkpoint.pt") for name in ("ae", "sane")}
+
+
+def config(zoo, out, **options):
+    return sample.Config(zoo=str(zoo.path), out=str(out), count=6, device="cpu", **options)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- samplers
+
+
+def test_reference_kde_is_the_released_loop():
+    """sklearn's KernelDensity, dimension by dimension, with the seed that the released code gives it every time."""
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    anchors = torch.randn(50, 7, dtype=torch.float64)
+    columns = []
+    for column in anchors.numpy().T:
+        density = neighbors.KernelDensity(kernel="gaussian", bandwidth=0.002).fit(column[:, None])
+        columns.append(density.sample(20, random_state=42)[:, 0])
+    drawn = generators.kde_reference(anchors, 20, 0.002)
+    assert numpy.array_equal(drawn.points.numpy(), numpy.stack(columns, 1))
+    nearest = torch.cdist(drawn.points, anchors).min(1)
+    assert nearest.values.max() < 0.002 * 7**0.5 * 4 and torch.equal(nearest.indices, drawn.anchors[:, 0])
+
+
+def test_independent_kde_mixes_anchors():
+    """Every dimension has the spread of the anchors, and samples are as far from anchors as these from each other."""
+    anchors = torch.randn(300, 64, dtype=torch.float64)
+    points = generators.kde(anchors, 2000, 0.1, generator()).points
+    torch.testing.assert_close(points.std(0), (anchors.var(0) + 0.01).sqrt(), rtol=0.1, atol=0)
+    torch.testing.assert_close(points.mean(0), anchors.mean(0), rtol=0, atol=0.15)
+    apart = torch.cdist(anchors, anchors).fill_diagonal_(torch.inf).min(1).values.median()
+    assert 0.9 < torch.cdist(points, anchors).min(1).values.median() / apart < 1.1
+
+
+def test_averages_and_noise_say_what_they_are_made_of():
+    anchors = torch.randn(9, 5)
+    points, chosen = generators.average(anchors, 4, 3, generator())
+    assert all(len(set(row)) == 3 for row in chosen.tolist())
+    torch.testing.assert_close(points, anchors[chosen].mean(1))
+    assert torch.allclose(generators.average(anchors, 2, 99, generator()).points, anchors.mean(0))
+    scale = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    points, chosen = generators.noisy(anchors, 4000, scale, generator())
+    torch.testing.assert_close((points - anchors[chosen[:, 0]]).std(0), scale, rtol=0.05, atol=1e-6)
+
+
+def test_components_restore_what_they_span():
+    points = torch.randn(10, 30, dtype=torch.float64)
+    space = generators.Components.of(points, 0)
+    assert len(space.scale) == 9
+    torch.testing.assert_close(space.restore(space.project(points)), points)
+    torch.testing.assert_close(space.project(points).std(0), torch.ones(9, dtype=torch.float64))
+    drawn = generators.gaussian(points, 5000, 4, 0.5, generator()).points
+    z = space.project(drawn)
+    torch.testing.assert_close(z[:, :4].std(0), torch.full((4,), 0.5, dtype=torch.float64), rtol=0.05, atol=0)
+    assert z[:, 4:].abs().max() < 1e-9
+
+
+def test_trained_flow_draws_from_the_distribution():
+    points = torch.randn(2000, 2) @ torch.tensor([[2.0, 0.5], [0.0, 1.0]]) + 3
+    held_out = torch.randn(500, 2) @ torch.tensor([[2.0, 0.5], [0.0, 1.0]]) + 3
+    trained = generators.train_flow(points, held_out, 0, generator(), steps=600)
+    drawn = generators.flow(trained, 4000, 1.0, generator()).points
+    torch.testing.assert_close(drawn.mean(0), points.mean(0), rtol=0, atol=0.25)
+    torch.testing.assert_close(drawn.T.cov(), points.T.cov(), rtol=0.25, atol=0.25)
+
+
+def test_flow_of_the_closed_form_ends_on_training_points():
+    """The minimiser of the loss over few points leads back to them: v(z, t) = (sum_i p_i z_i - z) / (1 - t)."""
+    anchors = torch.randn(20, 2, dtype=torch.float64)
+    space = generators.Components.of(anchors, 0)
+    codes = space.project(anchors)
+
+    class Optimal(torch.nn.Module):
+        def forward(self, z, t):
+            rest = (1 - t).clamp(min=1e-6)[:, None]
+            weight = (-torch.cdist(z, t[:1] * codes).square() / (2 * rest**2)).softmax(1)
+            return (weight @ codes - z) / rest
+
+    trained = generators.Flow(space, Optimal(), 0, 0.0)
+    drawn = generators.flow(trained, 50, 1.0, generator(), steps=400).points
+    assert torch.cdist(drawn, anchors).min(1).values.max() < 1e-2
+
+
+def test_gan_learns_where_points_are():
+    points = 5 + 0.5 * torch.randn(500, 3)
+    drawn = generators.gan(points, 500, generator(), steps=400).points
+    torch.testing.assert_close(drawn.mean(0), points.mean(0), rtol=0, atol=0.3)
+
+
+# --- samples are zoos
+
+
+@pytest.mark.parametrize("method", ["direct", "uniform", "neighbour", "kde", "noise", "average", "gaussian"])
+@pytest.mark.parametrize("model", [None, "ae", "sane"])
+def test_every_method_makes_a_zoo(zoo, models, tmp_path, method, model):
+    made = sample.sample(config(zoo, tmp_path / "a", method=method, model=models.get(model), epochs=(1, 2)))
+    assert len(made) == 6 and made.layout == zoo.layout and made.dropped == 0
+    assert set(made.properties["method"].to_pylist()) == {method}
+    assert len(set(made.properties["activation"].to_pylist())) == 1
+    again = sample.sample(config(zoo, tmp_path / "b", method=method, model=models.get(model), epochs=(1, 2)))
+    assert torch.equal(made.weights, again.weights)
+
+
+def test_direct_samples_are_anchors_and_their_reconstructions(zoo, models, tmp_path):
+    plain = sample.sample(config(zoo, tmp_path / "plain", method="direct"))
+    activation = plain.properties["activation"][0].as_py()
+    states = zoo.properties.select(["epoch", "activation"]).to_pylist()
+    last = {"epoch": 2, "activation": activation}
+    kept = [row for row in zoo.split("train").tolist() if states[row] == last]
+    expected = zoo.rows([kept[n % len(kept)] for n in range(6)])
+    assert torch.equal(plain.weights, expected)
+    for name in ("ae", "sane"):
+        made = sample.sample(config(zoo, tmp_path / name, method="direct", model=models[name]))
+        representation = load(models[name])
+        torch.testing.assert_close(made.weights, representation.decode(representation.encode(expected)))
+
+
+def test_best_anchors_are_chosen_on_validation_images(zoo, tmp_path):
+    options = {"method": "direct", "activation": "tanh", "best": 0.4, "epochs": (1, 2)}
+    made = sample.sample(config(zoo, tmp_path / "best", **options))
+    states = zoo.properties.to_pylist()
+    known = {f"{state['model']}@{state['epoch']}": state["val_accuracy"] for state in states}
+    chosen = [known[name] for name in made.properties["anchors"].to_pylist()]
+    train = [states[row] for row in zoo.split("train").tolist()]
+    candidates = [state["val_accuracy"] for state in train if state["activation"] == "tanh" and state["epoch"] > 0]
+    assert min(chosen) >= numpy.quantile(candidates, 0.6) - 1e-6
+    assert "best 40% by val_accuracy" in made.provenance["sampled"]["from"]
+
+
+def test_what_cannot_be_sampled_is_said_before_anything_is_written(zoo, models, tmp_path):
+    def refused(message, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            sample.sample(config(zoo, tmp_path / "out", **{"method": "kde"} | options))
+        assert not (tmp_path / "out").exists()
+
+    refused("train split with activation gelu, got none", activation="gelu")
+    refused("train split with .*, got none", epochs=(7, 9))
+    refused("by must be a property of .* to take the best by", best=0.5, by="nothing")
+    refused(
+        "model must be a checkpoint of fastws train ae or train sane, got no file", FileNotFoundError, model="none.pt"
+    )
+    refused("run fastws zoo align", FileNotFoundError, aligned=True)
+    with pytest.raises(ValueError, match=r"best must be in \(0, 1\], got 0"):
+        config(zoo, tmp_path / "out", method="kde", best=0)
+    made = sample.sample(config(zoo, tmp_path / "once", method="average"))
+    with pytest.raises(ValueError, match="out must be a new folder"):
+        sample.sample(config(zoo, made.path, method="average"))
+    junk = tmp_path / "junk.pt"
+    torch.save({"extra": {"layout": 3}}, junk)
+    refused("model must be a checkpoint of fastws train ae or train sane, got .*junk.pt", model=str(junk))
+
+
+# --- evaluation
+
+
+def test_evaluation_is_that_of_each_network_alone(zoo, tmp_path):
+    made = sample.sample(config(zoo, tmp_path, method="noise", noise=0.3))
+    done, columns, ensemble = evaluate.evaluate(evaluate.Config(zoo=str(made.path), device="cpu"))
+    job = evaluate.job_of(made, device="cpu")
+    x, y = job.data.test
+    logits = []
+    for row in range(len(made)):
+        network = job.plan.build(made.properties["activation"][row].as_py())
+        network.load_state_dict(made.checkpoint(row))
+        with torch.no_grad():
+            logits.append(network.eval()(x))
+    logits = torch.stack(logits)
+    accuracy = (logits.argmax(2) == y).double().mean(1)
+    assert done.numbers("test_accuracy") == pytest.approx(accuracy.numpy(), abs=1e-6)
+    assert columns["test_loss"] == pytest.approx(
+        [torch.nn.functional.cross_entropy(one, y).item() for one in logits], rel=1e-5
+    )
+    assert ensemble["test_accuracy"] == pytest.approx((logits.mean(0).argmax(1) == y).double().mean().item(), abs=1e-6)
+    found = populations.measure(made.weights, job.plan, ["tanh"] * 6, job.data.test, progress=False)
+    one_by_one = torch.cat([populations.logits_of(row[None], job.plan, ["tanh"], x, None) for row in made.weights])
+    assert torch.equal(found.predictions.long(), one_by_one.argmax(2))
+
+
+def test_evaluating_twice_replaces_columns(zoo, tmp_path):
+    made = sample.sample(config(zoo, tmp_path, method="average"))
+    evaluate.evaluate(evaluate.Config(zoo=str(made.path), device="cpu"))
+    first = Zoo.open(made.path)
+    evaluate.evaluate(evaluate.Config(zoo=str(made.path), device="cpu", limit=40))
+    second = Zoo.open(made.path)
+    assert first.properties.column_names == second.properties.column_names
+    assert torch.equal(first.weights, second.weights)
+
+
+def test_zoos_of_other_origin_cannot_be_evaluated(zoo, tmp_path):
+    layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3)})
+    with fastws.zoo.ZooWriter(tmp_path / "bare", layout) as writer:
+        writer.append(torch.zeros(2, 6), {"model": ["a", "b"]})
+    with pytest.raises(ValueError, match="provenance must be that of fastws zoo make"):
+        evaluate.evaluate(evaluate.Config(zoo=str(tmp_path / "bare"), device="cpu"))
+    made = sample.sample(config(zoo, tmp_path / "made", method="average"))
+    with pytest.raises(FileNotFoundError, match="data must be 'digits', or a folder with"):
+        evaluate.evaluate(evaluate.Config(zoo=str(made.path), data=str(tmp_path / "nothing"), device="cpu"))
+
+
+def test_models_of_aligned_networks_sample_from_aligned_anchors(zoo, tmp_path):
+    align(AlignConfig(zoo=str(zoo.path)))
+    try:
+        trained = ae.Config(
+            zoo=str(zoo.path), out=str(tmp_path / "ae"), steps=1, batch_size=8, aligned=True, device="cpu"
+        )
+        ae.train(trained, zoo, CPU)
+        model = str(tmp_path / "ae/checkpoint.pt")
+        made = sample.sample(config(zoo, tmp_path / "made", method="direct", model=model))
+        assert made.provenance["sampled"]["aligned"]
+        plain = sample.sample(config(zoo, tmp_path / "weights", method="direct"))
+        unaligned = sample.sample(config(zoo, tmp_path / "as-they-are", method="direct", aligned=False))
+        assert plain.provenance["sampled"]["aligned"] and not torch.equal(plain.weights, unaligned.weights)
+        torch.testing.assert_close(plain.weights.norm(dim=1), unaligned.weights.norm(dim=1))
+    finally:
+        (zoo.path / ALIGNMENT).unlink()
