@@ -162,10 +162,15 @@ def test_dump_of_a_published_zoo_stays_as_it_is(tmp_path):
     for labels in (torch.rand(6), torch.arange(6) - 1, torch.arange(6)[:, None]):
         bad = torch.utils.data.TensorDataset(torch.randn(6, 1, 4, 4), labels)
         torch.save(parts | {"trainset": bad}, tmp_path / "bad.pt")
-        with pytest.raises(ValueError, match="bad.pt: .* got labels that are no integers"):
+        with pytest.raises(
+            ValueError,
+            match="bad.pt: .* got labels (that are no integers|must be whole numbers)",
+        ):
             load(tmp_path / "bad.pt")
     torch.save(parts | {"trainset": torch.nn.Linear(1, 1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt: file must hold a trainset and a testset of tensors, got Weights"):
+    with pytest.raises(
+        ValueError, match="other.pt: file must hold a trainset and a testset of tensors, got .*Linear; it is refused"
+    ):
         load(tmp_path / "other.pt")
 
 
@@ -247,7 +252,7 @@ def test_batches_that_hold_other_things_than_arrays_are_refused(tmp_path, monkey
     write_cifar10(tmp_path)
     batch = tmp_path / "cifar-10-batches-py/data_batch_3"
     batch.write_bytes(pickle.dumps({b"data": Forbidden(), b"labels": [1]}, protocol=2))
-    with pytest.raises(ValueError, match="training images must be data_batch_1, got a posix.mkdir, which is not unpic"):
+    with pytest.raises(ValueError, match="training images must be data_batch_1, got .*posix.mkdir; it is refus"):
         load(tmp_path)
     assert not (tmp_path / "was-run").exists()
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastws.random.philox import philox_reference
 from fastws.runs import processes
+from fastws.terminal import Stopped
 from fastws.train import files, loop
 
 CONFIG = loop.Config(
@@ -106,8 +107,9 @@ def test_loop_stops_when_asked_and_resumes(reference, tmp_path, number, capsys):
     config = replace(CONFIG, out=str(tmp_path))
     before = signal.getsignal(number)
     with one_thread():
-        with pytest.raises(SystemExit, match="stopped after step 18 of 40; run the same command again to resume"):
+        with pytest.raises(Stopped, match="stopped after step 18 of 40; run the same command again to resume") as stop:
             train(config, lambda step: step == 17 and os.kill(os.getpid(), number))
+        assert stop.value.code == 128 + number
         assert signal.getsignal(number) == before
         assert files.load(tmp_path / "checkpoint.pt")["step"] == 18
         train(replace(config, log_every=1, save_every=7, compile=False))
@@ -234,7 +236,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 
 
 def test_pickles_are_refused(tmp_path):
-    torch.save({"step": Path("x")}, tmp_path / "checkpoint.pt")
+    torch.save({"step": torch.nn.Linear(1, 1)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt must be a checkpoint"):
         train(replace(CONFIG, out=str(tmp_path)))
     torch.save({"state_dict": {}}, tmp_path / "checkpoint.pt")
@@ -248,17 +250,18 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path):
         train(replace(CONFIG, out=str(tmp_path / "file" / "run")))
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path):
-    temporary = tmp_path / f"checkpoint.pt.{os.getpid()}.tmp"
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def fill_disk(step):
         if step == 5:
-            temporary.symlink_to("/dev/full")
+            monkeypatch.setattr(os, "fsync", refuse)
 
     message = r"train: disk must have room for 1 MiB at .*No space left.*; free it, then run the same command"
     with pytest.raises(OSError, match=message):
         train(replace(CONFIG, out=str(tmp_path)), fill_disk)
-    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not temporary.is_symlink()
+    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_half_a_file_of_a_killed_process_is_removed(tmp_path):
@@ -272,7 +275,8 @@ def test_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypa
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied", "checkpoint.pt")
 
-    monkeypatch.setattr(torch, "load", refuse)
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
         files.load(tmp_path / "checkpoint.pt")
 

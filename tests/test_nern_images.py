@@ -164,7 +164,7 @@ def test_bad_images_are_refused(folder, tmp_path):
         open_images(tmp_path / "train", size=8)
     path = tmp_path / "broken.png"
     path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="broken.png: file must be a readable image, got"):
+    with pytest.raises(ValueError, match="broken.png: file must be a readable PNG or JPEG, got"):
         decode([path], 8)
     Image.new("I;16", (8, 8)).save(path)
     with pytest.raises(ValueError, match="broken.png: file must have 8 bits per channel, got mode I;16"):
@@ -176,7 +176,7 @@ def test_damaged_png_is_named(tmp_path):
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[36] = 0  # the length of its pixels
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match="a.png: file must be a readable image, got"):
+    with pytest.raises(ValueError, match="a.png: file must be a readable PNG or JPEG, got"):
         decode([tmp_path / "a.png"], 8)
 
 

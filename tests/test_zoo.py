@@ -468,7 +468,7 @@ def test_missing_files_are_named(tmp_path):
             Zoo.open(tmp_path)
         (tmp_path / "aside").rename(file)
     (tmp_path / "models.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="models.parquet: file must be readable as parquet"):
+    with pytest.raises(ValueError, match="models.parquet: file must be parquet"):
         Zoo.open(tmp_path).properties  # noqa: B018
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastws.data import digits, encoded, raw
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
 
 SPLIT_SEED = 42  # of the published split into training and validation
 KINDS = [*raw.KINDS, *encoded.KINDS]  # the first whose files are there reads a folder
@@ -164,8 +166,9 @@ def normalise(parts: list[Tensor], transform: Transform, where: str) -> tuple[li
 
 
 def check_labels(labels: Tensor) -> None:
-    if labels.dim() != 1 or labels.is_floating_point() or labels.min() < 0:
+    if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0:
         raise ValueError(f"labels that are no integers [n] from 0 on, but {labels.dtype} {list(labels.shape)}")
+    raw.check_labels(labels.numpy(), "labels")
 
 
 def read_dump(path: Path, limit: int | None) -> Images:
@@ -173,17 +176,16 @@ def read_dump(path: Path, limit: int | None) -> Images:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: data must be a file, got none")
     try:
-        with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # its own code runs nothing
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_plain(path)
         parts = {}
         for name in ("train", "val", "test"):
-            tensors = saved[f"{name}set"].tensors if saved.get(f"{name}set") is not None else (None, None)
+            tensors = saved[f"{name}set"]["tensors"] if saved.get(f"{name}set") is not None else (None, None)
             parts[name] = [None if x is None else x[spaced(torch.arange(len(x)), limit)] for x in tensors]
             if tensors[1] is not None:
                 check_labels(tensors[1])
         (train_x, train_y), (test_x, test_y) = parts["train"], parts["test"]
         num_classes = int(max(train_y.max(), test_y.max())) + 1
-    except raw.DAMAGED as error:
+    except DAMAGED as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: file must hold a trainset and a testset of tensors, got {first}") from error
     return Images(train_x, train_y, test_x, test_y, num_classes, str(path), *parts["val"])

@@ -1,13 +1,14 @@
 """Data sets of plain pixels, in the files that their authors publish and torchvision keeps.
 
-Nothing is unpickled but arrays: the python batches of CIFAR go through a reader that knows no other class.
+Memory is bounded by the size of the files: what is packed says first what it unpacks to, and is believed up to a limit.
 """
 
 import bz2
-import codecs
 import gzip
 import io
-import pickle
+import math
+import os
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,14 @@ import scipy.io
 import torch
 from torch import Tensor
 
-# what damaged files raise in the libraries that read them
-DAMAGED = (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, OSError)
-DAMAGED += (zlib.error, NotImplementedError)
+from fastws.files.limits import DAMAGED, open_regular, read_bytes, room, unpack
+from fastws.files.unpickle import Unpickler
+from fastws.files.values import Array
+
+MAX_CLASSES = 2**16  # the last layer of a network has a row for each
+USPS_PIXELS = 256
+MATLAB = struct.Struct("<II")  # type and bytes of an element of a MATLAB file
+HEADER, COMPRESSED = 128, 15
 Part = tuple[numpy.ndarray, numpy.ndarray]
 
 
@@ -48,16 +54,25 @@ def plain(files: str, train: str, read: Callable[[Path, str], Part]) -> Kind:
         except FileNotFoundError as error:
             what = f"{error.filename}: file must be there for the {part}ing images"
             raise FileNotFoundError(f"{what}, got none; download it again") from None
-        except DAMAGED as error:
+        except (*DAMAGED, OSError) as error:
             raise ValueError(f"{place}: {part}ing images must be {files}, got {error}; download them again") from error
         if len(pixels) != len(labels) or len(labels) == 0:
             counts = f"{len(pixels)} images and {len(labels)} labels"
             raise ValueError(f"{place}: {part}ing images must have a label each, got {counts}; download them again")
+        labels = labels.astype(numpy.int64)
+        check_labels(labels, f"{place}: labels of the {part}ing images")
         count = min(len(labels), limit or len(labels))
         rows = numpy.arange(count) * len(labels) // count
-        return torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows].astype(numpy.int64))
+        return torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows])
 
     return Kind(files, lambda folder: find_place(folder, train) is not None, read_limited)
+
+
+def check_labels(labels: numpy.ndarray, where: str) -> None:
+    """Raises ValueError unless labels are whole numbers of as many classes as a network may have."""
+    wrong = labels[(labels < 0) | (labels >= MAX_CLASSES)]
+    if len(wrong):
+        raise ValueError(f"{where} must be whole numbers from 0 below {MAX_CLASSES:,}, got {wrong[0]}")
 
 
 def find_place(folder: Path, pattern: str) -> Path | None:
@@ -75,10 +90,17 @@ def find_place(folder: Path, pattern: str) -> Path | None:
 def read_idx(path: Path) -> numpy.ndarray:
     """An array of bytes: two zeros, the type 8, the number of axes, then each size, big-endian, and the data."""
     packed = path.with_name(path.name + ".gz")
-    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    if path.exists():
+        data = read_bytes(path)
+    else:
+        with open_regular(packed) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = unpack(gzip.GzipFile(fileobj=file), room(size), str(packed))
     axes = data[3] if data[:3] == b"\0\0\x08" else 0
-    shape = numpy.frombuffer(data, ">i4", axes, 4)
-    if axes == 0 or len(data) != 4 + 4 * axes + shape.prod():
+    if axes == 0 or len(data) < 4 + 4 * axes:
+        raise ValueError(f"{path.name} of {len(data)} bytes, which does not begin as an IDX file of bytes does")
+    shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, 4 + 4 * axes, 4)]
+    if len(data) != 4 + 4 * axes + math.prod(shape):
         raise ValueError(f"{path.name} of {len(data)} bytes, which are not what its header says")
     return numpy.frombuffer(data, numpy.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
@@ -91,33 +113,24 @@ def read_mnist(folder: Path, part: str) -> Part:
 # --- CIFAR-10 and CIFAR-100
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads what numpy arrays, numbers, bytes, strings and containers are made of, and nothing else."""
-
-    KNOWN = {
-        ("numpy.core.multiarray", "_reconstruct"): numpy.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): numpy.ndarray,
-        ("numpy", "dtype"): numpy.dtype,
-        ("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes for Python 2
-    }
-
-    def find_class(self, module: str, name: str):
-        try:
-            return self.KNOWN[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"a {module}.{name}, which is not unpickled") from None
-
-
 def read_cifar(files: dict[str, list[str]], labels: bytes) -> Callable[[Path, str], Part]:
     def read(folder: Path, part: str) -> Part:
-        batches = []
-        for name in files[part]:
-            content = (folder / name).read_bytes()
-            batches.append(ArrayUnpickler(io.BytesIO(content), encoding="bytes").load())
-        pixels = numpy.concatenate([batch[b"data"] for batch in batches])
-        return pixels.reshape(-1, 3, 32, 32), numpy.concatenate([batch[labels] for batch in batches])
+        batches = [read_batch(folder / name, labels) for name in files[part]]
+        pixels, found = zip(*batches, strict=True)
+        return numpy.concatenate(pixels), numpy.concatenate(found)
 
     return read
+
+
+def read_batch(path: Path, labels: bytes) -> Part:
+    """A pickled dictionary with an array of pixels and a list of labels, as Python 2 wrote it."""
+    batch = Unpickler(read_bytes(path), text="bytes").load()
+    pixels, numbers = (batch.get(name) if isinstance(batch, dict) else None for name in (b"data", labels))
+    if not isinstance(pixels, Array) or pixels.value.dtype != numpy.uint8 or not isinstance(numbers, list):
+        raise ValueError(f"{path.name} without an array of bytes 'data' and a list {labels.decode()!r}")
+    if not all(type(number) is int and 0 <= number < MAX_CLASSES for number in numbers):
+        raise ValueError(f"{path.name} with labels that are no whole numbers from 0 below {MAX_CLASSES:,}")
+    return pixels.value.reshape(-1, 3, 32, 32), numpy.array(numbers, numpy.int64)
 
 
 CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
@@ -128,22 +141,54 @@ CIFAR100 = {"train": ["train"], "test": ["test"]}
 
 
 def read_svhn(folder: Path, part: str) -> Part:
-    content = scipy.io.loadmat(folder / f"{part}_32x32.mat", variable_names=["X", "y"])
-    return content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1) % 10  # the digit 0 has the label 10
+    content = read_bytes(folder / f"{part}_32x32.mat")
+    check_unpacked(content)
+    found = scipy.io.loadmat(io.BytesIO(content), variable_names=["X", "y"])
+    pixels, labels = (found.get(name) for name in ("X", "y"))
+    if not isinstance(pixels, numpy.ndarray) or pixels.dtype != numpy.uint8 or pixels.ndim != 4:
+        raise ValueError("X that is no array of bytes with four axes")
+    if not isinstance(labels, numpy.ndarray) or labels.dtype.kind not in "iu":
+        raise ValueError("y that is no array of whole numbers")
+    return pixels.transpose(3, 2, 0, 1), labels.reshape(-1) % 10  # the digit 0 has the label 10
+
+
+def check_unpacked(content: bytes) -> None:
+    """Raises ValueError if the elements of a MATLAB file unpack to more than a file of its size has room for."""
+    left, place = room(len(content)), HEADER
+    while place + MATLAB.size <= len(content):
+        kind, size = MATLAB.unpack_from(content, place)
+        place += MATLAB.size
+        if kind == COMPRESSED:
+            machine, packed = zlib.decompressobj(), content[place : place + size]
+            while packed and left > 0:
+                left -= len(machine.decompress(packed, 1 << 20))
+                packed = machine.unconsumed_tail
+        place += size
+    if left <= 0:
+        raise ValueError("a MATLAB file that unpacks to many times its size")
 
 
 def read_stl10(folder: Path, part: str) -> Part:
-    pixels = numpy.fromfile(folder / f"{part}_X.bin", numpy.uint8).reshape(-1, 3, 96, 96)
-    return pixels.transpose(0, 1, 3, 2), numpy.fromfile(folder / f"{part}_y.bin", numpy.uint8) - 1
+    pixels = numpy.frombuffer(read_bytes(folder / f"{part}_X.bin"), numpy.uint8).reshape(-1, 3, 96, 96)
+    labels = numpy.frombuffer(read_bytes(folder / f"{part}_y.bin"), numpy.uint8)
+    return pixels.transpose(0, 1, 3, 2), labels.astype(numpy.int64) - 1
 
 
 def read_usps(folder: Path, part: str) -> Part:
     """Lines ``label 1:value 2:value ...`` with labels from 1 and values in [-1, 1], as torchvision rounds them."""
-    lines = bz2.decompress((folder / ("usps.bz2" if part == "train" else "usps.t.bz2")).read_bytes()).split(b"\n")
-    rows = [line.split() for line in lines if line.strip()]
-    values = numpy.array([[word.partition(b":")[2] for word in row[1:]] for row in rows]).astype(numpy.float64)
-    labels = numpy.array([row[0] for row in rows]).astype(numpy.float64)
-    return ((values + 1) / 2 * 255).astype(numpy.uint8).reshape(-1, 1, 16, 16), labels - 1
+    path = folder / ("usps.bz2" if part == "train" else "usps.t.bz2")
+    with open_regular(path) as file:
+        text = unpack(bz2.BZ2File(file), room(os.fstat(file.fileno()).st_size), str(path))
+    values, labels = [], []
+    for line in io.BytesIO(text):
+        label, *words = line.split(maxsplit=USPS_PIXELS) or [b""]
+        if len(words) == USPS_PIXELS:
+            row = numpy.array([word.partition(b":")[2] for word in words]).astype(numpy.float64)
+            values.append(((row.clip(-1, 1) + 1) / 2 * 255).astype(numpy.uint8))
+            labels.append(int(float(label)) - 1)
+        elif line.strip():
+            raise ValueError(f"{path.name} with a line of {len(words)} pixels in place of {USPS_PIXELS}")
+    return numpy.array(values, numpy.uint8).reshape(-1, 1, 16, 16), numpy.array(labels, numpy.int64)
 
 
 def holds_cifar100(folder: Path) -> bool:

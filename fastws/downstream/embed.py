@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +15,9 @@ import fastws
 from fastws.devices import find_device
 from fastws.files.atomic import write_tensors
 from fastws.files.checkpoints import load_plain
+from fastws.files.json import parse
 from fastws.files.limits import DAMAGED
+from fastws.files.safetensors import open_tensors
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.format.zoo import Zoo
 
@@ -210,9 +212,10 @@ def load_embeddings(path: str | Path, rows: int, layout: fastws.Layout) -> Tenso
         ValueError: If the file holds something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None  # noqa: SIM118
-            made_for = json.loads((file.metadata() or {}).get("fastws", "{}")).get("fingerprint", layout.fingerprint)
+            told = parse((file.metadata() or {}).get("fastws", "{}"), "what it says of itself")
+            made_for = told.get("fingerprint", layout.fingerprint)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise ValueError(f"predict: {path} must be a file that fastws embed wrote, got {error}") from error
     if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:

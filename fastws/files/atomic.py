@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +25,11 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     Raises:
         OSError: If the folder cannot be written, or the disk is full; says what to do.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # nobody can foresee the name and put a link there, and what is there already is not opened
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +46,20 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
         raise
     finally:
         remove(temporary)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Opens a file to read it and to add to it, or makes it.
+
+    Raises:
+        OSError: If it is a link, which would lead elsewhere, or no regular file.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path}: file must be a regular one, got a pipe or a device; remove it")
+    return open(descriptor, "a+b")
 
 
 def remove(path: Path) -> None:

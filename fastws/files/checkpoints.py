@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastws.files import json
-from fastws.files.limits import shorten
 from fastws.files.safetensors import Header, open_tensors, read_safetensors_header
 from fastws.files.torch_file import TorchFile
 from fastws.files.values import OtherTensor, Refused
+from fastws.terminal import shorten
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 Entry = TypeVar("Entry")  # what a file holds under a name

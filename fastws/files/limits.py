@@ -70,13 +70,3 @@ def unpack(file: BinaryIO, size: int, where: str) -> bytes:
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{where}: file must be unpacked whole, got {error}; download it again") from error
     return b"".join(pieces)
-
-
-def escape(text: str) -> str:
-    """Text for a terminal: characters that it would obey, or cannot show, are written as escapes."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """Escaped text of at most ``length`` characters, for a sentence."""
-    return escape(text[:length] + ("..." if len(text) > length else ""))

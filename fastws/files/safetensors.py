@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastws.files import json
-from fastws.files.limits import open_regular, shorten
+from fastws.files.limits import open_regular
 from fastws.files.values import MAX_AXES
+from fastws.terminal import shorten
 
 DTYPES = {  # safetensors name: dtype
     "BOOL": torch.bool,

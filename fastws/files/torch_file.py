@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastws.files.limits import DAMAGED, open_regular, room, shorten
+from fastws.files.limits import DAMAGED, open_regular, room
 from fastws.files.unpickle import Unpickler
 from fastws.files.values import Refused, StoredTensor
+from fastws.terminal import shorten
 
 PICKLE, BYTE_ORDER = "data.pkl", "byteorder"  # records of a torch zip file
 KEPT = (PICKLE, BYTE_ORDER)

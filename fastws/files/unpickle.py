@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from fastws.files.limits import room, shorten
+from fastws.files.limits import room
 from fastws.files.values import ALLOWED, Array, ArrayType, Call, Record, Refused, Storage, check_key
+from fastws.terminal import shorten
 
 PUBLISHED = ("checkpoints_to_datasets.", "ghrp.", "model_definitions.", "torch.utils.data.")  # classes read as Record
 STOP = ord(".")
@@ -57,16 +58,19 @@ class Unpickler:
         """
         self.stack, self.marks, self.memo = [], [], {}
         data, handlers = self.data, HANDLERS
-        while self.left >= 0:
-            if self.place >= len(data):
-                raise ValueError("a pickle without its end; copy it again")
-            code = data[self.place]
-            self.place += 1
-            if code == STOP:
-                return self.stack.pop()
-            if code not in handlers:
-                raise ValueError(f"{code:#04x} where a pickle has a code; it is damaged or no pickle")
-            handlers[code](self)
+        try:
+            while self.left >= 0:
+                code = data[self.place]
+                self.place += 1
+                if code == STOP:
+                    return self.stack.pop()
+                handlers[code](self)
+        except IndexError:
+            raise ValueError("a pickle without its end or its values; copy it again") from None
+        except KeyError:
+            if code in handlers:
+                raise
+            raise ValueError(f"{code:#04x} where a pickle has a code; it is damaged or no pickle") from None
         raise Refused("file must hold what its size has room for, got small objects without end; it is refused")
 
     def spend(self, count: int) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastws.files.atomic import write_file
+from fastws.files.json import parse
+from fastws.files.limits import read_bytes
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.layout.roles import describe_source, load_state
 from fastws.ops.tokenize import detokenize, tokenize
@@ -349,7 +351,7 @@ class Layout:
     def load(cls, path: str | os.PathLike) -> "Layout":
         """Reads a layout that ``save`` wrote."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            return cls.from_dict(parse(read_bytes(path), f"{path}: file"))
         except ValueError as error:
             raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error}") from error
 

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fastws.data import encoded
 from fastws.data.images import SPLIT_SEED, read, spaced, white_of
+from fastws.files.limits import read_bytes
 from fastws.nern.augment import DRAWS, mix, randaugment
 from fastws.random.integers import epoch_rows
 from fastws.random.philox import philox_reference
@@ -229,12 +230,11 @@ def decode(paths: list[Path], size: int, words: Tensor | None = None) -> Tensor:
 
 
 def decode_one(path: Path, size: int, draws: list[float] | None) -> numpy.ndarray:
-    try:
-        with Image.open(path) as opened:
-            encoded.check_depth(opened, f"{path}: file")
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a damaged PNG
-        raise ValueError(f"{path}: file must be a readable image, got {error}") from error
+    content = read_bytes(path)
+    with encoded.opened(content, f"{path}: file") as opened:
+        encoded.Budget(len(content)).spend(3 * opened.width * opened.height, f"{path}: file")
+        encoded.check_depth(opened, f"{path}: file")
+        image = opened.convert("RGB")
     box = middle(*image.size) if draws is None else random_part(*image.size, draws)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     if draws is not None and draws[4] < 0.5:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from fastws.checks import is_permutation
 from fastws.files.checkpoints import load_plain
-from fastws.files.limits import DAMAGED
+from fastws.files.json import parse as parse_json
+from fastws.files.limits import DAMAGED, read_bytes
 from fastws.ops.kernel_order import kernel_order, unit_rows
 
 MODES = ("crossfilter", "infilter")
@@ -254,7 +255,7 @@ def check_manifest(folder: Path, weights: Sequence[Tensor], mode: str) -> None:
     if not path.exists():
         return
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(read_bytes(path), f"{path}: file")
         key, theirs, improve = manifest["key"], manifest["mode"], manifest["improve"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: file must hold key, mode and improve, got {error!r}; remove {folder}") from error

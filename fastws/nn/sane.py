@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastws.files.checkpoints import load_plain
+
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile, DDP and a trainer put before a name
 
 
@@ -219,8 +221,9 @@ class SANE(nn.Module):
             path: The ``state.pt`` of a run, or a file with the model's state dict alone.
             heads: Attention heads, the only size that cannot be read from the file.
         """
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return cls.from_state(content.get("model", content), heads)
+        content = load_plain(path)
+        state = content.get("model", content) if isinstance(content, dict) else {}
+        return cls.from_state(state, heads)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], heads: int) -> Self:

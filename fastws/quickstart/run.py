@@ -6,7 +6,6 @@ chosen on the validation split. The sizes of SANE, the share that is erased and 
 validation split of seed 0, never on a test split.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +30,8 @@ from fastws.downstream.embed import (
     save_embeddings,
 )
 from fastws.files.atomic import write_json
+from fastws.files.json import parse
+from fastws.files.limits import read_bytes
 from fastws.quickstart import nern_demo
 from fastws.quickstart import page as report
 from fastws.runs.stages import TIMES, begin, stage
@@ -319,7 +320,7 @@ def command_of(config: Config) -> str:
 
 def read_log(folder: Path) -> list[dict]:
     """The records of SANE's log, without its first line."""
-    return [json.loads(line) for line in (folder / "sane/log.jsonl").read_text().splitlines()[1:]]
+    return [parse(line, "log") for line in read_bytes(folder / "sane/log.jsonl").splitlines()[1:]]
 
 
 def read_curves(config: Config, folder: Path) -> report.Curves:

@@ -97,14 +97,21 @@ def require_equal(name: str, value: int, device: torch.device) -> None:
         raise ValueError(f"train: {name} must be the same in all processes, got {values}; is out a shared folder?")
 
 
+class StopRequest(threading.Event):
+    """Set when a signal has asked to stop; ``number`` is that of the signal."""
+
+    number = signal.SIGTERM  # where another process of the run was asked
+
+
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[StopRequest]:
     """An event that the first SIGINT or SIGTERM sets; the second one does what it always does."""
-    stop = threading.Event()
+    stop = StopRequest()
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     previous = {number: signal.getsignal(number) for number in numbers}
 
     def request(number, frame):
+        stop.number = number
         stop.set()
         signal.signal(number, previous[number])
 

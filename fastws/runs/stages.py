@@ -6,6 +6,9 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 from fastws.files.atomic import write_json
+from fastws.files.json import parse
+from fastws.files.limits import read_bytes
+from fastws.terminal import shorten
 
 TIMES = ("seconds", "cpu_seconds", "attempts")
 
@@ -45,10 +48,14 @@ def stage(folder: Path, name: str, work: Callable[[], dict]) -> dict:
 
 def read(path: Path, *keys: str) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = parse(read_bytes(path), f"{path}: file")
     except ValueError as error:
-        raise ValueError(f"{path}: file must be JSON, got {error}; remove it, and its stage is done again") from error
+        raise ValueError(f"{error}; remove it, and its stage is done again") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
-        what = f"an object with {', '.join(keys)}, got {str(content)[:80]}" if keys else f"an object, got {content!r}"
+        what = (
+            f"an object with {', '.join(keys)}, got {shorten(str(content))}"
+            if keys
+            else f"an object, got a {type(content).__name__}"
+        )
         raise ValueError(f"{path}: file must hold {what}; remove it, and its stage is done again")
     return content

@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 
 import fastws
 from fastws.devices import processor_name
-from fastws.files.atomic import write_atomically, write_file
+from fastws.files.atomic import open_to_append, write_atomically, write_file
 from fastws.files.checkpoints import load_plain
+from fastws.files.json import parse
+from fastws.files.limits import read_bytes
 from fastws.runs import processes
 from fastws.version import __version__
 
@@ -25,7 +28,7 @@ else:
     SummaryWriter = None
 
 
-OWN_HALF = re.compile(r"(checkpoint\.pt|best\.pt|log\.jsonl|results\.json)\.\d+\.tmp")
+OWN_HALF = re.compile(r"(checkpoint\.pt|best\.pt|log\.jsonl|results\.json)\.[0-9a-f]+\.tmp")
 
 
 def make_folder(path: str) -> Path:
@@ -33,9 +36,8 @@ def make_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process of the run may have been faster
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         for half in folder.glob("*.tmp") if processes.rank() == 0 else ():  # of processes that were killed
             if OWN_HALF.fullmatch(half.name):
                 half.unlink(missing_ok=True)
@@ -74,7 +76,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return load_plain(path)
     except ValueError as error:
-        raise ValueError(f"train: {path} must be a checkpoint, got {error}; remove it to start anew") from error
+        got = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"train: {path} must be a checkpoint, got that {got}; remove it to start anew") from error
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -94,6 +97,16 @@ def describe(device: torch.device) -> dict[str, str]:
     }
 
 
+def is_record(line: bytes, done: int) -> bool:
+    """Whether a line of a log is whole, and of a step that was done; the last one of a run that was killed is not."""
+    try:
+        record = parse(line, "line")
+    except ValueError:
+        return False
+    step = record.get("step", 0) if isinstance(record, dict) else None
+    return isinstance(step, int) and step <= done
+
+
 class Log:
     """log.jsonl, and TensorBoard scalars where it is installed.
 
@@ -105,15 +118,15 @@ class Log:
 
     def __init__(self, folder: Path, header: dict[str, Any], done: int):
         path = folder / "log.jsonl"
-        lines = path.read_text().splitlines() if done and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= done]
+        lines = read_bytes(path).splitlines() if done and path.exists() else []
+        kept = [line.decode() for line in lines if is_record(line, done)]
         write_file(path, "".join(line + "\n" for line in kept or [json.dumps(header)]).encode())
-        self.file = open(path, "a")  # noqa: SIM115  closed with the log
+        self.file = open_to_append(path)
         self.board = SummaryWriter(str(folder), purge_step=done + 1) if SummaryWriter else None
 
     def write(self, record: dict[str, Any]) -> None:
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write((json.dumps(record) + "\n").encode())
             self.file.flush()
         except OSError as error:
             raise OSError(

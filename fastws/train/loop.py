@@ -6,7 +6,6 @@ nothing had happened, bit for bit on a CPU.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fastws.runs import processes
+from fastws.terminal import AGAIN, Stopped
 from fastws.train import files
 
 FREE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
@@ -89,7 +89,7 @@ def train(
             are there; the same in all processes.
 
     Raises:
-        SystemExit: If SIGINT or SIGTERM asked to stop; the run can be resumed.
+        Stopped: If SIGINT or SIGTERM asked to stop; the run can be resumed.
         ValueError: If ``out`` holds a run with another config or other data, or a damaged checkpoint.
         OSError: If ``out`` cannot be written, or the disk is full.
         FloatingPointError: If the loss is not finite, or weights to be evaluated or saved are not.
@@ -132,7 +132,7 @@ def train(
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory}
                 files.save(folder / "checkpoint.pt", state)
             if stopping and not last:
-                sys.exit(f"stopped after step {done} of {config.steps}; run the same command again to resume")
+                raise Stopped(f"stopped after step {done} of {config.steps}; {AGAIN}", stop.number)
     return recorder.latest
 
 

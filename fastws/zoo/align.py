@@ -16,12 +16,14 @@ import numpy
 import pyarrow
 import pyarrow.compute
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from fastws.checks import is_permutation
 from fastws.files.atomic import write_tensors
+from fastws.files.json import parse
+from fastws.files.safetensors import open_tensors
 from fastws.matching.canonical import Form, canonical
 from fastws.matching.match import Norms, batch_size, match, objective
 from fastws.symmetry.symmetry import Symmetry
@@ -67,8 +69,8 @@ class Alignment:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: alignment must be there, got none; run fastws zoo align")
         try:
-            with safe_open(path, framework="pt") as file:
-                fields = json.loads((file.metadata() or {})["alignment"])
+            with open_tensors(path) as file:
+                fields = parse((file.metadata() or {})["alignment"], "what it says of itself")
                 tensors = {name: file.get_tensor(name) for name in ("permutations", "before", "after")}
             made_for, version = fields.pop("fingerprint"), fields.pop("format")
             alignment = cls(**fields | {"models": tuple(fields["models"])}, **tensors)

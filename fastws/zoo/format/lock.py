@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from fastws.files.atomic import open_to_append
+from fastws.terminal import shorten
+
 try:
     import fcntl
 except ImportError:  # Windows has no flock; there a second writer goes unnoticed
@@ -22,14 +25,14 @@ def take_lock(path: Path) -> BinaryIO:
     try:
         path.mkdir(parents=True, exist_ok=True)
         while True:
-            lock = open(path / LOCK, "a+b")  # noqa: SIM115, it stays open as long as the writer
+            lock = open_to_append(path / LOCK)  # it stays open as long as the writer
             if fcntl is None:
                 return lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                owner = lock.read().decode().strip() or "unknown"
+                owner = shorten(lock.read(20).decode(errors="replace").strip()) or "unknown"
                 lock.close()
                 raise BlockingIOError(
                     f"{path}: zoo must have one writer, process {owner} has it open; wait for it"

@@ -31,7 +31,7 @@ from fastws.zoo.format.zoo import (
 
 MODELS = "models.parquet"
 OWN = r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)"
-HALF = rf"({OWN}|models\.parquet|zoo\.json|resume\.safetensors|read\.json)\.\d+\.tmp"  # not those of other commands
+HALF = rf"({OWN}|models\.parquet|zoo\.json|resume\.safetensors|read\.json)\.[0-9a-f]+\.tmp"
 OWN_FILES = re.compile(f"{OWN}|{HALF}")
 MERGE = 64  # files of one append each, after which they become one
 

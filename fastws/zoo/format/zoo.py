@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastws.files.atomic import write_atomically
+from fastws.files.parquet import read_rows
 from fastws.files.safetensors import DTYPES, read_safetensors_header
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
@@ -264,13 +265,23 @@ def read_models(path: Path, rows: int) -> pyarrow.Table:
     """The first ``rows`` rows of a properties file: more may have been added since it was listed."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file must be there, {MANIFEST} lists it; restore it")
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: file must be readable as parquet, got {error}; restore it") from error
+    table = read_rows(path, rows)
     if len(table) < rows or "model" not in table.column_names:
         raise ValueError(f"{path}: file must hold {rows} rows with a column 'model', got {len(table)}; restore it")
-    return table.slice(0, rows)
+    check_columns(path, table)
+    return table
+
+
+def check_columns(path: Path, table: pyarrow.Table) -> None:
+    """Raises ValueError unless models have names and epochs are whole numbers."""
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ValueError(f"{path}: columns must have names of their own, got one twice; restore it")
+    types, model = pyarrow.types, table.schema.field("model").type
+    plain = model.value_type if types.is_dictionary(model) else model
+    if not (types.is_string(plain) or types.is_large_string(plain) or types.is_integer(plain) or types.is_null(plain)):
+        raise ValueError(f"{path}: column 'model' must hold names or whole numbers, got {model}; restore it")
+    if "epoch" in table.column_names and not is_number(table.schema.field("epoch").type):
+        raise ValueError(f"{path}: column 'epoch' must hold whole numbers, got {table.schema.field('epoch').type}")
 
 
 # --- writing

@@ -5,10 +5,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fastws.files.atomic import write_tensors
+from fastws.files.atomic import open_to_append, write_tensors
+from fastws.files.safetensors import open_tensors
 from fastws.zoo.making.training import Wave
 
 RESUME, LOG = "resume.safetensors", "log.jsonl"
@@ -24,8 +25,8 @@ def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
     if not (path / RESUME).exists():
         return 0, -1, {}
     try:
-        with safe_open(path / RESUME, framework="pt") as file:
-            place = file.metadata()
+        with open_tensors(path / RESUME) as file:
+            place = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in ("state", "orders")}
             return int(place["first"]), int(place["epoch"]), tensors
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -33,5 +34,5 @@ def read_resume(path: Path) -> tuple[int, int, dict[str, Tensor]]:
 
 
 def log(path: Path, line: Mapping) -> None:
-    with open(path / LOG, "a") as file:
-        file.write(json.dumps({"time": round(time.time(), 3)} | line) + "\n")
+    with open_to_append(path / LOG) as file:
+        file.write((json.dumps({"time": round(time.time(), 3)} | line) + "\n").encode())

@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.files.atomic import write_json
+from fastws.files.json import parse
+from fastws.files.limits import read_bytes
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.version import __version__
@@ -132,11 +134,29 @@ def read_report(path: str | os.PathLike) -> Report:
 
 def read_content(path: Path) -> dict[str, object]:
     names = [part.name for part in fields(Report)]
+    file = path / REPORT
     try:
-        content = json.loads((path / REPORT).read_text())
-        return {name: content[name] for name in names}
+        content = parse(read_bytes(file), "file")
+        checked = {name: content[name] for name in names}
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path / REPORT}: file must be that of zoo read, got {error!r}; remove {path}") from error
+        raise ValueError(f"{file}: file must be that of zoo read, got {error!r}; remove {path}") from error
+    wrong = find_wrong(checked)
+    if wrong:
+        raise ValueError(f"{file}: file must be that of zoo read, got {wrong}; remove {path}")
+    return checked
+
+
+def find_wrong(content: Mapping[str, object]) -> str:
+    """What is not as ``Report.write`` writes it; "" if nothing is."""
+    if not isinstance(content["digest"], str):
+        return "a digest that is no string"
+    for name in ("states", "batches", "submitted"):
+        if type(content[name]) is not int or content[name] < 0:
+            return f"{name} that is no whole number from 0"
+    kinds, bad = (int, str, str), content["bad"]
+    if not isinstance(bad, list) or not all(isinstance(entry, list) and (*map(type, entry),) == kinds for entry in bad):
+        return "states left out that are no lists of a batch, a name and a reason"
+    return ""
 
 
 def collect(out: str | os.PathLike, population: Population, options: ReadOptions) -> Zoo:

@@ -25,7 +25,7 @@ from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
 CONFIG, DECODER = '"config": ', JSONDecoder()  # as json.dumps writes it
-CHECKPOINT = re.compile(r"checkpoint_(\d+)")
+CHECKPOINT = re.compile(r"checkpoint_(\d{1,18})")
 COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
     "train_acc": "train_accuracy",
     "val_acc": "val_accuracy",

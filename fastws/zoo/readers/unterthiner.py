@@ -10,7 +10,9 @@ import pyarrow.csv
 import torch
 from torch import Tensor
 
+from fastws.files.limits import DAMAGED, open_regular
 from fastws.layout.layout import Layout
+from fastws.terminal import shorten
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
 from fastws.zoo.readers.ray import add_gap
@@ -82,9 +84,11 @@ def read_weights(path: Path) -> numpy.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file must be there, got nothing")
     try:
-        weights = numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: file must be a whole numpy file, got {error}; copy it again") from error
+        with open_regular(path):
+            weights = numpy.lib.format.open_memmap(path, mode="r")
+    except (*DAMAGED, OSError, SyntaxError) as error:
+        got = shorten(str(error), 200)
+        raise ValueError(f"{path}: file must be a whole numpy file, got {got}; copy it again") from error
     if weights.ndim != 2 or weights.shape[1] != LENGTH or weights.dtype.str not in DTYPES:
         what, got = f"[n, {LENGTH}] of {', '.join(DTYPES)}", f"{list(weights.shape)} {weights.dtype.str}"
         raise ValueError(f"{path}: array must be {what}, got {got}")
