@@ -1,6 +1,7 @@
 import doctest
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -17,15 +18,21 @@ from torch import nn
 
 import fastws
 from fastws.cli import main
+from fastws.downstream.embed import embed, load_encoder
 from fastws.layout.layout import Layout
 from fastws.matching import match as matching
 from fastws.matching.assignment import PRICED_SIZE, solve
 from fastws.matching.match import match, objective
+from fastws.random.integers import epoch_rows
 from fastws.symmetry.symmetry import Symmetry
 from fastws.symmetry.verify import randomise
+from fastws.train import sane
 from fastws.zoo import Zoo, ZooWriter
-from fastws.zoo.align import ALIGNMENT, Alignment, Config, align, aligned_rows
+from fastws.zoo.align import ALIGNMENT, CANONICAL, Alignment, Config, align, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
+from fastws.zoo.survey.diversity import draw_sample, measure_weights
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 
@@ -378,6 +385,93 @@ def test_zoo_is_aligned_as_a_whole(tmp_path, capsys):
 
 def symmetry_rows(zoo, rows, found):
     return zoo.symmetry.permute(zoo.rows(rows), found, zoo.layout)
+
+
+def test_canonical_form_overwrites_no_matching(tmp_path, capsys):
+    zoo = make_zoo(tmp_path / "zoo")
+    main(["zoo", "align", "--zoo", str(zoo.path), "--canonical", "l2"])
+    assert Alignment.open(zoo).method == "l2"
+    made = align(Config(zoo=str(zoo.path)))
+    main(["zoo", "align", "--zoo", str(zoo.path), "--canonical", "lexicographic"])
+    assert Alignment.open(zoo).method == "matching" and torch.equal(Alignment.open(zoo).permutations, made.permutations)
+    assert Alignment.open(zoo, zoo.path / CANONICAL).method == "lexicographic"
+    capsys.readouterr()
+    main(["zoo", "align", "--zoo", str(zoo.path)])
+    gain = (made.after.mean() - made.before.mean()).item()
+    assert f"after, gained {gain:.4g}" in capsys.readouterr().out
+
+
+def test_rows_are_aligned_part_by_part(tmp_path, monkeypatch):
+    zoo = make_zoo(tmp_path / "zoo")
+    align(Config(zoo=str(zoo.path)))
+    rows = torch.tensor([17, 3, 3, 0, 10, 16, 5])
+    expected = aligned_rows(zoo, rows)
+    monkeypatch.setattr("fastws.zoo.align.ROWS_AT_ONCE", 2 * zoo.layout.num_weights)
+    assert torch.equal(aligned_rows(zoo, rows), expected)
+    assert aligned_rows(zoo, []).shape == (0, zoo.layout.num_weights)
+
+
+# --- alignment in use
+
+
+def test_info_describes_the_alignment(tmp_path, capsys):
+    zoo = make_zoo(tmp_path / "zoo")
+    with pytest.raises(SystemExit, match="alignment must be there, got none; run fastws zoo align"):
+        main(["zoo", "info", "--zoo", str(zoo.path), "--aligned"])
+    main(["zoo", "align", "--zoo", str(zoo.path)])
+    capsys.readouterr()
+    main(["zoo", "info", "--zoo", str(zoo.path), "--aligned"])
+    assert "aligned: matching, reference model m4, highest last test_accuracy" in capsys.readouterr().out
+    sample = draw_sample(zoo, 6, seed=0)
+    stored, aligned = (measure_weights(zoo, sample, aligned) for aligned in (False, True))
+    expected = aligned_rows(zoo, sample.last()).double().std(0, correction=0)
+    torch.testing.assert_close(aligned.std, expected)
+    assert aligned.std.mean() < stored.std.mean() / 10  # noisy copies of one network
+    # no layer's statistics change when its neurons change places
+    torch.testing.assert_close(aligned.statistics, stored.statistics, equal_nan=True)
+
+
+def test_views_permute_aligned_networks(tmp_path):
+    """The stored permutation comes first, the one that a view draws behind it."""
+    zoo = make_zoo(tmp_path / "zoo")
+    found, symmetry = align(Config(zoo=str(zoo.path))).permutations, zoo.symmetry
+    options = {"batch_size": 4, "noise": 0, "standardize": False, "window": 48}  # all tokens
+    config = sane.Config(zoo=str(zoo.path), out=str(tmp_path), aligned=True, **options)
+    source = sane.make_source(config, zoo, CPU)
+    assert torch.equal(source.weights, aligned_rows(zoo, torch.cat([zoo.split("train"), zoo.split("val")])))
+    (second,) = sane.draw(config, source, "train", 3).values[1:]
+    drawn = symmetry.random(8, config.seed, sane.PERMUTATION + 3)[4:]
+    order = epoch_rows(len(zoo.split("train")), 4, config.seed, sane.ORDER, 3)
+    rows = zoo.split("train")[source.rows["train"][order]]
+    composed = symmetry.compose(symmetry.expand(found[rows % MODELS]), drawn)
+    views = source.layout.tokenize(symmetry.permute(zoo.rows(rows), composed, zoo.layout)).values
+    assert torch.equal(second, views)
+    config = replace(config, aligned=False)
+    plain = sane.draw(config, sane.make_source(config, zoo, CPU), "train", 3)
+    assert not torch.equal(plain.values[1], second)
+
+
+def test_embeddings_and_probes_of_aligned_networks(tmp_path, capsys):
+    zoo = make_zoo(tmp_path / "zoo")
+    main(["zoo", "align", "--zoo", str(zoo.path)])
+    options = ["--zoo", str(zoo.path), "--steps", "1", "--batch-size", "2", "--device", "cpu", "--window", "48"]
+    main(["train", "sane", *options, "--size", "tiny", "--out", str(tmp_path / "run"), "--aligned"])
+    model = str(tmp_path / "run/checkpoint.pt")
+    encoder = load_encoder(model)
+    assert encoder.aligned
+    with ZooWriter(tmp_path / "second", zoo.layout, zoo.symmetry, splits=SPLITS) as writer:
+        writer.append(aligned_rows(zoo, range(18)), properties(0, 18))
+    expected = embed(encoder, Zoo.open(tmp_path / "second"), halo=None)
+    assert torch.equal(embed(encoder, zoo, halo=None, aligned=True), expected)
+    assert not torch.equal(embed(encoder, zoo, halo=None), expected)
+    capsys.readouterr()
+    main(["embed", "--model", model, "--zoo", str(zoo.path), "--out", str(tmp_path / "e"), "--device", "cpu"])
+    assert "note: the model was trained on networks as aligned, these are embedded as stored" in capsys.readouterr().out
+    options = ["--targets", "test_accuracy", "--no-statistics", "--device", "cpu", "--model", model]
+    main(["predict", "--zoo", str(zoo.path), "--aligned", *options, "--out", str(tmp_path / "a")])
+    main(["predict", "--zoo", str(tmp_path / "second"), *options, "--out", str(tmp_path / "b")])
+    a, b = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in "ab")
+    assert a == b and {entry["features"] for entry in a} == {"sane", "weights"}
 
 
 def test_reference_and_file_can_be_named(tmp_path):

@@ -19,6 +19,7 @@ from fastws.files.json import parse
 from fastws.files.limits import DAMAGED
 from fastws.files.safetensors import open_tensors
 from fastws.nn.sane import SANE, SANEConfig
+from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
 Pool = Literal["mean", "layers"]
@@ -31,6 +32,7 @@ class Config:
     model: str  # checkpoint.pt of fastws train sane
     zoo: str  # folder of the zoo
     out: str  # file to write, a safetensors file with "embeddings" [M, E] in the order of the zoo's rows
+    aligned: bool = False  # networks in the order that fastws zoo align found, as the model should have been trained
 
     pool: Pool = "mean"  # over all tokens, E numbers; layers: over those of each layer, L * E numbers
     halo: int | None = None  # tokens seen on both sides of a chunk; by default a quarter of the training window
@@ -51,6 +53,7 @@ class Encoder(NamedTuple):
     layout: fastws.Layout
     scale: Tensor  # [L]
     shift: Tensor  # [L]
+    aligned: bool = False  # whether it was trained on aligned networks
 
 
 def run(config: Config) -> None:
@@ -59,8 +62,12 @@ def run(config: Config) -> None:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        embeddings = embed(encoder, zoo, halo=halo, batch_size=config.batch_size, pool=config.pool)
-    save_embeddings(config.out, embeddings, encoder.layout)
+        options = {"batch_size": config.batch_size, "pool": config.pool, "aligned": config.aligned}
+        embeddings = embed(encoder, zoo, halo=halo, **options)
+    save_embeddings(config.out, embeddings, encoder.layout, config.aligned)
+    if encoder.aligned != config.aligned:
+        trained, now = (("aligned" if x else "stored") for x in (encoder.aligned, config.aligned))
+        print(f"note: the model was trained on networks as {trained}, these are embedded as {now}; see --aligned")
     print(f"embeddings {list(embeddings.shape)}: {config.out}")
 
 
@@ -87,7 +94,8 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     except DAMAGED as error:
         got = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {got}") from error
-    return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device))
+    aligned = state["extra"].get("aligned") is True
+    return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device), aligned)
 
 
 def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) -> None:
@@ -104,7 +112,15 @@ def default_halo(encoder: Encoder) -> int:
 
 
 @torch.no_grad()
-def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64, pool: Pool = "mean") -> Tensor:
+def embed(
+    encoder: Encoder,
+    zoo: Zoo,
+    *,
+    halo: int | None,
+    batch_size: int = 64,
+    pool: Pool = "mean",
+    aligned: bool = False,
+) -> Tensor:
     """Embeds all rows of a zoo; shows progress.
 
     Args:
@@ -113,23 +129,25 @@ def embed(encoder: Encoder, zoo: Zoo, *, halo: int | None, batch_size: int = 64,
         halo: Tokens seen on both sides of a chunk; None encodes each network in one pass.
         batch_size: Windows per forward pass.
         pool: ``"mean"`` averages the embeddings of all tokens, as published; ``"layers"`` those of each layer.
+        aligned: Read the networks in the order that ``fastws zoo align`` found.
 
     Returns:
         Means of the token embeddings of each row, ``[M, E]`` or, layer after layer, ``[M, L * E]``, float32, on the
         CPU.
 
     Raises:
+        FileNotFoundError: If ``aligned`` and the zoo has no alignment.
         ValueError: If the zoo is of another architecture, or the halo leaves nothing of the window.
     """
     encoder.layout.require_same(zoo.layout, f"embed: zoo {zoo.path}")
-    window, device = encoder.model.config.window, encoder.scale.device
+    window, device, read = encoder.model.config.window, encoder.scale.device, rows_of(zoo, aligned)
     windows = len(chunk(encoder.layout.num_tokens, window, halo)[0])
     together = max(1, batch_size // windows)
     means = 1 if pool == "mean" else len(encoder.layout.table)
     embeddings = torch.empty(len(zoo), means * encoder.model.config.latent)
     with tqdm(total=len(zoo), desc="embed", unit="network") as bar:
         for rows in torch.arange(len(zoo)).split(together):
-            z = encode(encoder, zoo.rows(rows).to(device), halo=halo, batch_size=batch_size)
+            z = encode(encoder, read(rows).to(device), halo=halo, batch_size=batch_size)
             embeddings[rows] = average(encoder, z, pool).cpu()
             bar.update(len(rows))
     return embeddings
@@ -200,8 +218,8 @@ def compare_distances(features: Tensor, moved: Tensor) -> dict[str, float]:
     }
 
 
-def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout) -> None:
-    metadata = {"fastws": json.dumps({"fingerprint": layout.fingerprint})}
+def save_embeddings(path: str | Path, embeddings: Tensor, layout: fastws.Layout, aligned: bool = False) -> None:
+    metadata = {"fastws": json.dumps({"fingerprint": layout.fingerprint, "aligned": aligned})}
     write_tensors(Path(path), {"embeddings": embeddings}, metadata)
 
 

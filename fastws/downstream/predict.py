@@ -16,6 +16,7 @@ import fastws
 from fastws.devices import find_device
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
 from fastws.files.atomic import write_json
+from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
 PENALTIES = (
@@ -50,6 +51,7 @@ class Config:
     out: str  # folder for results.json
     model: str | None = None  # checkpoint.pt of fastws train sane, whose embeddings are probed
     embeddings: str | None = None  # file of fastws embed, instead of model
+    aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics do not depend on it
 
     statistics: bool = True  # probe mean, variance and quantiles of each layer as well
     apart: bool = False  # statistics of weights and of biases, as the model zoo data set has them, not of both together
@@ -114,21 +116,21 @@ def read_target(zoo: Zoo, name: str) -> Tensor:
 
 def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     """The feature sets that were asked for, ``[M, d]`` each."""
-    features = {}
+    features, read = {}, rows_of(zoo, config.aligned)
     if config.embeddings is not None:
         features["sane"] = load_embeddings(config.embeddings, len(zoo), zoo.layout)
     elif config.model is not None:
         encoder = load_encoder(config.model, find_device(config.device))
-        features["sane"] = embed(encoder, zoo, halo=default_halo(encoder))
+        features["sane"] = embed(encoder, zoo, halo=default_halo(encoder), aligned=config.aligned)
     layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm else "skip")
     if config.statistics:
         parts = [
-            layer_statistics(zoo.rows(rows), layout, padded=config.padded is not None, apart=config.apart)
+            layer_statistics(read(rows), layout, padded=config.padded is not None, apart=config.apart)
             for rows in torch.arange(len(zoo)).split(max(1, WEIGHTS_AT_ONCE // layout.num_weights))
         ]
         features["statistics"] = torch.cat(parts)
     if config.weights:
-        features["weights"] = torch.cat(layers_of(zoo.rows(torch.arange(len(zoo))), layout), 1)
+        features["weights"] = torch.cat(layers_of(read(torch.arange(len(zoo))), layout), 1)
     if not features:
         raise ValueError("predict: features must be asked for, got none; give model, embeddings, statistics or weights")
     return features

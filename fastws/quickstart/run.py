@@ -37,8 +37,7 @@ from fastws.quickstart import page as report
 from fastws.runs.stages import TIMES, begin, stage
 from fastws.train import files, sane
 from fastws.zoo.align import Config as AlignConfig
-from fastws.zoo.align import align, aligned_rows
-from fastws.zoo.format.writer import ZooWriter
+from fastws.zoo.align import align, aligned_rows, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import Config as ZooConfig
 from fastws.zoo.making.make import make
@@ -158,32 +157,23 @@ def align_zoo(config: Config, folder: Path) -> dict:
     if not config.align:
         return {"reference": None}
     alignment = align(AlignConfig(zoo=str(zoo.path)))
-    rows = torch.arange(len(zoo))
-    if not (folder / "aligned").exists() or len(Zoo.open(folder / "aligned")) < len(zoo):
-        splits = {"splits": zoo.splits}
-        with ZooWriter(folder / "aligned", zoo.layout, zoo.symmetry, {"aligned": str(zoo.path)}, **splits) as writer:
-            columns = {name: zoo.properties[name].to_numpy() for name in zoo.properties.column_names}
-            writer.append(aligned_rows(zoo, rows, alignment), columns)
     products = {"before": alignment.before.mean().item(), "after": alignment.after.mean().item()}
     return {"reference": alignment.reference, "chosen": alignment.chosen, "inner_product": products}
 
 
 def train_sane(config: Config, folder: Path) -> dict:
     """an autoencoder of weights, trained on the training networks with permuted and noised views"""
-    zoo = used_zoo(config, folder)
+    zoo = Zoo.open(folder / "zoo")
     window = zoo.layout.with_tokens(None, "skip").num_tokens
     sane.train(sane_config(config, folder, str(zoo.path), window), zoo, torch.device("cpu"))
     return {name: value for record in read_log(folder) for name, value in record.items() if "/" in name}
-
-
-def used_zoo(config: Config, folder: Path) -> Zoo:
-    return Zoo.open(folder / ("aligned" if config.align else "zoo"))
 
 
 def sane_config(config: Config, folder: Path, zoo: str, window: int) -> sane.Config:
     return sane.Config(
         zoo=zoo,
         out=str(folder / "sane"),
+        aligned=config.align,
         steps=config.steps,
         batch_size=config.batch_size,
         lr=config.lr,
@@ -206,15 +196,15 @@ def sane_config(config: Config, folder: Path, zoo: str, window: int) -> sane.Con
 
 def embed_zoo(config: Config, folder: Path) -> dict:
     """one embedding per state of every network"""
-    encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), used_zoo(config, folder)
-    embeddings = embed(encoder, zoo, halo=None, pool=config.pool)
-    save_embeddings(folder / "embeddings.safetensors", embeddings, encoder.layout)
+    encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), Zoo.open(folder / "zoo")
+    embeddings = embed(encoder, zoo, halo=None, pool=config.pool, aligned=config.align)
+    save_embeddings(folder / "embeddings.safetensors", embeddings, encoder.layout, config.align)
     return {"shape": list(embeddings.shape)}
 
 
 def probe(config: Config, folder: Path) -> dict:
     """ridge regression of properties from embeddings, from statistics of the weights and from the weights"""
-    zoo = used_zoo(config, folder)
+    zoo = Zoo.open(folder / "zoo")
     rows = probed_rows(config, zoo)
     values = torch.stack([predict.read_target(zoo, name) for name in TARGETS], 1)
     targets = {split: values[numbers] for split, numbers in rows.items()}
@@ -243,21 +233,20 @@ def probed_rows(config: Config, zoo: Zoo) -> dict[str, Tensor]:
 def make_features(config: Config, folder: Path, zoo: Zoo, rows: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """What is compared: name: split: features ``[n, d]``."""
     embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo), zoo.layout)
-    raw = Zoo.open(folder / "zoo")
     features = {"SANE": {split: embeddings[numbers] for split, numbers in rows.items()}}
     features["s(W)"] = {split: predict.layer_statistics(zoo.rows(r), zoo.layout) for split, r in rows.items()}
-    features["W"] = {split: raw.rows(numbers) for split, numbers in rows.items()}
+    features["W"] = {split: zoo.rows(numbers) for split, numbers in rows.items()}
     if config.align:
-        features["W aligned"] = {split: zoo.rows(numbers) for split, numbers in rows.items()}
+        features["W aligned"] = {split: aligned_rows(zoo, numbers) for split, numbers in rows.items()}
     return features
 
 
 def check_permutations(config: Config, folder: Path) -> dict:
     """how far a permutation of its neurons moves the embedding of a network, which computes the same as before"""
-    encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), used_zoo(config, folder)
+    encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), Zoo.open(folder / "zoo")
     epochs = torch.from_numpy(zoo.properties["epoch"].to_numpy().copy())
     rows = zoo.split("test")
-    weights = zoo.rows(rows[epochs[rows] == config.epochs])
+    weights = rows_of(zoo, config.align)(rows[epochs[rows] == config.epochs])
     permutations = zoo.symmetry.random(len(weights) * config.permutations, config.seed)
     repeated = weights.repeat_interleave(config.permutations, 0)
     permuted = zoo.symmetry.permute(repeated, permutations, zoo.layout)
@@ -324,7 +313,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def read_curves(config: Config, folder: Path) -> report.Curves:
-    zoo = used_zoo(config, folder)
+    zoo = Zoo.open(folder / "zoo")
     rows = torch.cat(list(probed_rows(config, zoo).values()))
     known = predict.read_target(zoo, "test_accuracy")
     epochs = torch.from_numpy(zoo.properties["epoch"].to_numpy().copy()).long()

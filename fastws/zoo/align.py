@@ -3,13 +3,14 @@
 Networks that differ by the order of their neurons are one function. Weight matching finds, by coordinate descent over
 the permutation groups of the architecture, the order that is closest to the reference. A zoo keeps one permutation per
 model, a few kB, beside its weights; ``aligned_rows`` applies them while it reads. The permutations of a canonical form,
-which sorts each network's neurons by themselves, are kept in the same way.
+which sorts each network's neurons by themselves, are kept in the same way, in a file of their own.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -31,6 +32,8 @@ from fastws.zoo.format.zoo import Zoo
 
 FORMAT = 1
 ALIGNMENT = "alignment.safetensors"
+CANONICAL = "canonical.safetensors"
+ROWS_AT_ONCE = 2**26  # weights of networks that are permuted at a time, so that a zoo needs no second copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +62,14 @@ class Alignment:
 
     @classmethod
     def open(cls, zoo: Zoo, path: str | os.PathLike | None = None) -> "Alignment":
-        """Reads what ``align`` wrote; ``path`` is a file, by default ``alignment.safetensors`` in the zoo.
+        """Reads what ``align`` wrote; ``path`` is a file, by default ``alignment.safetensors`` in the zoo, or
+        where there is none ``canonical.safetensors``.
 
         Raises:
             FileNotFoundError: If there is none.
             ValueError: If it is damaged, or was made for another architecture.
         """
-        path = zoo.path / ALIGNMENT if path is None else Path(path)
+        path = find_alignment(zoo) or zoo.path / ALIGNMENT if path is None else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: alignment must be there, got none; run fastws zoo align")
         try:
@@ -123,15 +127,27 @@ def aligned_rows(zoo: Zoo, rows: Tensor | Sequence[int], alignment: Alignment | 
         FileNotFoundError: If the zoo has no alignment.
         ValueError: If a model was added since it was made.
     """
-    alignment = alignment or Alignment.open(zoo)
-    flat, rows = zoo.rows(rows), torch.as_tensor(rows, dtype=torch.int64).flatten()
+    alignment, symmetry = alignment or Alignment.open(zoo), symmetry_of(zoo)
+    rows = torch.as_tensor(rows, dtype=torch.int64).flatten()
     ids = zoo.properties["model"].cast("string").take(pyarrow.array(rows.numpy()))
     places = pyarrow.compute.index_in(ids, value_set=pyarrow.array(alignment.models, "string"))
     if places.null_count:
         new = ids.filter(places.is_null())[0]
         raise ValueError(f"aligned_rows: models must be in the alignment, got {str(new)!r}; run fastws zoo align again")
-    permutations = alignment.permutations[torch.from_numpy(places.to_numpy().copy()).long()]
-    return symmetry_of(zoo).permute(flat, permutations, zoo.layout)
+    flat, places = zoo.rows(rows), torch.from_numpy(places.to_numpy().copy()).long()
+    for part in torch.arange(len(rows)).split(max(1, ROWS_AT_ONCE // zoo.layout.num_weights)):
+        flat[part] = symmetry.permute(flat[part], alignment.permutations[places[part]], zoo.layout)
+    return flat
+
+
+def rows_of(zoo: Zoo, aligned: bool) -> Callable[[Tensor | Sequence[int]], Tensor]:
+    """What reads rows of a zoo: ``zoo.rows``, or ``aligned_rows`` with the alignment of the zoo, which is read once."""
+    return partial(aligned_rows, zoo, alignment=Alignment.open(zoo)) if aligned else zoo.rows
+
+
+def find_alignment(zoo: Zoo) -> Path | None:
+    """The file with the alignment of a zoo: that of a matching, else that of a canonical form, if there is one."""
+    return next((zoo.path / name for name in (ALIGNMENT, CANONICAL) if (zoo.path / name).is_file()), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +156,7 @@ class Config:
 
     zoo: str  # folder
 
-    out: str | None = None  # file to write; by default alignment.safetensors in the zoo
+    out: str | None = None  # file to write; by default alignment.safetensors or canonical.safetensors in the zoo
     reference: str | None = None  # model id; by default the best of the train split, of all models without one
     best: str = "test_accuracy"  # property that says which is the best, by its last value
     canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
@@ -191,8 +207,13 @@ def align(config: Config) -> Alignment:
     results = (torch.cat(parts).contiguous() for parts in (permutations, before, after))
     method = config.canonical or "matching"
     alignment = Alignment(reference, chosen, config.norms, tuple(last), *results, method)
-    alignment.save(zoo, Path(config.out) if config.out else zoo.path / ALIGNMENT)
+    alignment.save(zoo, written(config))
     return alignment
+
+
+def written(config: Config) -> Path:
+    """The file that ``align`` writes; a canonical form has one of its own, so that it overwrites no matching."""
+    return Path(config.out or Path(config.zoo) / (CANONICAL if config.canonical else ALIGNMENT))
 
 
 def symmetry_of(zoo: Zoo) -> Symmetry:
@@ -239,9 +260,11 @@ def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[st
 
 def run(config: Config) -> None:
     alignment = align(config)
-    print(f"{config.out or Path(config.zoo) / ALIGNMENT}: permutations of {len(alignment.models):,} models")
+    print(f"{written(config)}: permutations of {len(alignment.models):,} models")
     if config.canonical is not None:
         print(f"canonical form: {config.canonical}")
     print(f"reference: model {alignment.reference}, {alignment.chosen}")
     before, after = alignment.before.mean(), alignment.after.mean()
-    print(f"mean inner product with the reference: {before:.4g} before, {after:.4g} after")
+    change = f"{'gained' if after >= before else 'lost'} {abs(after - before):.4g}"
+    print(f"mean inner product with the reference: {before:.4g} before, {after:.4g} after, {change}")
+    print("next: --aligned of fastws train sane, embed, predict and zoo info reads the networks in this order")

@@ -20,7 +20,7 @@ from fastws.matching.canonical import canonical_hashes
 from fastws.ops.layer_statistics import layer_statistics
 from fastws.ops.small_cnn_step import small_cnn_logits
 from fastws.small_cnn.table import ACTIVATIONS
-from fastws.zoo.align import ALIGNMENT, aligned_rows
+from fastws.zoo.align import aligned_rows, find_alignment, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import config_of, prepare
 from fastws.zoo.making.recipes import check_choices
@@ -117,8 +117,9 @@ def tensor_names(layout: Layout) -> list[str]:
 # --- weights
 
 
-def measure_weights(zoo: Zoo, sample: Sample) -> Weights:
-    """Reads the states of a sample, epoch by epoch; shows progress."""
+def measure_weights(zoo: Zoo, sample: Sample, aligned: bool = False) -> Weights:
+    """Reads the states of a sample, epoch by epoch, aligned if that is asked for; shows progress."""
+    read = rows_of(zoo, aligned)
     offsets = tensor_offsets(zoo.layout)
     count = len(sample.models)
     statistics = torch.full((len(sample.epochs), count, len(offsets), 7), torch.nan, dtype=torch.float64)
@@ -127,7 +128,7 @@ def measure_weights(zoo: Zoo, sample: Sample) -> Weights:
     for number, rows in enumerate(tqdm(sample.rows.unbind(1), desc="weights", unit="epoch")):
         there = rows >= 0
         weights = torch.full((count, zoo.layout.num_weights), torch.nan, dtype=zoo.dtype)
-        weights[there] = zoo.rows(rows[there])
+        weights[there] = read(rows[there])
         statistics[number] = layer_statistics(weights, offsets)
         if before is not None:
             steps[:, number - 1] = distances(weights, before)
@@ -136,13 +137,14 @@ def measure_weights(zoo: Zoo, sample: Sample) -> Weights:
     last = zoo.rows(rows)
     between = {"raw": pairwise_distances(last)}
     not_aligned = ""
-    if (zoo.path / ALIGNMENT).is_file():
+    if find_alignment(zoo) is not None:
         try:
             between["aligned"] = pairwise_distances(aligned_rows(zoo, rows))
         except ValueError as error:
             not_aligned = str(error)
     permuted = count_repeated(canonical_hashes(last, zoo.symmetry, zoo.layout), rows.tolist())
-    std = torch.cat([part.double().std(0, correction=0) for part in last.split(COLUMNS, 1)])
+    spread = read(rows) if aligned else last
+    std = torch.cat([part.double().std(0, correction=0) for part in spread.split(COLUMNS, 1)])
     return Weights(statistics, steps, std, between, permuted, not_aligned)
 
 

@@ -7,6 +7,7 @@ import numpy
 import pyarrow
 
 from fastws import pages
+from fastws.zoo.align import Alignment
 from fastws.zoo.format.zoo import Zoo, is_number
 from fastws.zoo.survey import report
 from fastws.zoo.survey.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
@@ -19,6 +20,7 @@ class Config:
     zoo: str  # folder
 
     report: str | None = None  # HTML file to write: accuracies, weights, distances, agreement, duplicates
+    aligned: bool = False  # describes the alignment too; the report's weights are those of aligned networks
     models: int = 200  # networks that the report draws and compares, at random
     seed: int = 0  # of that draw
     data: str | None = None  # images to compare predictions on, as in zoo make; by default those of the zoo
@@ -36,7 +38,12 @@ def run(config: Config) -> None:
         if Path(config.report).is_dir():
             raise ValueError(f"zoo info: report must be a file to write, got the folder {config.report}")
     zoo = Zoo.open(config.zoo)
+    alignment = Alignment.open(zoo) if config.aligned else None
     describe(zoo)
+    if alignment is not None:
+        before, after = alignment.before.mean(), alignment.after.mean()
+        print(f"aligned: {alignment.method}, reference model {alignment.reference}, {alignment.chosen}")
+        print(f"mean inner product with the reference: {before:.4g} as stored, {after:.4g} aligned")
     if config.report is not None:
         write_report(config, zoo)
         print(f"report: {config.report}   (open it in a browser)")
@@ -83,5 +90,5 @@ def write_report(config: Config, zoo: Zoo) -> None:
         if config.data is not None:
             raise
         reason = str(error)
-    findings = (measure_weights(zoo, sample), find_duplicates(zoo), functions, reason)
+    findings = (measure_weights(zoo, sample, config.aligned), find_duplicates(zoo), functions, reason)
     report.write(Path(config.report), report.Findings(zoo, sample, config.seed, *findings))
