@@ -30,6 +30,8 @@ from fastws.train import sane
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import ALIGNMENT, CANONICAL, Alignment, Config, align, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
+from fastws.zoo.making.architectures import build
+from fastws.zoo.readers.checkpoints import read_checkpoints
 from fastws.zoo.survey.diversity import draw_sample, measure_weights
 
 CPU = torch.device("cpu")
@@ -472,6 +474,85 @@ def test_embeddings_and_probes_of_aligned_networks(tmp_path, capsys):
     main(["predict", "--zoo", str(tmp_path / "second"), *options, "--out", str(tmp_path / "b")])
     a, b = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in "ab")
     assert a == b and {entry["features"] for entry in a} == {"sane", "weights"}
+
+
+OWN_NETWORK = """
+from torch import nn, zeros
+
+def build():
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), zeros(1, 5)
+
+def build_network():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+def build_number():
+    return 5
+
+NOTHING = None
+"""
+
+
+def read_zoo(folder, make, count=4):
+    """A zoo of files that know names and shapes only."""
+    (folder / "files").mkdir()
+    for number in range(count):
+        torch.save(make().state_dict(), folder / f"files/net{number}.pt")
+    return read_checkpoints(folder / "files", folder / "zoo")
+
+
+@pytest.mark.parametrize(
+    "make, options, units",
+    [
+        (lambda: build("cnn-s", (1, 28, 28)), ["--architecture", "cnn-s"], 38),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)),
+            ["--architecture", "own_network:build"],
+            4,
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+            ["--architecture", "own_network:build_network", "--image-shape", "1", "6", "6"],
+            4,
+        ),
+    ],
+)
+def test_zoo_from_files_is_aligned_by_its_architecture(tmp_path, monkeypatch, make, options, units):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_network.py").write_text(OWN_NETWORK)
+    zoo = read_zoo(tmp_path, make)
+    assert zoo.symmetry is None
+    first = zoo.properties["model"][0].as_py()
+    command = ["zoo", "align", "--zoo", str(zoo.path), "--reference", first]
+    with pytest.raises(SystemExit, match="zoo must have a symmetry, got none; give --architecture to fastws zoo align"):
+        main(command)
+    main([*command, *options])
+    zoo = Zoo.open(zoo.path)
+    assert sum(zoo.symmetry.sizes) == units
+    expected = match(zoo.rows(range(4)), zoo.rows([0])[0], zoo.symmetry, zoo.layout)
+    assert torch.equal(Alignment.open(zoo).permutations, expected[:, :units])
+    main([*command, *options])  # the same again
+    main(command)
+
+
+@pytest.mark.parametrize(
+    "architecture, sentence",
+    [
+        ("mlp", "zoo must be of the given architecture, got another one: symmetry: layout must hold"),
+        ("cnn-xl", "architecture must be one of digits-cnn"),
+        ("own_network:build_number", "own_network:build_number must return a network, or it and its inputs, got int"),
+        ("own_network:NOTHING", "own_network:NOTHING must be a function, got NoneType"),
+        ("own_network:missing", "function must be given as module:function .* got 'own_network:missing'"),
+        ("no_such_module:build", "function must be given as module:function .* got 'no_such_module:build'"),
+    ],
+)
+def test_architecture_of_other_networks(tmp_path, monkeypatch, architecture, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_network.py").write_text(OWN_NETWORK)
+    zoo = read_zoo(tmp_path, lambda: build("cnn-s", (1, 28, 28)), 2)
+    before = (zoo.path / MANIFEST).read_bytes()
+    with pytest.raises(ValueError, match=sentence):
+        align(Config(zoo=str(zoo.path), architecture=architecture))
+    assert (zoo.path / MANIFEST).read_bytes() == before
 
 
 def test_reference_and_file_can_be_named(tmp_path):

@@ -202,12 +202,40 @@ def test_detokenize_takes_the_rest_from_like():
     assert not torch.equal(layout.detokenize(tokens), flat)
 
 
-def test_layout_compiles():
-    layout = Layout.from_checkpoint(small_checkpoint(), 16)
-    flat = layout.flatten(small_checkpoint())
-    layout.tokenize(flat)  # makes what is made on demand
-    compiled = torch.compile(lambda x: layout.tokenize(2 * x).values, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(flat), layout.tokenize(2 * flat).values)
+COMPILED = {  # of a layout, a checkpoint, flat vectors and tokens
+    "tokenize": lambda layout, state, flat, values: layout.tokenize(2 * flat),
+    "detokenize": lambda layout, state, flat, values: layout.detokenize(2 * values),
+    "detokenize, like": lambda layout, state, flat, values: layout.detokenize(2 * values, like=flat),
+    "flatten": lambda layout, state, flat, values: 2 * layout.flatten(state),
+    "unflatten": lambda layout, state, flat, values: layout.unflatten(2 * flat),
+    "mask": lambda layout, state, flat, values: values * layout.mask,
+    "lengths and positions": lambda layout, state, flat, values: (flat.sum(), layout.lengths, layout.positions),
+}
+
+
+@pytest.mark.parametrize("norm", ["keep", "skip"])
+@pytest.mark.parametrize("case", COMPILED)
+def test_layout_compiles_at_first_use(case, norm):
+    def new():
+        layout = Layout.from_checkpoint(small_checkpoint(), 16, norm)
+        return layout, torch.randn(2, layout.num_weights), torch.randn(2, layout.num_tokens, 16)
+
+    layout, flat, values = new()
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[case], fullgraph=True, backend="aot_eager")
+    actual = compiled(layout, small_checkpoint(), flat, values)
+    torch.testing.assert_close(actual, COMPILED[case](new()[0], small_checkpoint(), flat, values), rtol=0, atol=0)
+
+
+def test_compiled_function_tells_layouts_apart():
+    """Of two layouts of equal sizes, each is tokenized by its own table."""
+    a, b = torch.randn(2, 3), torch.randn(3)
+    layouts = [Layout.from_checkpoint(state, 4) for state in ({"weight": a, "bias": b}, {"bias": b, "weight": a})]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda layout, x: layout.tokenize(x), fullgraph=True, backend="aot_eager")
+    flat = torch.randn(9)
+    for layout in (*layouts, *layouts):
+        torch.testing.assert_close(compiled(layout, flat), layout.tokenize(flat), rtol=0, atol=0)
 
 
 def test_layout_is_saved_and_loaded(tmp_path):

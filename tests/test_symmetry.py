@@ -359,6 +359,24 @@ def test_permute_gradients():
     assert torch.equal(grad, symmetry.permute(weights, symmetry.inverse(row), layout))
 
 
+@pytest.mark.parametrize("method", ["permute", "random", "inverse", "compose", "identity"])
+def test_symmetry_compiles_at_first_use(method):
+    module, inputs = build("DenseNet small")
+    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    flat, rows = torch.randn(2, layout.num_weights), symmetry.random(2)
+    call = {
+        "permute": lambda symmetry: symmetry.permute(flat, rows, layout),
+        "random": lambda symmetry: symmetry.permute(flat, symmetry.random(2, 0, 5), layout),
+        "inverse": lambda symmetry: symmetry.inverse(rows),
+        "compose": lambda symmetry: symmetry.compose(rows, rows),
+        "identity": lambda symmetry: symmetry.identity(2) + rows,
+    }[method]
+    torch.compiler.reset()
+    fresh = Symmetry.from_dict(symmetry.to_dict())
+    actual = torch.compile(call, fullgraph=True, backend="aot_eager")(fresh)
+    assert torch.equal(actual, call(symmetry))
+
+
 def test_json_round_trip():
     module, inputs = build("DenseNet small")
     symmetry = Symmetry.trace(module, inputs)

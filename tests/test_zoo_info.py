@@ -12,8 +12,8 @@ from fastws.cli import main
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
-from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.make import make
 from fastws.zoo.survey import figures, info
 
 

@@ -21,6 +21,7 @@ from fastws.layout.roles import describe_source, load_state
 from fastws.ops.tokenize import detokenize, tokenize
 from fastws.tokens import Tokens
 
+CPU = torch.device("cpu")
 FORMAT = 1
 
 
@@ -106,7 +107,7 @@ class Layout:
         check_offsets(self.entries)
         flat = [entry for entry in self.entries if entry.offset >= 0]
         layers = find_layers(self.entries, self.norm)
-        table = make_table(layers, self.token_size)
+        table, held = make_table(layers, self.token_size), {entry for layer in layers for entry in layer}
         derived = {
             "layers": tuple((entry.name, bias and bias.name) for entry, bias in layers),
             "table": table,
@@ -114,29 +115,21 @@ class Layout:
             "num_weights": sum(entry.numel for entry in flat),
             "num_tokens": int(table[-1, 7] + table[-1, 2] * table[-1, 6]) if layers else 0,
             "dtype": flat_dtype(entry.dtype for entry in flat),
+            "_untokenized": tuple((e.offset, e.offset + e.numel) for e in flat if e not in held),
             "_on_device": {},
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """Entries of each token that hold weights, int32 ``[N]``."""
-        layer, _, chunk = self._places
-        full = self.table[:, 3] + (self.table[:, 1] >= 0)
-        return (full[layer] - chunk * self.token_size).clamp(0, self.token_size).int()
+        return self.on(CPU)[1]
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """Number of the token, of its layer and of its output unit, int32 ``[N, 3]`` (arXiv 2406.09997, section 2)."""
-        layer, row, _ = self._places
-        return torch.stack([torch.arange(self.num_tokens, device="cpu"), layer, row], -1).int()
-
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        layer = torch.arange(len(self.table), device="cpu").repeat_interleave(self.table[:, 2] * self.table[:, 6])
-        local = torch.arange(self.num_tokens, device="cpu") - self.table[layer, 7]
-        return layer, local // self.table[layer, 6], local % self.table[layer, 6]
+        return self.on(CPU)[2]
 
     @property
     def mask(self) -> Tensor:
@@ -145,9 +138,7 @@ class Layout:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``table``, ``lengths`` and ``positions`` on a device."""
-        if device not in self._on_device:
-            self._on_device[device] = tuple(x.to(device) for x in (self.table, self.lengths, self.positions))
-        return self._on_device[device]
+        return tables_on(self, device)
 
     # --- checkpoints and tokens
 
@@ -250,12 +241,6 @@ class Layout:
                 flat[..., begin:end] = like[..., begin:end]
         return flat
 
-    @cached_property
-    def _untokenized(self) -> list[tuple[int, int]]:
-        held = {name for layer in self.layers for name in layer}
-        aside = [entry for entry in self.entries if entry.offset >= 0 and entry.name not in held]
-        return [(entry.offset, entry.offset + entry.numel) for entry in aside]
-
     def _check_flat(self, where: str, flat: Tensor) -> None:
         if flat.dim() == 0 or flat.shape[-1] != self.num_weights or not flat.is_floating_point():
             expected = f"[.., {self.num_weights}] floating point"
@@ -354,6 +339,23 @@ class Layout:
             return cls.from_dict(parse(read_bytes(path), f"{path}: file"))
         except ValueError as error:
             raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error}") from error
+
+
+# a function because torch.compile, which calls it while it traces and keeps the result, checks that the arguments of a
+# function are the same objects; of a method it does not check the object, and would take the tables of another layout
+@torch.compiler.assume_constant_result
+def tables_on(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``table``, ``lengths`` and ``positions`` of a layout on a device, made at the first call."""
+    if device not in layout._on_device:
+        table = layout.table
+        layer = torch.arange(len(table), device="cpu").repeat_interleave(table[:, 2] * table[:, 6])
+        local = torch.arange(layout.num_tokens, device="cpu") - table[layer, 7]
+        row, chunk = local // table[layer, 6], local % table[layer, 6]
+        full = table[:, 3] + (table[:, 1] >= 0)
+        lengths = (full[layer] - chunk * layout.token_size).clamp(0, layout.token_size).int()
+        positions = torch.stack([torch.arange(layout.num_tokens, device="cpu"), layer, row], -1).int()
+        layout._on_device[device] = tuple(x.to(device) for x in (table, lengths, positions))
+    return layout._on_device[device]
 
 
 def check_norm(norm: str) -> None:

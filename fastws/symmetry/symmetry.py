@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -13,7 +12,7 @@ from fastws.layout.layout import Layout
 from fastws.layout.roles import storage_key
 from fastws.ops.permute import permute, random_permutations
 from fastws.symmetry.rules import RULES
-from fastws.symmetry.segments import Composites, Segments, arrange, group_names, parse, plan, unit_size
+from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size
 from fastws.symmetry.trace import trace
 from fastws.symmetry.verify import largest_error
 
@@ -32,6 +31,7 @@ class Symmetry:
     Attributes:
         sizes: Units of each group.
         names: A name for each group: the first weight whose rows it moves.
+        starts: Where each group begins in a row of permutations, and where the last one ends.
         axes: For every floating tensor and each of its axes None, or the segments that it consists of: a segment
             ``(group, count, block)`` is ``count * block`` consecutive entries in which the group moves blocks of
             ``block`` entries; those of group None stay. Repeated segments move alike. Segments whose count is less than
@@ -50,6 +50,9 @@ class Symmetry:
     ):
         self.sizes, self.names, self.shapes, self.aliases = sizes, names, shapes, aliases
         self.axes, self.unpermuted = axes, unpermuted
+        self.starts = (0, *accumulate(sizes))
+        moved = [(k, segments) for found in axes.values() for k, segments in enumerate(found) if segments]
+        self._composites = plan([(segments, unit_size(segments) if k else 1) for k, segments in moved], sizes)
         self._devices: dict[torch.device, tuple[Tensor, ...]] = {}
         self._tables: dict[torch.device, tuple[Layout, Tensor]] = {}  # the last layout on each device, and its table
 
@@ -87,11 +90,6 @@ class Symmetry:
 
     # --- rows of permutations
 
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """Where each group begins in a row of permutations, and where the last one ends."""
-        return (0, *accumulate(self.sizes))
-
     @property
     def num_indices(self) -> int:
         """Length of a row of permutations, ``S``."""
@@ -115,7 +113,7 @@ class Symmetry:
         groups = groups[..., :total]
         if self.num_indices == total:
             return groups
-        source, base, lookup, *_ = self._on(groups.device)
+        source, base, lookup, *_ = indices_on(self, groups.device)
         # a composite index is where the unit lies along its axis, and a unit that stays looks up its own place
         padded = torch.nn.functional.pad(groups, (0, 1))
         return torch.cat([groups, lookup[padded[..., source] + base]], -1)
@@ -124,14 +122,14 @@ class Symmetry:
         """The permutations that undo ``permutations``."""
         permutations = self.expand(permutations)
         groups = permutations[..., : self.starts[-1]]
-        *_, first, unit = self._on(groups.device)
+        *_, first, unit = indices_on(self, groups.device)
         return self.expand(torch.empty_like(groups).scatter_(-1, groups + first, unit.expand_as(groups)))
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """The permutations that do what ``first`` and then ``second`` do: ``first[second[c]]``."""
         first, second = self.expand(first), self.expand(second)
         total = self.starts[-1]
-        *_, begin, _ = self._on(first.device)
+        *_, begin, _ = indices_on(self, first.device)
         return self.expand(first[..., :total].gather(-1, second[..., :total] + begin))
 
     # --- checkpoints
@@ -161,7 +159,7 @@ class Symmetry:
             raise ValueError(f"symmetry: permutations must be [S] or [B, S] on {flat.device}, got {got}")
         (count,) = counts
         rows = rows.expand(count, -1).contiguous()
-        permuted = permute(flat.expand(count, -1).contiguous(), self._table_on(layout, flat.device), rows)
+        permuted = permute(flat.expand(count, -1).contiguous(), table_on(self, layout, flat.device), rows)
         return permuted if flat.dim() == 2 or permutations.dim() == 2 else permuted[0]
 
     def permute_state(self, state: Mapping[str, Tensor], permutations: Tensor) -> dict[str, Tensor]:
@@ -309,30 +307,32 @@ class Symmetry:
 
     # --- where permutations lie in a row
 
-    @cached_property
-    def _composites(self) -> Composites:
-        axes = [(k, segments) for found in self.axes.values() for k, segments in enumerate(found) if segments]
-        return plan([(segments, unit_size(segments) if k else 1) for k, segments in axes], self.sizes)
-
     def _place(self, segments: Segments, rows: bool) -> tuple[int, int, int]:
         """Where the permutation of an axis begins in a row of permutations, its length, and entries per unit."""
         block = 1 if rows else unit_size(segments)
         units = sum(count * width for _, count, width in segments) // block
         return self._composites.first[segments, block], units, block
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Of the composites source, base and lookup; of the groups first index and number of each unit."""
-        if device not in self._devices:
-            sizes = torch.tensor(self.sizes, dtype=torch.int64)
-            first = torch.tensor(self.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
-            unit = (torch.arange(self.starts[-1]) - first).int()
-            plan = self._composites
-            self._devices[device] = tuple(x.to(device) for x in (plan.source, plan.base, plan.lookup, first, unit))
-        return self._devices[device]
 
-    def _table_on(self, layout: Layout, device: torch.device) -> Tensor:
-        """``tensor_table`` on a device; that of the last layout is kept, because it takes longer than permuting."""
-        kept = self._tables.get(device)
-        if kept is None or kept[0] is not layout:
-            kept = self._tables[device] = layout, self.tensor_table(layout).to(device)
-        return kept[1]
+# functions, not methods: see tables_on in layout.py
+
+
+@torch.compiler.assume_constant_result
+def indices_on(symmetry: Symmetry, device: torch.device) -> tuple[Tensor, ...]:
+    """Of the composites source, base and lookup; of the groups first index and number of each unit."""
+    if device not in symmetry._devices:
+        sizes = torch.tensor(symmetry.sizes, dtype=torch.int64)
+        first = torch.tensor(symmetry.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
+        unit = (torch.arange(symmetry.starts[-1]) - first).int()
+        made = symmetry._composites
+        symmetry._devices[device] = tuple(x.to(device) for x in (made.source, made.base, made.lookup, first, unit))
+    return symmetry._devices[device]
+
+
+@torch.compiler.assume_constant_result
+def table_on(symmetry: Symmetry, layout: Layout, device: torch.device) -> Tensor:
+    """``tensor_table`` on a device; that of the last layout is kept, because it takes longer than permuting."""
+    kept = symmetry._tables.get(device)
+    if kept is None or kept[0] is not layout:
+        kept = symmetry._tables[device] = layout, symmetry.tensor_table(layout).to(device)
+    return kept[1]

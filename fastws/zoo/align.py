@@ -28,7 +28,10 @@ from fastws.files.safetensors import open_tensors
 from fastws.matching.canonical import Form, canonical
 from fastws.matching.match import Norms, batch_size, match, objective
 from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.format.rows import last_rows
+from fastws.zoo.format.writer import store_symmetry
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.given import trace_network
 
 FORMAT = 1
 ALIGNMENT = "alignment.safetensors"
@@ -159,6 +162,9 @@ class Config:
     out: str | None = None  # file to write; by default alignment.safetensors or canonical.safetensors in the zoo
     reference: str | None = None  # model id; by default the best of the train split, of all models without one
     best: str = "test_accuracy"  # property that says which is the best, by its last value
+    architecture: str | None = None  # of a zoo without symmetry: that of zoo make, or module:function, which returns it
+    image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
+    num_classes: int = 10  # its logits, if it is one of zoo make
     canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
     norms: Norms = "exclude"  # running means and variances: whether they count in the distance
     sweeps: int = 100  # most visits of each permutation group
@@ -177,12 +183,17 @@ def align(config: Config) -> Alignment:
     All states of a model get the permutation of its last one, so that its path through training stays a path.
 
     Raises:
-        ValueError: If the zoo has no symmetry or no models, or there is no such reference or property.
+        ValueError: If the zoo has no symmetry or no models, the architecture is another one, or there is no such
+            reference or property.
         OSError: If the file cannot be written.
     """
     if config.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"zoo align: device must be cpu where no GPU is, got {config.device!r}")
     zoo = Zoo.open(config.zoo)
+    if config.architecture is not None:
+        _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes)
+        store_symmetry(zoo.path, symmetry)
+        zoo = Zoo.open(config.zoo)
     symmetry, layout, last = symmetry_of(zoo), zoo.layout, last_rows(zoo)
     reference, chosen = choose_reference(config, zoo, last)
     target = zoo.rows([last[reference]])[0].to(config.device)
@@ -218,24 +229,9 @@ def written(config: Config) -> Path:
 
 def symmetry_of(zoo: Zoo) -> Symmetry:
     if zoo.symmetry is None:
-        fix = "write it with that of Symmetry.trace, or read it with --architecture"
+        fix = "give --architecture to fastws zoo align, or write it with that of Symmetry.trace"
         raise ValueError(f"{zoo.path}: zoo must have a symmetry, got none; {fix}")
     return zoo.symmetry
-
-
-def last_rows(zoo: Zoo) -> dict[str, int]:
-    """The row of each model's last epoch; of its last row, where epochs are not known."""
-    models = zoo.properties["model"].cast("string").to_pylist()
-    known = "epoch" in zoo.properties.column_names
-    epochs = zoo.numbers("epoch") if known else numpy.arange(len(models))
-    epochs = numpy.where(numpy.isnan(epochs), -numpy.inf, epochs).tolist()
-    last: dict[str, int] = {}
-    for row, model in enumerate(models):
-        if model not in last or epochs[row] >= epochs[last[model]]:
-            last[model] = row
-    if not last:
-        raise ValueError(f"{zoo.path}: zoo must hold networks, got none")
-    return last
 
 
 def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[str, str]:

@@ -314,3 +314,27 @@ class ZooWriter:
             if OWN_FILES.fullmatch(file.name) and file.name not in listed:
                 file.unlink()
         sync_folder(self.path)
+
+
+def store_symmetry(path: str | os.PathLike, symmetry: Symmetry) -> None:
+    """Gives a symmetry to a zoo that was written without one.
+
+    Raises:
+        ValueError: If the zoo has another symmetry, or other tensors than the symmetry.
+        OSError: If the folder cannot be written.
+        BlockingIOError: If another process is writing it.
+    """
+    path = Path(path)
+    lock = take_lock(path)
+    try:
+        manifest, layout = read_manifest(path), Zoo.open(path).layout
+        try:
+            symmetry.require_same(layout)
+        except ValueError as error:
+            raise ValueError(f"{path}: zoo must be of the given architecture, got another one: {error}") from None
+        if manifest["symmetry"] is None:
+            write_json(path / MANIFEST, manifest | {"symmetry": symmetry.to_dict()})
+        elif Symmetry.from_dict(manifest["symmetry"]) != symmetry:
+            raise ValueError(f"{path}: zoo must have no symmetry or the same one, got another; leave architecture out")
+    finally:
+        release_lock(path, lock)

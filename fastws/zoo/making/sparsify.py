@@ -22,8 +22,8 @@ from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, kl_divergence, sp
 from fastws.small_cnn.steps import OPTIMIZERS
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.version import __version__
-from fastws.zoo.align import last_rows
 from fastws.zoo.format.manifest import MANIFEST, read_manifest
+from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import Config as MakeConfig

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from fastws.files.torch_file import TorchFile
 from fastws.files.values import Refused
 from fastws.layout.layout import Layout
-from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.making.architectures import Architecture, build
+from fastws.zoo.making.given import trace_network
 from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, read_hub
 from fastws.zoo.readers.collect import REPORT, ReadOptions, read_report
 from fastws.zoo.readers.pickled import find_parts, read_pickle
@@ -36,7 +33,7 @@ class Config:
     epochs: tuple[int, ...] = ()  # of raw zoos; all by default
     properties: tuple[str, ...] = ()  # of raw zoos; all by default
     like: str | None = None  # a checkpoint of the architecture; by default the first that is readable
-    architecture: Architecture | None = None  # of zoo make, instead of like; the zoo can then be aligned
+    architecture: str | None = None  # instead of like: that of zoo make, or module:function; gives a symmetry
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
     num_classes: int = 10  # its logits
     model: Literal["file", "folder"] = "file"  # what one network is in a folder of checkpoints
@@ -56,9 +53,8 @@ class Config:
         """What the networks are like, and what all readers have in common."""
         like, symmetry = self.like, None
         if self.architecture is not None:
-            # dropout and activations have no weights; relu is what all architectures can have
-            network = build(self.architecture, self.image_shape, num_classes=self.num_classes, activation="relu")
-            like, symmetry = Layout.from_checkpoint(network), Symmetry.trace(network, torch.zeros(1, *self.image_shape))
+            network, symmetry = trace_network(self.architecture, self.image_shape, self.num_classes)
+            like = Layout.from_checkpoint(network)
         return like, ReadOptions(self.on_bad, self.threshold, self.threads, symmetry=symmetry)
 
 

@@ -1,0 +1,56 @@
+"""Networks that a user names: an architecture of ``zoo make``, or a function of their own as ``module:function``."""
+
+import os
+import sys
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.making.architectures import build
+
+
+def make_network(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, object]:
+    """A network, and inputs that it takes.
+
+    Args:
+        architecture: A name that ``build`` knows, or ``module:function``. The function is called without arguments, and
+            returns a network that takes images, or a pair of a network and its example inputs, as ``Symmetry.trace``
+            takes them. Its module may lie in the current folder.
+        image_shape: Channels, height and width.
+        num_classes: Logits of an architecture that ``build`` makes.
+
+    Raises:
+        ValueError: If there is no such architecture, module or function, or it returns something else.
+    """
+    images = torch.zeros(1, *image_shape)
+    if ":" not in architecture:
+        # dropout and activations have no weights; relu is what all architectures can have
+        return build(architecture, image_shape, num_classes=num_classes, activation="relu"), images
+    made = find_function(architecture)()
+    network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, images)
+    if not isinstance(network, nn.Module):
+        got = type(network).__name__
+        raise ValueError(f"architecture: {architecture} must return a network, or it and its inputs, got {got}")
+    return network, inputs
+
+
+def find_function(name: str) -> object:
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a command that is installed does not look there by itself
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        what = f"module:function of a module in {os.getcwd()} or an installed one"
+        raise ValueError(f"architecture: function must be given as {what}, got {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"architecture: {name} must be a function, got {type(found).__name__}")
+    return found
+
+
+def trace_network(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, Symmetry]:
+    """The network of ``make_network`` and its symmetry."""
+    network, inputs = make_network(architecture, image_shape, num_classes)
+    return network, Symmetry.trace(network, inputs)
