@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastws
 from fastws.downstream.embed import Encoder, chunk, default_halo, encode, load_encoder
-from fastws.files.checkpoints import DAMAGED, load_plain
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
 from fastws.layout.layout import Layout
 from fastws.nn.hyper_representation import HyperRepresentation, HyperRepresentationConfig
 
