@@ -87,7 +87,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Representation
     if not Path(path).is_file():
         raise FileNotFoundError(f"representation: {expected}, got no file {path}")
     try:
-        state = load_plain(path, mmap=True)
+        state = load_plain(path)
         extra = state["extra"]
         if "sane" in extra:
             return Tokens(load_encoder(path, device), bool(extra.get("aligned", False)))
