@@ -2,6 +2,7 @@
 #   make demo    trains a zoo of small networks and SANE on it, and writes runs/quickstart/report.html
 #   make test    all tests: native kernels, references alone, Triton interpreted, CUDA compiled
 #   make bench   all benchmarks of this machine, rows to benchmarks/results
+#   make fuzz    50,000 damaged files for all readers, in minutes
 #   make lint    ruff and clang-format
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,7 +11,7 @@ SOURCES = $(wildcard csrc/*.h csrc/*/*.* csrc/cpu/random/*)
 # the architecture to compile CUDA kernels for, where nvcc is found; a GPU is not needed
 export FASTWS_CUDA_ARCHS ?= 90a
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench fuzz lint install clean
 
 install: .venv/installed
 
@@ -34,6 +35,9 @@ OP_TESTS = $(patsubst fastws/ops/%.py,tests/test_%.py,$(filter-out %/__init__.py
 bench: install
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 	$(BIN)/python benchmarks/report.py
+
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --mutants 50000
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     with open_regular(path):
         pass
     try:
-        opened = pyarrow.parquet.ParquetFile(path)
+        opened = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         metadata = opened.metadata
         sizes = (metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
         unpacked = sum(max(0, size) for size in sizes)

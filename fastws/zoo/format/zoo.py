@@ -301,4 +301,4 @@ def write_weights(path: Path, parts: Iterable[Tensor], shape: tuple[int, int], d
 
 def write_models(path: Path, table: pyarrow.Table) -> None:
     with write_atomically(path, table.nbytes) as file:
-        pyarrow.parquet.write_table(table, file, compression="zstd")
+        pyarrow.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)

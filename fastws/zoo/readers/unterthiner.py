@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 
 import numpy
@@ -86,7 +87,7 @@ def read_weights(path: Path) -> numpy.ndarray:
     try:
         with open_regular(path):
             weights = numpy.lib.format.open_memmap(path, mode="r")
-    except (*DAMAGED, OSError, SyntaxError) as error:
+    except (*DAMAGED, OSError, SyntaxError, TokenError) as error:  # the header is a Python dictionary
         got = shorten(str(error), 200)
         raise ValueError(f"{path}: file must be a whole numpy file, got {got}; copy it again") from error
     if weights.ndim != 2 or weights.shape[1] != LENGTH or weights.dtype.str not in DTYPES:
