@@ -3,10 +3,29 @@
 import math
 import re
 
-import torch
 from torch import Tensor
 
-from fastws.symmetry.tracer import Call, Fields, Tracer, moving, not_understood
+from fastws.symmetry.picking import (
+    as_strided,
+    cat,
+    col2im,
+    counts,
+    create,
+    embedding,
+    embedding_bag,
+    expand,
+    gather,
+    im2col,
+    index,
+    index_put,
+    move,
+    order,
+    pad,
+    picks,
+    scatter,
+    stack,
+)
+from fastws.symmetry.tracer import Call, Fields, Tracer, moving, not_understood, tensors_in
 
 Labelled = tuple[Fields, list[int]]  # fields and shape of a tensor
 
@@ -16,108 +35,10 @@ def same(call: Call, fields: Fields) -> list[Fields]:
 
 
 def pointwise(tracer: Tracer, call: Call) -> list[Fields]:
-    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+    tensors = list(tensors_in((call.args, call.kwargs)))
+    if tensors and all(id(x) in tracer.uniform for x in tensors):
+        tracer.uniform |= {id(result) for result in call.results}
     return same(call, tracer.join((tracer.fields(x), x.shape) for x in tensors))
-
-
-def create(tracer: Tracer, call: Call) -> list[Fields]:
-    """A constant looks the same whatever is permuted: each of its axes has free units."""
-    return [tracer.fresh(result.shape) for result in call.results]
-
-
-# --- operations that move entries
-
-
-def moved(tracer: Tracer, call: Call, fields: Fields) -> list[Fields]:
-    """Applies the operation to the fields of its first argument."""
-    results: list[Fields] = [[] for _ in call.results]
-    args = on_cpu(call.args[1:])
-    for field in fields:
-        field = field.expand(call.x.shape)
-        if call.function._schema.name in ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias"):
-            pieces = [field.reshape(call.output.shape)]  # a field has other strides than its tensor
-        else:
-            piece = call.function(field, *args, **call.kwargs)
-            pieces = [piece] if isinstance(piece, Tensor) else piece
-        for result, piece in zip(results, pieces, strict=True):
-            result += tracer.simplify([piece])
-    return results
-
-
-def on_cpu(args):
-    """Arguments for an operation on fields, which lie on the CPU whatever the device of the module is."""
-    if isinstance(args, list | tuple):
-        return [on_cpu(arg) for arg in args]
-    return args.cpu() if isinstance(args, Tensor) else args
-
-
-def move(tracer: Tracer, call: Call) -> list[Fields]:
-    in_place = call.function._schema.name.endswith("_")  # then the first argument has its new shape already
-    if in_place or call.get("dtype") is not None:
-        return not_understood(tracer, call)
-    return moved(tracer, call, tracer.fields(call.x))
-
-
-def expand(tracer: Tracer, call: Call) -> list[Fields]:
-    """``expand`` and ``repeat``: an axis of copies has free units."""
-    missing = call.output.dim() - call.x.dim()
-    sizes = [1] * missing + list(call.x.shape)
-    copies = [axis for axis, size in enumerate(sizes) if size == 1]
-    return [moved(tracer, call, tracer.fields(call.x))[0] + tracer.fresh(call.output.shape, copies)]
-
-
-def index(tracer: Tracer, call: Call) -> list[Fields]:
-    """Indexing by tensors: nothing moves along the indexed axes."""
-    if isinstance(call.args[1], int):  # index_select
-        axes = [call.args[1] % call.x.dim()]
-    else:
-        axes, axis = [], 0
-        for by in call.args[1]:
-            width = by.dim() if by is not None and by.dtype == torch.bool else 1
-            axes += range(axis, axis + width) if by is not None else []
-            axis += width
-    return moved(tracer, call, tracer.without(tracer.fields(call.x), axes, f"{call.function} picks entries of it"))
-
-
-def embedding(tracer: Tracer, call: Call) -> list[Fields]:
-    lead = [1] * call.args[1].dim()
-    fields = tracer.without(tracer.fields(call.x), [0])
-    return [[field.view(*lead, field.shape[1]) for field in fields]]
-
-
-def cat(tracer: Tracer, call: Call) -> list[Fields]:
-    tensors = [tensor for tensor in call.args[0] if tensor.numel() > 0]
-    axis = call.get("dim", 0) % call.output.dim()
-    pieces, others = [], []
-    for tensor in tensors:
-        mixed = tracer.outermost(tracer.fields(tensor), [axis])
-        along = [field for field in mixed if moving(field) == [axis]]
-        for field in along[1:]:  # an axis of two kinds of units keeps the outer
-            tracer.units.hold(field)
-        shape = [size if a == axis else 1 for a, size in enumerate(tensor.shape)]
-        pieces.append(along[0] if along else torch.zeros(shape, dtype=torch.int64))
-        rest = [1 if a == axis else size for a, size in enumerate(tensor.shape)]
-        others.append(([field for field in mixed if moving(field) != [axis]], rest))
-    return [tracer.simplify([torch.cat(pieces, axis)]) + tracer.join(others)]
-
-
-def stack(tracer: Tracer, call: Call) -> list[Fields]:
-    axis = call.get("dim", 0) % call.output.dim()
-    shape = [1 if a == axis else size for a, size in enumerate(call.output.shape)]
-    operands = [([field.unsqueeze(axis) for field in tracer.fields(tensor)], shape) for tensor in call.args[0]]
-    return [tracer.join(operands)]
-
-
-def pad(tracer: Tracer, call: Call) -> list[Fields]:
-    """Padding with a constant: along an axis that moves the new entries are free units."""
-    padding, results = list(call.args[1]), []
-    for field in tracer.fields(call.x):
-        sides = [side if field.shape[-1 - i // 2] > 1 else 0 for i, side in enumerate(padding)]
-        field = torch.constant_pad_nd(field, sides, -1)
-        holes = field < 0
-        field[holes] = tracer.units.new(int(holes.sum()))
-        results.append(field)
-    return [results]
 
 
 # --- operations that mix entries
@@ -127,16 +48,15 @@ def reduce(tracer: Tracer, call: Call) -> list[Fields]:
     return same(call, tracer.reduce(tracer.fields(call.x), call.axes(), call.get("keepdim", False)))
 
 
-def ordered_reduce(tracer: Tracer, call: Call) -> list[Fields]:
-    """Reductions that also tell where they found their value."""
-    fields = tracer.without(tracer.fields(call.x), call.axes(), f"{call.function} counts along it")
-    return same(call, tracer.reduce(fields, call.axes(), call.get("keepdim", False)))
-
-
 def ordered(tracer: Tracer, call: Call) -> list[Fields]:
     """Cumulative sums, sorts: the entries along an axis have an order."""
     axes = call.axes() if call.get("dim") is not None else [call.x.dim() - 1]
-    return same(call, tracer.without(tracer.fields(call.x), axes, f"{call.function} counts along it"))
+    return same(call, tracer.without(tracer.fields(call.x), axes, counts(call)))
+
+
+def extremes(tracer: Tracer, call: Call) -> list[Fields]:
+    """The largest or least along an axis, or of two tensors."""
+    return pointwise(tracer, call) if call.get("other") is not None else order(tracer, call)
 
 
 def triangle(tracer: Tracer, call: Call) -> list[Fields]:
@@ -196,6 +116,58 @@ def vector(tracer: Tracer, call: Call) -> list[Fields]:
     return [tracer.reduce(product, [left.dim() - 1])]
 
 
+def matrix_vector(tracer: Tracer, call: Call) -> list[Fields]:
+    """``bias + matrix @ vector``."""
+    bias, matrix, right = call.args[:3]
+    column = [field.unsqueeze(-1) for field in tracer.fields(right)], [*right.shape, 1]
+    total = contract(tracer, (tracer.fields(matrix), matrix.shape), column, None)
+    return [tracer.join([([field[..., 0] for field in total], call.output.shape), (tracer.fields(bias), bias.shape)])]
+
+
+def batched_sum(tracer: Tracer, call: Call) -> list[Fields]:
+    """``bias + (left @ right).sum(0)``."""
+    bias, left, right = call.args[:3]
+    total = contract(tracer, (tracer.fields(left), left.shape), (tracer.fields(right), right.shape), None)
+    return [tracer.join([(tracer.reduce(total, [0]), call.output.shape), (tracer.fields(bias), bias.shape)])]
+
+
+def outer(tracer: Tracer, call: Call) -> list[Fields]:
+    """``bias + left x right``."""
+    bias, left, right = call.args[:3]
+    rows = [field.unsqueeze(-1) for field in tracer.fields(left)], [len(left), 1]
+    return [tracer.join([rows, (tracer.fields(right), right.shape), (tracer.fields(bias), bias.shape)])]
+
+
+def trilinear(tracer: Tracer, call: Call) -> list[Fields]:
+    """An entry-wise product of three tensors, each with axes of length 1 put in, summed over some axes."""
+    operands = []
+    for tensor, new in zip(call.args[:3], call.args[3:6], strict=True):
+        fields, shape = tracer.fields(tensor), list(tensor.shape)
+        for axis in new:
+            fields = [field.unsqueeze(axis) for field in fields]
+            shape.insert(axis, 1)
+        operands.append((fields, shape))
+    return [tracer.reduce(tracer.join(operands), call.args[6])]
+
+
+def distances(tracer: Tracer, call: Call) -> list[Fields]:
+    """Distances between the rows of two tensors: sums over the last axis."""
+    left, right = call.args[:2]
+    columns = [field.transpose(-1, -2) for field in tracer.fields(right)], right.mT.shape
+    return [contract(tracer, (tracer.fields(left), left.shape), columns, None)]
+
+
+def grouped_mm(tracer: Tracer, call: Call) -> list[Fields]:
+    """``[rows, k] @ [experts, k, n]``: stretches of rows, each with the matrix of its expert."""
+    left, right = call.args[:2]
+    if (left.dim(), right.dim()) != (2, 3):
+        return not_understood(tracer, call)
+    fields = tracer.without(tracer.fields(right), [0], picks(call))
+    matrix = [field[0] for field in fields], right.shape[1:]
+    rows = tracer.without(tracer.fields(left), [0], picks(call))
+    return [contract(tracer, (rows, left.shape), matrix, call.get("bias"))]
+
+
 def weight_norm(tracer: Tracer, call: Call) -> list[Fields]:
     direction, scale = call.args[:2]
     fields = tracer.outermost(tracer.fields(direction), range(direction.dim()))
@@ -215,6 +187,10 @@ def convolution(tracer: Tracer, call: Call) -> list[Fields]:
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     inputs, outputs = x.shape[1] // groups, call.output.shape[1] // groups
+    within = False
+    if groups > 1 and inputs > 1 and not transposed:
+        within = len(tracer.grouped) in tracer.within
+        tracer.grouped.append(tracer.raw(weight))
     fields = tracer.without(tracer.fields(x), range(2, x.dim()))
     fields = tracer.outermost(fields, [1])
     batch = [field for field in fields if moving(field) == [0]]
@@ -225,7 +201,12 @@ def convolution(tracer: Tracer, call: Call) -> list[Fields]:
             kernel.append(field.view(groups, 1, inputs) if transposed else field.view(groups, outputs, 1))
         else:
             kernel.append(field.view(1, outputs, 1) if transposed else field.view(1, 1, inputs))
-    product = tracer.join([(channels, [groups, 1, inputs]), (kernel, [groups, outputs, inputs])])
+    if within:  # channels move alike in all groups, those that come out in each group for themselves
+        for field in channels:
+            tracer.units.unite(field, field[:1])
+        channels = tracer.simplify(channels)
+        tracer.seen |= {id(group): group for field in kernel for group in field.split(1) if field.shape[0] > 1}
+    product = tracer.join([(channels, [1 if within else groups, 1, inputs]), (kernel, [groups, outputs, inputs])])
     total = tracer.reduce(product, [2])
     result = [field.expand(groups, outputs).reshape(1, -1, *[1] * (x.dim() - 2)) for field in total]
     if bias is not None:
@@ -278,36 +259,59 @@ def named(rule, names: str) -> dict:
     return dict.fromkeys(names.split(), rule)
 
 
-RULES = {
-    **named(pointwise, "pointwise copy _to_copy fill zero clone where masked_fill floor_divide"),
-    **named(pointwise, "_prelu_kernel hardswish log_sigmoid_forward"),
-    **named(create, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full"),
-    **named(create, "new_empty scalar_tensor"),
+MOVES = {
     **named(move, "view _unsafe_view _reshape_alias permute transpose t numpy_T unsqueeze squeeze select slice alias"),
-    **named(move, "split split_with_sizes unsafe_split chunk unbind flip roll unfold diagonal pixel_shuffle detach"),
-    **named(move, "pixel_unshuffle channel_shuffle native_channel_shuffle repeat_interleave lift_fresh rot90"),
+    **named(move, "split split_with_sizes unsafe_split unsafe_chunk chunk unbind flip roll unfold diagonal detach"),
+    **named(move, "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat_interleave lift_fresh"),
+    **named(move, "rot90 swapaxes narrow movedim swapdims"),
+    **named(as_strided, "as_strided"),
     **named(expand, "expand repeat"),
     **named(index, "index index_select"),
-    **named(embedding, "embedding"),
     **named(cat, "cat"),
     **named(stack, "stack"),
     **named(pad, "constant_pad_nd"),
-    **named(reduce, "mean sum amax amin prod var std var_mean std_mean linalg_vector_norm logsumexp any all"),
-    **named(ordered_reduce, "max min argmax argmin median mode"),
-    **named(ordered, "cumsum cumprod sort topk logcumsumexp cummax cummin"),
+}
+
+RULES = MOVES | {
+    **named(pointwise, "pointwise copy _to_copy fill zero clone where masked_fill floor_divide _conj resolve_conj"),
+    **named(pointwise, "_prelu_kernel hardswish log_sigmoid_forward real imag polar complex nan_to_num"),
+    **named(create, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full"),
+    **named(create, "new_empty scalar_tensor"),
+    **named(gather, "gather"),
+    **named(scatter, "scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce"),
+    **named(index_put, "index_put _index_put_impl"),
+    **named(embedding, "embedding"),
+    **named(embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
+    **named(reduce, "mean sum amax amin prod var std var_mean std_mean linalg_vector_norm logsumexp any all nansum"),
+    **named(reduce, "norm count_nonzero"),
+    **named(extremes, "max min"),
+    **named(order, "argmax argmin median nanmedian mode kthvalue sort topk"),
+    **named(ordered, "cumsum cumprod logcumsumexp cummax cummin"),
     **named(triangle, "tril triu"),
     **named(along, "_softmax _log_softmax _safe_softmax"),
     **named(spatial, "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d"),
-    **named(spatial, "adaptive_max_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d"),
-    **named(spatial, "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d reflection_pad1d"),
-    **named(spatial, "reflection_pad2d replication_pad1d replication_pad2d _upsample_bilinear2d_aa"),
+    **named(spatial, "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"),
+    **named(spatial, "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d"),
+    **named(spatial, "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_bilinear2d upsample_bicubic2d"),
+    **named(spatial, "upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
+    **named(spatial, "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d"),
+    **named(spatial, "replication_pad3d"),
+    **named(im2col, "im2col"),
+    **named(col2im, "col2im"),
     **named(glu, "glu"),
     **named(vector, "mv dot vdot"),
+    **named(matrix_vector, "addmv"),
+    **named(outer, "addr"),
+    **named(trilinear, "_trilinear"),
+    **named(distances, "_cdist_forward _euclidean_dist"),
+    **named(grouped_mm, "_grouped_mm"),
     **named(weight_norm, "_weight_norm_interface"),
     **named(matmul, "mm bmm addmm baddbmm"),
+    **named(batched_sum, "addbmm"),
     **named(linear, "linear"),
     **named(convolution, "convolution"),
     **named(batch_norm, "_native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm"),
     **named(group_norm, "native_group_norm"),
     **named(layer_norm, "native_layer_norm _fused_rms_norm"),
 }
+PASSING = MOVES.keys() | {"clone", "_to_copy"}  # what they are given is not reached by that

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 from fastws.layout.layout import Layout
 from fastws.layout.roles import storage_key
 from fastws.ops.permute import permute, random_permutations
-from fastws.symmetry.rules import RULES
+from fastws.symmetry.copies import Inputs, example_of
+from fastws.symmetry.rules import PASSING, RULES
 from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size
 from fastws.symmetry.trace import trace
-from fastws.symmetry.verify import largest_error
-
-TOLERANCE = 1e-6  # a wrong permutation errs by far more, a module that computes parts of itself in float32 by less
+from fastws.symmetry.verify import largest_error, require_repeatable, require_same_function
 
 
 class Symmetry:
@@ -57,26 +57,31 @@ class Symmetry:
         self._tables: dict[torch.device, tuple[Layout, Tensor]] = {}  # the last layout on each device, and its table
 
     @classmethod
-    def trace(cls, module: nn.Module, example_inputs: Tensor | tuple) -> "Symmetry":
-        """Finds the symmetry of a module by watching one forward pass, and checks it.
+    def trace(cls, module: nn.Module, example_inputs: Inputs, *more: Inputs) -> "Symmetry":
+        """Finds the symmetry of a module by watching a forward pass, and checks it.
 
         A copy of the module is run in eval mode. Batch size 1 and small images do, as long as they pass through. An
-        axis that meets an operation which is not understood stays unpermuted and is listed in ``unpermuted``.
+        axis that meets an operation which is not understood stays unpermuted and is listed in ``unpermuted``. So is
+        what no example reaches: rows of a table of positions behind the length of the input, layers that are skipped.
 
         Args:
             module: Any module; it is not changed.
-            example_inputs: The arguments of its forward, on its device.
+            example_inputs: The arguments of its forward, on its device: a tensor, a tuple of positional arguments, or a
+                mapping of arguments by name. Arguments may be lists and mappings of tensors. Modules that make other
+                dtypes on their way run in float64 throughout, or, if they cannot, in their own dtypes.
+            more: Further examples, for parts of the module that the first does not reach.
 
         Raises:
-            ValueError: If the module returns no tensor, or if random permutations change its function.
+            ValueError: If the module does not run, cannot be copied, returns no tensor, is random in eval mode, if its
+                outputs do not depend on its weights, or if random permutations change its function.
 
         Example:
             >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
             >>> fastws.Symmetry.trace(mlp, torch.randn(1, 4)).describe()
             '8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1'
         """
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        traced = trace(module, inputs, RULES)
+        examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
+        traced = trace(module, examples, RULES, PASSING)
         state = {k: v for k, v in module.state_dict(keep_vars=True).items() if k in traced.axes}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         first: dict[tuple, str] = {}
@@ -85,7 +90,9 @@ class Symmetry:
         notes = [f"{name} axis {axis} stays: {note}" for (name, axis), note in traced.notes.items()]
         sizes, axes = arrange(traced.axes, traced.sizes, notes)
         symmetry = cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, notes)
-        symmetry.check(module, inputs)
+        if traced.random:
+            require_repeatable(module, examples)
+        symmetry.check(module, example_inputs, *more)
         return symmetry
 
     # --- rows of permutations
@@ -233,45 +240,60 @@ class Symmetry:
     # --- checks
 
     def verify(
-        self, module: nn.Module, inputs: Tensor | tuple, trials: int = 2, seed: int = 0, *, only: int | None = None
+        self, module: nn.Module, inputs: Inputs, trials: int = 2, seed: int = 0, *, only: int | None = None
     ) -> float:
-        """The largest relative error that random permutations make in the outputs of a module, in float64.
+        """The largest error that random permutations make in the outputs of a module, in float64 if it can.
 
-        A copy of the module in eval mode gets random weights first: a fresh network hides mistakes, because its biases
-        and norm layers are all alike. The module is not changed.
+        Fresh copies of the module in eval mode get random weights first, others in each trial: a fresh network hides
+        mistakes, because its biases and norm layers are all alike. The error of each entry of an output is relative to
+        what the weights change in this entry. The module is not changed.
 
         Args:
             module: The module that was traced, or one of the same architecture.
-            inputs: The arguments of its forward.
-            trials: Permutations to try.
+            inputs: The arguments of its forward, as ``trace`` takes them.
+            trials: Permutations to try, each with weights of its own.
             seed: Of weights and permutations.
             only: A group; the others stay.
 
         Raises:
-            ValueError: If the module returns no tensor or numbers that are not finite.
+            ValueError: If the module does not run, if its outputs do not depend on its weights or are not finite.
         """
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        return largest_error(module, inputs, self._trials(trials, seed, only), self.permute_state, seed)
+        rows = self._trials(trials, seed, range(len(self.sizes)) if only is None else [only])
+        return largest_error(module, example_of(module, inputs), rows, self.permute_state, seed)
 
-    def _trials(self, trials: int, seed: int, only: int | None) -> Tensor:
-        """Random permutations that move something in every group, or in one."""
-        rows, identity = self.random(trials, seed)[:, : self.starts[-1]], self.identity()
+    def _trials(self, trials: int, seed: int, moving: Iterable[int]) -> Tensor:
+        """Random permutations of some groups; in the first trial they move every unit, in all others most of them."""
+        rows, total = self.random(trials, seed), self.starts[-1]
+        moved = self.compose(self.compose(rows, self._next_units(trials)), self.inverse(rows))[:, :total]
+        rows, identity, moving = rows[:, :total], self.identity(trials)[:, :total], set(moving)
         for group, (first, size) in enumerate(zip(self.starts, self.sizes, strict=False)):
             here, still = rows[:, first : first + size], identity[:, first : first + size]
-            here[(here == still).all(1)] = still.roll(1, 1)
-            if only not in (None, group):
+            few = (here == still).sum(1) * 2 >= size
+            few[:1] = True
+            here[few] = moved[few, first : first + size]
+            if group not in moving:
                 here[:] = still
         return self.expand(rows)
 
-    def check(self, module: nn.Module, inputs: Tensor | tuple) -> None:
+    def _next_units(self, batch: int) -> Tensor:
+        """The permutations that put every unit of a group in the place of the one before it."""
+        row = [(unit + 1) % size for size in self.sizes for unit in range(size)]
+        return self.expand(torch.tensor(row, dtype=torch.int32).repeat(batch, 1))
+
+    def check(self, module: nn.Module, *examples: Inputs) -> None:
         """Raises a ValueError that names the error and a guilty group if permutations change the outputs."""
-        error = self.verify(module, inputs)
-        if error < TOLERANCE:
+        if not self.sizes:
             return
-        groups = range(len(self.sizes))
-        bad = next((g for g in groups if not self.verify(module, inputs, 1, only=g) < TOLERANCE), None)
-        which = "all groups together" if bad is None else f"group {bad}, {self.names[bad]}"
-        raise ValueError(f"symmetry: outputs must survive permutations, got relative error {error:.1e} from {which}")
+
+        def guilty(wrong: Callable[[Tensor], bool]) -> str:
+            counts = range(1, len(self.sizes) + 1)
+            last = bisect(counts, False, key=lambda count: wrong(self._trials(1, 0, range(count))[0]))
+            if last == len(self.sizes) or not wrong(self._trials(1, 0, [last])[0]):
+                return "all groups together"
+            return f"group {last}, {self.names[last]}"
+
+        examples = [example_of(module, inputs) for inputs in examples]
+        require_same_function(module, examples, self._trials(2, 0, range(len(self.sizes))), self.permute_state, guilty)
 
     def describe(self) -> str:
         """One line per group, with every axis that it moves, and one line for each thing that stays."""

@@ -5,15 +5,16 @@ every field of every tensor: the first entry of the one goes to where the first 
 second, and so on.
 """
 
-import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fastws.layout.roles import storage_key
+from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
 
 
@@ -32,6 +33,7 @@ class Traced(NamedTuple):
     axes: dict[str, tuple[Axis, ...]]  # of every floating tensor of the state dict
     sizes: list[int]  # of the families
     notes: dict[tuple[str, int], str]  # tensor and axis that an operation holds still, and why
+    random: bool  # whether the module drew random numbers
 
 
 def families(tracer: Tracer) -> Tensor:
@@ -73,8 +75,6 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
         for axis, size in enumerate(shapes[name]):
             units = find(labels[axis]) if axis in labels else torch.zeros(size, dtype=torch.int64)
             kinds = torch.where(units > 0, family[units], -1).tolist()
-            if axis in labels and not units.any():
-                notes[name, axis] = tracer.units.reason(int(labels[axis][0]))
             for unit, kind in zip(units.tolist(), kinds, strict=True):
                 if kind >= 0 and unit not in members:
                     number = numbers.setdefault(kind, len(numbers))
@@ -83,48 +83,108 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
                     sizes[number] += 1
             found.append(Axis([numbers.get(k, -1) for k in kinds], [members.get(u, -1) for u in units.tolist()]))
         axes[name] = tuple(found)
-    return Traced(axes, sizes, {place: note for place, note in notes.items() if note})
+    for name, fields in parameters.items():
+        for field in fields:
+            (axis,) = moving(field)
+            notes[name, axis] = note(tracer, field.flatten(), axes[name][axis], sizes)
+    return Traced(axes, sizes, {place: text for place, text in notes.items() if text}, tracer.random)
 
 
-def in_double(module: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
-    """A copy of a module in eval mode and float64, where no library fuses operations, and inputs for it."""
-    inputs = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-    return copy.deepcopy(module).to(torch.float64).eval(), inputs
+def note(tracer: Tracer, names: Tensor, axis: Axis, sizes: list[int]) -> str:
+    """Why units of an axis stay; "" for a natural reason, such as the order of inputs and outputs."""
+    still = torch.tensor([family < 0 or sizes[family] < 2 for family in axis.family])
+    reasons = tracer.units.why(names[still])
+    if still.all() and not reasons and min(axis.family) >= 0 and len({*axis.family}) > 1:
+        reasons = [ORDERED]
+    part = "" if still.all() else f"{int(still.sum())} of {len(still)} entries: "
+    return part + " and ".join(reasons) if reasons else ""
 
 
-def trace(module: nn.Module, inputs: tuple, rules: Mapping[str, Callable[[Tracer, Call], list[Fields]]]) -> Traced:
-    """Traces one forward pass of a copy of a module in eval mode.
+ORDERED = "other layers bring its units in another order or into other groups, so that each has a place of its own"
+UNREACHED = "function kept only for inputs like these, for the example inputs do not reach it"
+
+
+def trace(
+    module: nn.Module, examples: Sequence[Example], rules: Mapping[str, Callable[[Tracer, Call], list[Fields]]], passing
+) -> Traced:
+    """Traces a forward pass for each example, in a copy of a module in eval mode.
 
     Args:
         module: Any module; it is not changed.
-        inputs: Arguments of its forward, on its device; small ones do.
+        examples: Arguments of its forward, on its device; small ones do.
         rules: For the name of an ATen operation, the function that gives the fields of its results.
+        passing: Names of operations that hand entries on without computing with them.
 
     Raises:
-        ValueError: If the module returns no tensor.
+        ValueError: If the module does not run, or returns no tensor.
     """
+    failures = []
+    for double in (True, False):
+        try:
+            traced, stuck = watch(module, examples, Tracer(rules, passing), double)
+            if stuck:  # whole groups of these convolutions cannot move; perhaps channels inside them can
+                other, _ = watch(module, examples, Tracer(rules, passing, stuck), double)
+                traced = max(traced, other, key=freedom)
+            return traced
+        except Returned as error:
+            raise ValueError(f"trace: module must return tensors, got {error}") from None
+        except FAILURES as error:
+            failures.append(error)
+    message = f"trace: module must run on the example inputs in eval mode, got {told(failures[-1])}"
+    raise ValueError(message) from failures[-1]
+
+
+class Returned(Exception):
+    """A module returned something else than tensors."""
+
+
+def freedom(traced: Traced) -> float:
+    """The logarithm of the number of permutations."""
+    return sum(math.lgamma(size + 1) for size in traced.sizes)
+
+
+def watch(module: nn.Module, examples: Sequence[Example], tracer: Tracer, double: bool) -> tuple[Traced, list[int]]:
+    """What a tracer finds, and the numbers of the grouped convolutions of which nothing moves."""
     ties = {name: storage_key(name, tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
-    module, inputs = in_double(module, inputs)
+    module, examples = fresh(module, double), [fresh_example(example, double) for example in examples]
     state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point() and v.numel() > 0}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole encoder layer in one operation
-    try:
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            tracer = Tracer(rules)
-            parameters = label_parameters(tracer, state, ties)
-            with tracer:
-                output = module(*inputs)
+    with torch.inference_mode(), plain_kernels(double):
+        parameters = label_parameters(tracer, state, ties)
+        for example in examples:
+            tracer.given |= {id(tensor): tensor for tensor in tensors_in(tuple(example))}
+            with tracer, Leaving(tracer):
+                output = module(*example.args, **example.kwargs)
             results = list(tensors_in(output))
             if not results:
-                raise ValueError(f"trace: module must return tensors, got {type(output).__name__}")
-            for field in (field for tensor in results for field in tracer.fields(tensor)):
-                tracer.units.hold(field)
-            used = {id(field) for tensor in state.values() if id(tensor) in tracer.used for field in tracer.raw(tensor)}
-            for field in (field for fields in parameters.values() for field in fields if id(field) not in used):
-                tracer.units.hold(field, "the example inputs do not reach it")
-            return collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+                raise Returned(type(output).__name__)
+            for tensor in results:
+                tracer.spring(tensor)
+                tracer.reach([tensor])
+                for field in tracer.fields(tensor):
+                    tracer.units.hold(field)
+        tracer.units.hold(tracer.units.unreached(), UNREACHED)
+        traced = collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    moved = {family for family, size in enumerate(traced.sizes) if size > 1}
+    still = {id(f) for name, fields in parameters.items() for f in fields if not moved & {*traced.axes[name][0].family}}
+    stuck = [n for n, fields in enumerate(tracer.grouped) if any(id(field) in still for field in fields)]
+    return traced, stuck
+
+
+class Leaving(TorchFunctionMode):
+    """Holds the units of tensors that leave torch: what comes back is a constant to the tracer."""
+
+    DOORS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__reduce_ex__)
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.DOORS:
+            self.tracer.reach(args[:1])
+            for field in self.tracer.fields(args[0]):
+                self.tracer.units.hold(field, f"Tensor.{function.__name__} takes it out of torch")
+        return function(*args, **(kwargs or {}))
 
 
 def label_parameters(tracer: Tracer, state: Mapping[str, Tensor], ties: Mapping[str, tuple]) -> dict[str, Fields]:

@@ -32,12 +32,20 @@ class Units:
 
     def __init__(self):
         self.parent = torch.zeros(1, dtype=torch.int64)
+        self.reached = torch.zeros(1, dtype=torch.bool)  # by name: whether an operation computes with it
         self.reasons: dict[int, str] = {}  # unit that was held still: why
 
     def new(self, count: int) -> Tensor:
         units = torch.arange(len(self.parent), len(self.parent) + count)
         self.parent = torch.cat([self.parent, units])
+        self.reached = torch.cat([self.reached, torch.zeros(count, dtype=torch.bool)])
         return units
+
+    def unreached(self) -> Tensor:
+        """The units no name of which an operation computes with."""
+        units = self.find(torch.arange(len(self.parent)))
+        counts = torch.zeros_like(units).scatter_add_(0, units, self.reached.long())
+        return torch.arange(len(units))[(counts[units] == 0) & (units > 0)]
 
     def find(self, units: Tensor) -> Tensor:
         while True:
@@ -63,11 +71,16 @@ class Units:
         if reason:
             self.reasons.update((unit, reason) for unit in units.tolist())
 
-    def reason(self, unit: int) -> str:
-        """Why a unit is held still; "" for a natural reason."""
-        while unit != 0 and unit not in self.reasons:
-            unit = int(self.parent[unit])
-        return self.reasons.get(unit, "")
+    def why(self, names: Tensor) -> list[str]:
+        """The different reasons why units are held still, but for natural ones."""
+        reasons: dict[str, None] = {}
+        while len(names):
+            names = names[names > 0].unique()
+            known = torch.tensor([name in self.reasons for name in names.tolist()], dtype=torch.bool)
+            reasons |= dict.fromkeys(self.reasons[name] for name in names[known].tolist())
+            names = names[~known]
+            names = self.parent[names][self.parent[names] != names]
+        return list(reasons)
 
 
 @dataclass
@@ -78,6 +91,7 @@ class Call:
     args: tuple
     kwargs: dict
     output: Tensor | tuple
+    before: tuple[torch.Size, tuple[int, ...], int] | None  # size, strides and offset of the first argument
 
     @property
     def x(self) -> Tensor:
@@ -105,6 +119,13 @@ def base_name(function: torch._ops.OpOverload) -> str:
     return function._schema.name.removeprefix("aten::").rstrip("_")
 
 
+def place_of(args: tuple) -> tuple[torch.Size, tuple[int, ...], int] | None:
+    """Size, strides and offset of the first argument, which an operation in place may change."""
+    if args and isinstance(args[0], Tensor) and args[0].layout == torch.strided:
+        return args[0].shape, args[0].stride(), args[0].storage_offset()
+    return None
+
+
 def tensors_in(tree) -> Iterable[Tensor]:
     """The tensors in nested containers, and in objects that are mappings or sequences."""
     if isinstance(tree, Tensor):
@@ -118,15 +139,29 @@ def tensors_in(tree) -> Iterable[Tensor]:
 
 
 class Tracer(TorchDispatchMode):
-    """Runs every operation as it is and gives its results fields."""
+    """Runs every operation as it is and gives its results fields.
 
-    def __init__(self, rules: Mapping[str, Callable[["Tracer", Call], list[Fields]]]):
+    Attributes:
+        rules: For the name of an operation, the function that gives the fields of its results.
+        passing: Names of operations that hand entries on: what they are given is not reached by that.
+        within: Numbers of the grouped convolutions, in the order in which they run, whose channels move inside their
+            groups; in all others whole groups move.
+    """
+
+    def __init__(self, rules: Mapping[str, Callable[["Tracer", Call], list[Fields]]], passing=(), within=()):
         super().__init__()
-        self.rules = rules
+        self.rules, self.passing, self.within = rules, frozenset(passing), frozenset(within)
         self.units = Units()
         self.labels: dict[int, tuple[Tensor, Fields]] = {}  # by id; the tensor is kept so that its id stays its own
         self.seen: dict[int, Tensor] = {}  # by id, every field that some tensor has
-        self.used: set[int] = set()  # ids of tensors that some operation reads
+        self.uniform: set[int] = set()  # ids of constants that hold one number everywhere
+        self.loose: set[int] = set()  # ids of parts of constants, whose units are not those of the whole
+        self.given: dict[int, Tensor] = {}  # by id, the inputs and what follows from them
+        self.traps: dict[int, tuple[Tensor, list[tuple[Tensor, str]]]] = {}  # by id, what must stay once it is read
+        self.sharing: dict[int, dict[int, Tensor]] = {}  # by address of their memory and by id, tensors with labels
+        self.layers: dict[int, tuple[Tensor, int, list[Fields]]] = {}  # by id, stacks: their axis and what lies on it
+        self.random = False  # whether an operation drew random numbers
+        self.grouped: list[Fields] = []  # of each grouped convolution that ran, the fields of its weight
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -134,7 +169,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        rule = self.rules.get(base_name(function))
+        name = base_name(function)
+        rule = self.rules.get(name)
         if rule is None and torch.Tag.pointwise in function.tags:
             rule = self.rules["pointwise"]
         if rule is None and function._can_decompose():
@@ -142,29 +178,81 @@ class Tracer(TorchDispatchMode):
                 output = function.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        call = Call(function, args, kwargs, function(*args, **kwargs))
-        self.used |= {id(tensor) for tensor in tensors_in((args, kwargs))}
+        operands = list(tensors_in((args, kwargs)))
+        taken = self.layers_of(name, args)
+        for tensor in operands:
+            if taken is None or tensor is not args[0]:
+                self.spring(tensor)
+        self.random |= torch.Tag.nondeterministic_seeded in function.tags
+        before = place_of(args)
+        call = Call(function, args, kwargs, function(*args, **kwargs), before)
+        if rule is not self.rules["pointwise"] and name not in self.passing:
+            self.reach(operands)
+        for tensor in call.results:
+            self.uniform.discard(id(tensor))
         if call.results:
-            results = (rule or not_understood)(self, call)  # a rule may leave trailing results without fields
+            # a rule may leave trailing results without fields
+            results = (rule or not_understood)(self, call) if taken is None else taken
             for tensor, fields in zip(call.results, results, strict=False):
                 self.label(tensor, fields)
+        if any(id(tensor) in self.given for tensor in operands):
+            self.given |= {id(tensor): tensor for tensor in call.results}
         for argument in function._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for part in tensors_in(call.get(argument.name)):
-                    self.hold_around(part, str(function))
+                    self.distrust_around(part, str(function))
         return call.output
 
-    def hold_around(self, part: Tensor, reason: str) -> None:
-        """Holds the units of a tensor of which only a part was changed in place, and those of the part."""
-        memory = part.untyped_storage().data_ptr()
-        for tensor, fields in list(self.labels.values()):
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that an operation computes with tensors."""
+        for tensor in tensors:
+            for field in self.raw(tensor):
+                self.reach_units(field)
+
+    def reach_units(self, units: Tensor) -> None:
+        self.units.reached[units] = True
+
+    def stack(self, tensor: Tensor, axis: int, layers: list[Fields]) -> Fields:
+        """Fields of tensors that lie side by side on an axis, which need not be united before they are read as one."""
+        self.layers[id(tensor)] = (tensor, axis, layers)
+        return []
+
+    def layers_of(self, name: str, args: tuple) -> list[Fields] | None:
+        """The fields of single layers that an operation takes from a stack, or None."""
+        if name not in ("select", "unbind") or id(args[0]) not in self.layers:
+            return None
+        tensor, axis, layers = self.layers[id(args[0])]
+        if (args[1] if len(args) > 1 else 0) % tensor.dim() != axis:
+            return None
+        return layers if name == "unbind" else [layers[args[2]]]
+
+    def spring(self, tensor: Tensor) -> None:
+        """Unites and holds what must move alike or stay once a tensor is read."""
+        _, axis, layers = self.layers.pop(id(tensor), (tensor, 0, ()))
+        if layers:
+            shape = [1 if a == axis else size for a, size in enumerate(tensor.shape)]
+            self.label(tensor, self.join(([field.unsqueeze(axis) for field in fields], shape) for fields in layers))
+        _, held = self.traps.pop(id(tensor), (tensor, ()))
+        for field, reason in held:
+            for changed in (field, *self.raw(tensor)):
+                self.units.hold(changed, reason)
+
+    def trap(self, tensor: Tensor, fields: Fields, reason: str) -> None:
+        """Has units held as soon as a tensor is read."""
+        self.traps.setdefault(id(tensor), (tensor, []))[1].extend((field, reason) for field in fields)
+
+    def distrust_around(self, part: Tensor, reason: str) -> None:
+        """After a change of a part of a tensor in place: the units of both stay if the tensor is read again."""
+        for tensor in list(self.sharing.get(part.untyped_storage().data_ptr(), {}).values()):
+            self.uniform.discard(id(tensor))
             larger = tensor.numel() > part.numel() and 0 not in tensor.stride()
-            if larger and tensor.untyped_storage().data_ptr() == memory:
-                for field in (*fields, *self.raw(part)):
-                    self.units.hold(field, reason)
+            if tensor is not part and (larger or id(tensor) in self.loose):
+                self.trap(tensor, [*self.raw(tensor), *self.raw(part)], reason)
 
     def label(self, tensor: Tensor, fields: Fields) -> None:
         self.labels[id(tensor)] = (tensor, fields)
+        if tensor.layout == torch.strided:
+            self.sharing.setdefault(tensor.untyped_storage().data_ptr(), {})[id(tensor)] = tensor
         self.seen |= {id(field): field for field in fields}
 
     def fresh(self, shape: Iterable[int], axes: Iterable[int] | None = None) -> Fields:
