@@ -94,7 +94,7 @@ def note(tracer: Tracer, names: Tensor, axis: Axis, sizes: list[int]) -> str:
     """Why units of an axis stay; "" for a natural reason, such as the order of inputs and outputs."""
     still = torch.tensor([family < 0 or sizes[family] < 2 for family in axis.family])
     reasons = tracer.units.why(names[still])
-    if still.all() and not reasons and min(axis.family) >= 0 and len({*axis.family}) > 1:
+    if still.all() and not reasons and min(axis.family) >= 0:
         reasons = [ORDERED]
     part = "" if still.all() else f"{int(still.sum())} of {len(still)} entries: "
     return part + " and ".join(reasons) if reasons else ""
