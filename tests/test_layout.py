@@ -336,6 +336,22 @@ def test_layout_of_a_sharded_checkpoint(tmp_path):
             Layout.from_checkpoint(index)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin"])
+def test_layout_of_a_folder(name, tmp_path):
+    """Folders of transformers and diffusers hold configurations beside the weights."""
+    state = small_checkpoint()
+    (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
+    (tmp_path / "config.json").write_text("{}")
+    layout = Layout.from_checkpoint(tmp_path)
+    assert layout == Layout.from_checkpoint(tmp_path / name) == Layout.from_checkpoint(str(tmp_path))
+    assert torch.equal(layout.flatten(tmp_path), layout.flatten(state))
+
+
+def test_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint must be a file, or a folder with one of model.safetensors"):
+        Layout.from_checkpoint(tmp_path)
+
+
 def test_layout_of_a_sharded_torch_checkpoint(tmp_path):
     state, index = small_checkpoint(), tmp_path / "pytorch_model.bin.index.json"
     whole = Layout.from_checkpoint(state)

@@ -15,6 +15,14 @@ from fastws.terminal import shorten
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 Entry = TypeVar("Entry")  # what a file holds under a name
+FOLDER_FILES = (  # of transformers and diffusers, the preferred ones first
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -80,9 +88,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, holds something else than tensors, or would have to be unpickled.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: checkpoint must be a file, got {'a folder' if path.is_dir() else 'nothing'}")
+        raise FileNotFoundError(f"{path}: checkpoint must be a file, got nothing")
     if is_safetensors(path):
         headers = read_headers(path)
         places = read_index(path) if path.suffix == ".json" else dict.fromkeys(headers, path)
@@ -90,6 +98,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return {name: opened[file].get_tensor(name) for name, file in places.items()}
     # names of an index are whole, so prefixes are dropped after its files were put together
     return unwrap(read_shards(path, load_part) if path.name.endswith(".index.json") else load_plain(path), str(path))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint of a folder that transformers or diffusers wrote; what is no folder is returned as it is.
+
+    Raises:
+        FileNotFoundError: If the folder holds none under their names.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if found is None:
+        what = f"a file, or a folder with one of {', '.join(FOLDER_FILES)}"
+        raise FileNotFoundError(f"{path}: checkpoint must be {what}, got a folder without")
+    return found
 
 
 def load_part(path: Path) -> Mapping[str, Tensor]:

@@ -65,7 +65,8 @@ class Layout:
 
         Args:
             source: A state dict, a module, or a file: safetensors or ``*.safetensors.index.json``, of which only the
-                headers are read, or anything that ``torch.load`` reads with ``weights_only=True``.
+                headers are read, or anything that ``torch.load`` reads with ``weights_only=True``; or a folder that
+                ``save_pretrained`` of transformers or diffusers wrote.
             token_size: Entries per token; by default the longest row, so that each row is one token.
             norm: ``"keep"`` or ``"skip"`` norm layers in tokens; the flat vector holds them either way.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastws.files.checkpoints import check_tensors, is_safetensors, load_checkpoint, read_headers
+from fastws.files.checkpoints import check_tensors, find_checkpoint, is_safetensors, load_checkpoint, read_headers
 
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
@@ -28,7 +28,9 @@ def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> 
 
 def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str], dict[str, Role]]:
     """Shapes and dtypes, tied names, and roles of what a layout is made from."""
-    if isinstance(source, str | os.PathLike) and is_safetensors(Path(source)):
+    if isinstance(source, str | os.PathLike):
+        source = find_checkpoint(source)
+    if isinstance(source, Path) and is_safetensors(source):
         shapes = {name: (header.shape, header.dtype) for name, header in read_headers(Path(source)).items()}
         return shapes, {}, infer_roles({name: shape for name, (shape, _) in shapes.items()})
     state = load_state(source)
