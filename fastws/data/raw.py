@@ -143,7 +143,10 @@ CIFAR100 = {"train": ["train"], "test": ["test"]}
 def read_svhn(folder: Path, part: str) -> Part:
     content = read_bytes(folder / f"{part}_32x32.mat")
     check_unpacked(content)
-    found = scipy.io.loadmat(io.BytesIO(content), variable_names=["X", "y"])
+    try:
+        found = scipy.io.loadmat(io.BytesIO(content), variable_names=["X", "y"])
+    except scipy.io.matlab.MatReadError as error:
+        raise ValueError(str(error)) from error
     pixels, labels = (found.get(name) for name in ("X", "y"))
     if not isinstance(pixels, numpy.ndarray) or pixels.dtype != numpy.uint8 or pixels.ndim != 4:
         raise ValueError("X that is no array of bytes with four axes")
