@@ -69,7 +69,7 @@ def published(weights, first, second, images, labels, batches, *rest):
     for batch in batches[:ALONE].long():
         network = build(NAME, SHAPES[NAME])
         layers = [Published(x) if isinstance(x, nn.Conv2d | nn.Linear) else x for x in network.module_list]
-        network = nn.Sequential(*layers)
+        network = nn.Sequential(*layers).to(DEVICE)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         for rows in batch:
             optimizer.zero_grad()

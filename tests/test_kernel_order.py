@@ -39,8 +39,9 @@ def mean_similarity(kernels, order):
     return (rows[1:] * rows[:-1]).sum(1).mean().item()
 
 
-# n, d: one leaf, several, several nodes; kernels of 1x1, 3x3, 5x5; flat and curved
-SHAPES = [(1, 9), (2, 9), (63, 9), (65, 9), (700, 9), (2300, 9), (300, 25), (500, 2), (300, 1), (40, 130)]
+# n, d: one leaf, several, several nodes, more rows than one block of a GPU walks; kernels of 1x1, 3x3, 5x5; flat and
+# curved
+SHAPES = [(1, 9), (2, 9), (63, 9), (65, 9), (700, 9), (2300, 9), (5000, 9), (300, 25), (500, 2), (300, 1), (40, 130)]
 
 
 @pytest.mark.parametrize("name, function, device", implementations("kernel_order"))

@@ -25,11 +25,11 @@ def published(z_i, z_j, temperature):
     B, z = len(z_i), torch.cat([z_i, z_j])
     s = torch.nn.functional.cosine_similarity(z[:, None, :], z[None, :, :], dim=2) / temperature
     positives = torch.cat([s.diagonal(B), s.diagonal(-B)])
-    is_negative = torch.ones(2 * B, 2 * B, dtype=torch.bool)
+    is_negative = torch.ones(2 * B, 2 * B, dtype=torch.bool, device=z.device)
     for offset in (0, B, -B):
         is_negative.diagonal(offset).fill_(False)
     logits = torch.cat([positives[:, None], s[is_negative].view(2 * B, -1)], dim=1)
-    classes = torch.zeros(2 * B, dtype=torch.long)
+    classes = torch.zeros(2 * B, dtype=torch.long, device=z.device)
     return torch.nn.functional.cross_entropy(logits, classes, reduction="sum") / (2 * B)
 
 
