@@ -25,6 +25,7 @@ LATER = {
     "layer_table": "fastws.small_cnn",
     "layerwise_mse": "fastws.ops.layerwise_mse",
     "masked_mse": "fastws.ops.masked_mse",
+    "matched_distance": "fastws.ops.matched_distance",
     "nt_xent": "fastws.ops.nt_xent",
     "permute": "fastws.ops.permute",
     "random_permutations": "fastws.ops.permute",

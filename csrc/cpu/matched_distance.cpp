@@ -1,0 +1,304 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cpu/clones.h"
+
+namespace fastws {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kLanes = 8;     // units of a target side by side
+constexpr int64_t kRows = 4;      // units of a network whose products are added up at a time
+constexpr int64_t kSweeps = 100;  // at most; a few are enough
+constexpr double kNoise = 1e-6;   // gains below this share of the similarities are rounding
+
+// The columns of the table of groups.
+enum GroupColumn : int64_t { kSize, kLength, kFirst, kFirstPart, kParts, kMayFlip, kGroupColumns };
+// The columns of the table of parts: weights of a unit that lie in one tensor. ``kOther`` is the group of that tensor's
+// other axis, or -1; its units are blocks of kBlock weights, kBefore times one behind the other.
+enum PartColumn : int64_t { kStart, kWidth, kOther, kBefore, kBlock, kNegated, kPartColumns };
+
+struct Tables {
+  const int64_t *groups, *parts;
+  int64_t num_groups, packed;  // weights of a packed network
+
+  int64_t group(int64_t g, GroupColumn column) const { return groups[g * kGroupColumns + column]; }
+  int64_t part(int64_t p, PartColumn column) const { return parts[p * kPartColumns + column]; }
+};
+
+typedef float Units __attribute__((vector_size(kLanes * sizeof(float))));
+
+// S[i, j] = sum over l from begin to end of rows[i, l] * columns[l, j], for n rows and a multiple of kLanes columns:
+// the units of a target stand in columns, so that vectors hold units and no sum goes across a vector.
+FASTWS_CLONES void similarities(const float* rows, const float* columns, int64_t n, int64_t length, int64_t padded,
+                                int64_t begin, int64_t end, float* result) {
+  for (int64_t i = 0; i < n; i += kRows) {
+    const float* row[kRows];
+    for (int64_t r = 0; r < kRows; ++r) row[r] = rows + std::min(i + r, n - 1) * length;
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      Units sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+      for (int64_t l = begin; l < end; ++l) {
+        Units column;
+        std::memcpy(&column, columns + l * padded + j, sizeof(Units));
+        sum0 += row[0][l] * column, sum1 += row[1][l] * column;
+        sum2 += row[2][l] * column, sum3 += row[3][l] * column;
+      }
+      const Units sums[kRows] = {sum0, sum1, sum2, sum3};
+      for (int64_t r = 0; r < std::min(kRows, n - i); ++r)
+        std::memcpy(result + (i + r) * padded + j, &sums[r], sizeof(Units));
+    }
+  }
+}
+
+// Sum of ((a - b) * weights)^2; the partial sums make the result independent of the vector length.
+FASTWS_CLONES double squared_distance(const float* a, const float* b, const float* weights, int64_t size) {
+  double sums[kLanes] = {};
+  const int64_t whole = size / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double error = (double(a[i + lane]) - b[i + lane]) * weights[i + lane];
+      sums[lane] += error * error;
+    }
+  for (int64_t i = whole; i < size; ++i) {
+    const double error = (double(a[i]) - b[i]) * weights[i];
+    sums[i - whole] += error * error;
+  }
+  return std::accumulate(sums, sums + kLanes, 0.0);
+}
+
+// The units that a row of the search for a shortest path reaches, at lower cost than before: distances by way of one
+// place, at distance start. Places that are done have a distance of -inf and stay.
+FASTWS_CLONES void relax(const float* cost, const float* price, float start, int32_t from, int64_t padded,
+                         float* distance, int32_t* way) {
+  for (int64_t j = 0; j < padded; ++j) {
+    const float by_way = start + cost[j] - price[j];
+    way[j] = by_way < distance[j] ? from : way[j];
+    distance[j] = by_way < distance[j] ? by_way : distance[j];
+  }
+}
+
+// The best assignment of units to places: place p gets unit[p], so that the sum of gain[unit[p] * padded + p] is
+// largest. Prices of places make one of them the cheapest for most units; the others get theirs by shortest augmenting
+// paths (Jonker and Volgenant, 1987).
+class Assignment {
+ public:
+  void solve(const float* gain, int64_t n, int64_t padded, std::vector<int64_t>& unit) {
+    constexpr float kFar = std::numeric_limits<float>::max();
+    cost_.assign(n * padded, kFar), price_.assign(padded, 0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) cost_[i * padded + j] = -gain[i * padded + j];
+    owner_.assign(padded, -1), place_.assign(n, -1);
+    for (int64_t j = n - 1; j >= 0; --j) {  // the price of a place is its least cost, and who has it takes it
+      int64_t least = 0;
+      for (int64_t i = 1; i < n; ++i)
+        if (cost_[i * padded + j] < cost_[least * padded + j]) least = i;
+      price_[j] = cost_[least * padded + j];
+      if (place_[least] < 0) place_[least] = j, owner_[j] = least;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      if (place_[i] < 0) augment(i, n, padded);
+    unit.resize(n);
+    for (int64_t j = 0; j < n; ++j) unit[j] = owner_[j];
+  }
+
+ private:
+  void augment(int64_t i, int64_t n, int64_t padded) {
+    constexpr float kInfinite = std::numeric_limits<float>::infinity();
+    distance_.assign(padded, kInfinite), way_.assign(padded, -1), reached_.clear();
+    float start = 0;
+    int64_t row = i, place = -1;
+    for (;;) {
+      // costs are told from that of the row's own place on, which is 0 by its price
+      const float own = place < 0 ? 0 : cost_[row * padded + place] - price_[place];
+      relax(cost_.data() + row * padded, price_.data(), start - own, int32_t(place), padded, distance_.data(),
+            way_.data());
+      int64_t next = -1;
+      for (int64_t j = 0; j < n; ++j)
+        if (distance_[j] > -kInfinite && (next < 0 || distance_[j] < distance_[next])) next = j;
+      start = distance_[next], place = next;
+      reached_.push_back({place, start});
+      distance_[place] = -kInfinite;
+      if (owner_[place] < 0) break;
+      row = owner_[place];
+    }
+    for (const Reached& done : reached_) price_[done.place] += done.distance - start;
+    for (int64_t j = place; j >= 0;) {  // every place on the path gets the unit of the place before
+      const int64_t before = way_[j];
+      owner_[j] = before < 0 ? i : owner_[before];
+      place_[owner_[j]] = j;
+      j = before;
+    }
+  }
+
+  struct Reached {
+    int64_t place;
+    float distance;
+  };
+  std::vector<float> cost_, price_, distance_;
+  std::vector<int64_t> owner_, place_;
+  std::vector<int32_t> way_;
+  std::vector<Reached> reached_;
+};
+
+// Brings a packed network towards another, group by group. In a packed network every group has its units as rows, with
+// all weights that belong to a unit side by side; a weight between two groups is in both. So similarities are products
+// of rows, and a group that moves moves rows of its own and blocks within the rows of its neighbours.
+class Matcher {
+ public:
+  explicit Matcher(const Tables& tables) : tables_(tables) {}
+
+  // What networks are to be brought towards; its units are put into columns, once for all networks.
+  void aim(const float* target) {
+    columns_.resize(tables_.num_groups);
+    for (int64_t g = 0; g < tables_.num_groups; ++g) {
+      const int64_t n = tables_.group(g, kSize), length = tables_.group(g, kLength), padded = pad(n);
+      columns_[g].assign(length * padded, 0.0f);
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t l = 0; l < length; ++l)
+          columns_[g][l * padded + j] = target[tables_.group(g, kFirst) + j * length + l];
+    }
+  }
+
+  // Coordinate descent from how the network lies now, in place.
+  void match(float* network, bool may_flip) {
+    waiting_.assign(tables_.num_groups, 1);
+    int64_t left = tables_.num_groups;
+    for (int64_t sweep = 0; sweep < kSweeps && left > 0; ++sweep)
+      for (int64_t k = 0; k < tables_.num_groups; ++k) {
+        const int64_t g = sweep % 2 ? tables_.num_groups - 1 - k : k;
+        if (!waiting_[g]) continue;
+        waiting_[g] = 0, --left;
+        if (!improve(network, g, may_flip && tables_.group(g, kMayFlip))) continue;
+        for (int64_t p = 0; p < tables_.group(g, kParts); ++p) {
+          const int64_t other = tables_.part(tables_.group(g, kFirstPart) + p, kOther);
+          if (other >= 0 && !waiting_[other]) waiting_[other] = 1, ++left;
+        }
+      }
+  }
+
+ private:
+  static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+  bool improve(float* network, int64_t g, bool may_flip) {
+    const int64_t n = tables_.group(g, kSize), length = tables_.group(g, kLength), first = tables_.group(g, kFirst);
+    const int64_t first_part = tables_.group(g, kFirstPart), parts = tables_.group(g, kParts), padded = pad(n);
+    // what keeps its sign when a unit is flipped stands before what does not
+    int64_t even = 0;
+    for (int64_t p = first_part; p < first_part + parts; ++p)
+      if (!tables_.part(p, kNegated)) even += tables_.part(p, kWidth);
+    odd_.resize(n * padded), kept_.assign(n * padded, 0.0f), gain_.resize(n * padded);
+    const float *own = network + first, *goal = columns_[g].data();
+    similarities(own, goal, n, length, padded, even, length, odd_.data());
+    if (even) similarities(own, goal, n, length, padded, 0, even, kept_.data());
+    for (int64_t i = 0; i < n * padded; ++i) gain_[i] = kept_[i] + (may_flip ? std::fabs(odd_[i]) : odd_[i]);
+    assignment_.solve(gain_.data(), n, padded, unit_);
+    double before = 0, after = 0, size = 0;
+    sign_.assign(n, 0);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t here = unit_[j] * padded + j;
+      sign_[j] = may_flip && odd_[here] < 0;
+      before += kept_[j * padded + j] + odd_[j * padded + j];
+      after += gain_[here], size += std::fabs(gain_[here]);
+    }
+    if (after - before <= kNoise * size) return false;
+    move_rows(network + first, n, length, even);
+    for (int64_t p = first_part; p < first_part + parts; ++p)
+      if (tables_.part(p, kOther) >= 0) move_blocks(network, g, tables_.part(p, kOther));
+    return true;
+  }
+
+  void move_rows(float* rows, int64_t n, int64_t length, int64_t even) {
+    scratch_.assign(rows, rows + n * length);
+    for (int64_t j = 0; j < n; ++j) {
+      std::copy_n(scratch_.data() + unit_[j] * length, length, rows + j * length);
+      if (sign_[j])
+        for (int64_t i = even; i < length; ++i) rows[j * length + i] = -rows[j * length + i];
+    }
+  }
+
+  // Moves the units of group g inside of the rows of another group.
+  void move_blocks(float* network, int64_t g, int64_t other) {
+    const int64_t n = tables_.group(g, kSize), rows = tables_.group(other, kSize);
+    const int64_t length = tables_.group(other, kLength), first = tables_.group(other, kFirst);
+    for (int64_t q = 0; q < tables_.group(other, kParts); ++q) {
+      const int64_t p = tables_.group(other, kFirstPart) + q;
+      if (tables_.part(p, kOther) != g) continue;
+      const int64_t block = tables_.part(p, kBlock), width = tables_.part(p, kWidth);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* x = network + first + row * length + tables_.part(p, kStart);
+        scratch_.assign(x, x + width);
+        for (int64_t k = 0; k < tables_.part(p, kBefore); ++k)
+          for (int64_t j = 0; j < n; ++j) {
+            const float* from = scratch_.data() + (k * n + unit_[j]) * block;
+            float* to = x + (k * n + j) * block;
+            if (sign_[j] && tables_.part(p, kNegated))
+              for (int64_t i = 0; i < block; ++i) to[i] = -from[i];
+            else
+              std::copy_n(from, block, to);
+          }
+      }
+    }
+  }
+
+  const Tables tables_;
+  Assignment assignment_;
+  std::vector<std::vector<float>> columns_;  // of each group: the target's units [length, padded]
+  std::vector<float> gain_, odd_, kept_, scratch_;
+  std::vector<int64_t> unit_;
+  std::vector<char> sign_, waiting_;
+};
+
+Tensor matched_distance_cpu(const Tensor& queries_, const Tensor& references_, const Tensor& candidates_,
+                            const Tensor& may_flip_, const Tensor& flips_, const Tensor& groups_, const Tensor& parts_,
+                            const Tensor& once_) {
+  const Tensor queries = torch::stable::contiguous(queries_), references = torch::stable::contiguous(references_);
+  const Tensor candidates = torch::stable::contiguous(candidates_), groups = torch::stable::contiguous(groups_);
+  const Tensor may_flip = torch::stable::contiguous(may_flip_), flips = torch::stable::contiguous(flips_);
+  const Tensor parts = torch::stable::contiguous(parts_), once = torch::stable::contiguous(once_);
+  const int64_t rows = queries.size(0), count = candidates.size(1), packed = queries.size(1);
+  const Tensor squares = torch::stable::new_empty(queries, {rows, count}, torch::headeronly::ScalarType::Double);
+  const Tables tables = {.groups = groups.const_data_ptr<int64_t>(),
+                         .parts = parts.const_data_ptr<int64_t>(),
+                         .num_groups = groups.size(0),
+                         .packed = packed};
+  const float *q = queries.const_data_ptr<float>(), *r = references.const_data_ptr<float>();
+  const float* weights = once.const_data_ptr<float>();
+  const int64_t* chosen = candidates.const_data_ptr<int64_t>();
+  const bool *query_flips = may_flip.const_data_ptr<bool>(), *reference_flips = flips.const_data_ptr<bool>();
+  double* out = squares.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < rows * count; ++i)
+    STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < references.size(0), "matched_distance: candidates must be in [0, ",
+                    references.size(0), "), got ", chosen[i]);
+
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    Matcher matcher(tables);
+    std::vector<float> moved(packed);
+    for (int64_t i = begin; i < end; ++i) {
+      matcher.aim(q + i * packed);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t reference = chosen[i * count + k];
+        std::copy_n(r + reference * packed, packed, moved.data());
+        matcher.match(moved.data(), query_flips[i] && reference_flips[reference]);
+        // weights between two groups are packed twice and count once
+        out[i * count + k] = squared_distance(q + i * packed, moved.data(), weights, packed);
+      }
+    }
+  });
+  return squares;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastws, CPU, m) { m.impl("matched_distance", TORCH_BOX(&matched_distance_cpu)); }
+
+}  // namespace fastws
