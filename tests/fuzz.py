@@ -41,7 +41,7 @@ from fastws.layout.layout import Layout
 from fastws.nern.orders import load_orders, network_orders, save_orders
 from fastws.runs.stages import read as read_stage
 from fastws.train.files import Log
-from fastws.zoo import read_checkpoints, read_hub, read_pickle, read_ray, read_unterthiner
+from fastws.zoo import ReadOptions, read_checkpoints, read_hub, read_pickle, read_ray, read_unterthiner
 from fastws.zoo.align import Alignment, align
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.format.zoo import Zoo
@@ -234,6 +234,7 @@ def text_file(name: str, content: object) -> Callable[[Path], Path]:
 
 
 LAYOUT = Layout.from_checkpoint(make_state(1))
+STRICT = ReadOptions(on_bad="raise")  # or a damaged state is left out, with its name, and rows are fewer
 LOG = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(5))
 
 
@@ -262,7 +263,7 @@ CASES |= {
     "safetensors header": Case(tensors_file, read_safetensors_header),
     "safetensors, states": Case(tensors_file, lambda path: rows(read_checkpoints(path, fresh(path), like=LAYOUT))),
     "index": Case(index_file, load_checkpoint),
-    "pickled data set": Case(dataset(False), lambda path: rows(read_pickle(path, fresh(path))), True),
+    "pickled data set": Case(dataset(False), lambda path: rows(read_pickle(path, fresh(path), options=STRICT)), True),
     "pickled data set, legacy": Case(dataset(True), lambda path: rows(read_pickle(path, fresh(path)))),
     "ray results": Case(trial("result.json"), lambda path: rows(read_ray(path.parents[1], fresh(path.parents[1])))),
     "ray params": Case(trial("params.json"), lambda path: rows(read_ray(path.parents[1], fresh(path.parents[1])))),
