@@ -260,6 +260,7 @@ def main():
                 line = measure(name, build)
                 print(json.dumps(line), flush=True)
                 file.write(json.dumps(line) + "\n")
+                file.flush()
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ class Tracer(TorchDispatchMode):
     def join(self, operands: Iterable[tuple[Fields, Iterable[int]]]) -> Fields:
         """Fields of an entry-wise function of tensors, given by fields and shapes, that broadcast."""
         operands = [(fields, list(shape)) for fields, shape in operands]
-        length = max(len(shape) for _, shape in operands)
+        length = max((len(shape) for _, shape in operands), default=0)
         result, extent = [], [1] * length
         for fields, shape in operands:
             missing = length - len(shape)
