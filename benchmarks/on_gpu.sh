@@ -1,45 +1,78 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a machine with an NVIDIA GPU and no network, within ten minutes.
+# Says, on a machine with an NVIDIA GPU and no network, whether everything works there, and then how fast it is.
 #
-# Needs python3 with torch (CUDA), pytest and hypothesis, and nvcc and c++ for the compiled kernels (without them Triton
-# and the references are measured). Writes benchmarks/results/<gpu>.jsonl, and copies it and the log of the tests to
-# $OUT if that is set. Operators join by name: tests/test_<op>.py and benchmarks/bench_<op>.py; NeRN's step comes last.
+#   benchmarks/on_gpu.sh works    loads or builds the kernels; the GPU tests of operators and trainers; memcheck
+#   benchmarks/on_gpu.sh fast     the benchmarks, those that matter most first
+#
+# Needs python3 with torch (CUDA), pytest and hypothesis, and nvcc, c++ and ninja where the kernels must be built. Each
+# part keeps to BUDGET seconds. Rows go to benchmarks/results/<gpu>.jsonl, and with the logs to $OUT if that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+PART=${1:-works}
+BUDGET=${BUDGET:-280}  # seconds for this part
 SECONDS=0
-LIMIT=${LIMIT:-570}  # seconds for everything
+LOGS=${OUT:-build}
+mkdir -p "$LOGS"
 
-$PYTHON - <<'CHECK' || exit 1
+left() { echo $((BUDGET - SECONDS)); }
+
+# limited LIMIT NAME COMMAND..: runs it for at most LIMIT seconds and what is left of the budget
+limited() {
+  local limit=$1 name=$2
+  shift 2
+  [ "$(left)" -lt "$limit" ] && limit=$(left)
+  [ "$limit" -lt 5 ] && echo "$name: no time left" && return 1
+  timeout "$limit" "$@"
+  local status=$?
+  echo "$name: exit status $status after ${SECONDS} s"
+  return $status
+}
+
+loads() { $PYTHON -c "import sys; from fastws import _native; sys.exit(_native.ABSENT['cuda'] is not None)"; }
+
+works() {
+  $PYTHON - <<'CHECK' || exit 1
 import sys, torch
 if not torch.cuda.is_available():
     sys.exit("on_gpu.sh: torch must see a GPU; it does not. Check nvidia-smi, and that torch is a CUDA build.")
 print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 CHECK
+  local failed=0 capability
+  capability=$($PYTHON -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
+  [ "$capability" = 90 ] && capability=90a
+  if ! loads; then
+    export FASTWS_CUDA_ARCHS=${FASTWS_CUDA_ARCHS:-$capability} FASTWS_BUILD=cuda
+    rm -f fastws/*.so  # of another machine, which do not load here
+    limited 150 build $PYTHON -m pip install -q --no-index --no-deps --no-build-isolation -e . || failed=1
+  fi
+  $PYTHON -m fastws doctor
+  local files=() op
+  for op in $(ls fastws/ops | sed -n 's/^\([a-z].*\)\.py$/\1/p'); do files+=("tests/test_$op.py"); done
+  limited 150 operators $PYTHON -m pytest -q -p no:cacheprovider -k cuda "${files[@]}" > "$LOGS/operators.log" 2>&1 || failed=1
+  tail -20 "$LOGS/operators.log"
+  limited 90 trainers $PYTHON -m pytest -q -p no:cacheprovider -k cuda tests/test_train_sane.py tests/test_nern_train.py \
+    tests/test_zoo_make.py > "$LOGS/trainers.log" 2>&1 || failed=1
+  tail -20 "$LOGS/trainers.log"
+  if command -v compute-sanitizer > /dev/null; then
+    limited 60 memcheck compute-sanitizer --error-exitcode 1 $PYTHON -m pytest -q -p no:cacheprovider \
+      -k "cuda and opcheck" "${files[@]}" > "$LOGS/memcheck.log" 2>&1 || failed=1
+    tail -5 "$LOGS/memcheck.log"
+  fi
+  exit $failed
+}
 
-capability=$($PYTHON -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
-[ "$capability" = 90 ] && capability=90a
-export FASTWS_CUDA_ARCHS=${FASTWS_CUDA_ARCHS:-$capability}
-# a library from another machine may not load here
-rm -f fastws/*.so
-$PYTHON -m pip install -q --no-index --no-deps --no-build-isolation -e . || exit 1
-$PYTHON -m fastws doctor 2>/dev/null || $PYTHON -c "from fastws.doctor import report; print(report())"
-echo "built after ${SECONDS} s"
+fast() {
+  local failed=0 first="token_views small_cnn_step nern_step coordinate_mlp" name rest
+  rest=$(ls benchmarks | sed -n 's/^bench_\(.*\)\.py$/\1/p')
+  for name in $first $(for name in $rest; do [[ " $first " == *" $name "* ]] || echo "$name"; done); do
+    limited 60 "bench_$name" $PYTHON "benchmarks/bench_$name.py" --quick --no-compile || failed=1
+  done
+  [ -n "${OUT:-}" ] && cp benchmarks/results/*.jsonl "$OUT"
+  exit $failed
+}
 
-ops=$(ls fastws/ops | sed -n 's/^\([a-z].*\)\.py$/\1/p')
-log=${OUT:-build}/tests.log
-mkdir -p "$(dirname "$log")"
-workers=$($PYTHON -c "import xdist" 2>/dev/null && echo "-n 4")
-timeout 240 $PYTHON -m pytest -q $workers -p no:cacheprovider -k cuda \
-  $(for op in $ops; do echo "tests/test_$op.py"; done) 2>&1 | tee "$log" | tail -40
-tests=${PIPESTATUS[0]}
-echo "tested after ${SECONDS} s, exit status $tests"
-
-for op in $ops nern_step; do
-  left=$((LIMIT - SECONDS))
-  [ $left -lt 20 ] && echo "no time left for bench_$op" && continue
-  timeout $left $PYTHON "benchmarks/bench_$op.py" || echo "bench_$op failed or ran out of time"
-done
-[ -n "${OUT:-}" ] && cp benchmarks/results/*.jsonl "$OUT"
-echo "done after ${SECONDS} s"
-exit "$tests"
+case $PART in
+  works | fast) $PART ;;
+  *) echo "on_gpu.sh: the part must be works or fast, got $PART" && exit 2 ;;
+esac

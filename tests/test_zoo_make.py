@@ -108,6 +108,15 @@ def test_zoo_holds_every_epoch_of_every_network(tmp_path):
     assert zoo.provenance["config"] == json.loads(json.dumps(asdict(tiny(tmp_path))))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_zoo_is_made_by_cuda(tmp_path):
+    make(tiny(tmp_path / "cpu"))
+    make(tiny(tmp_path / "cuda", device="cuda"))
+    ours, theirs = Zoo.open(tmp_path / "cuda"), Zoo.open(tmp_path / "cpu")
+    assert ours.weights.isfinite().all() and ours.weights.shape == theirs.weights.shape
+    assert ours.splits == theirs.splits
+
+
 def test_finished_zoo_is_not_made_again(tmp_path):
     zoo = make(tiny(tmp_path))
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("weights-*")}

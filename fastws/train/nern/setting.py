@@ -15,7 +15,6 @@ from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import load_orders, network_orders
 from fastws.nern.teachers import fast_format
 from fastws.nn.nern import NeRN, load
-from fastws.ops.random_subset import complement
 from fastws.runs import processes
 from fastws.train import loop
 from fastws.train.nern.config import Config, size_of
@@ -98,12 +97,10 @@ def predict(job: Job, model: nn.Module, chosen: Tensor | None) -> Tensor:
     rows = job.stored.rows
     if chosen is None:
         return model(rows)
-    others = complement(chosen, len(rows))
-    with torch.no_grad():
-        rest = model(rows[others])
     batch = model(rows[chosen])
-    predictions = torch.empty(len(rows), *batch.shape[1:], dtype=batch.dtype, device=batch.device)
-    predictions[others], predictions[chosen] = rest, batch.detach()
+    with torch.no_grad():
+        predictions = model(rows)  # all: how many others there are would have to be asked of the device
+    predictions[chosen] = batch.detach()
     return learn_from(predictions, batch, chosen)
 
 
