@@ -39,7 +39,7 @@ def test_symmetry_of_a_model_permutes_its_saved_folder(make, tmp_path):
     torch.manual_seed(0)
     model, inputs = make()
     model = model.eval()
-    symmetry = fastws.Symmetry.trace(model, tuple(inputs.values()))
+    symmetry = fastws.Symmetry.trace(model, inputs)
     assert 12 in symmetry.sizes and symmetry.sizes.count(20) == 2 and symmetry.sizes.count(3) >= 2
     model.save_pretrained(tmp_path / "model")
     layout = fastws.Layout.from_checkpoint(tmp_path / "model")
