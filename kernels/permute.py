@@ -12,12 +12,23 @@ BLOCK = 1024
 
 @triton.jit
 def _permute_kernel(
-    flat, table, permutations, target, num_weights, num_layers, indices, BLOCK: tl.constexpr, INVERSE: tl.constexpr
+    flat,
+    table,
+    permutations,
+    target,
+    num_weights,
+    num_layers,
+    indices,
+    BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """target[b, i] = flat[b, source of i]; INVERSE: target[b, source of i] = flat[b, i].
 
-    One program per BLOCK weights.
+    One program per BLOCK weights. Places within a tensor are divided in 32 bits unless WIDE: a GPU has no instruction
+    that divides 64 bits and calls a long subroutine instead.
     """
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     blocks = tl.cdiv(num_weights, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -32,13 +43,15 @@ def _permute_kernel(
         first, last = tl.where(before, middle, first), tl.where(before, last, middle)
         size = (size + 1) // 2
     layer = table + first * COLUMNS
-    offset, length = tl.load(layer), tl.load(layer + 3)
-    block, period = tl.load(layer + 4), tl.load(layer + 4) * tl.load(layer + 5)
-    row, f = (i - offset) // length, (i - offset) % length
+    offset, length = tl.load(layer), tl.load(layer + 3).to(index)
+    block = tl.load(layer + 4).to(index)
+    period = block * tl.load(layer + 5).to(index)
+    place = (i - offset).to(index)
+    row, f = place // length, place % length
     vectors = permutations + b * indices
     row = permuted(vectors, tl.load(layer + 8), row)
     unit = permuted(vectors, tl.load(layer + 9), f % period // block)
-    source = offset + row * length + f // period * period + unit * block + f % block
+    source = offset + row.to(tl.int64) * length + f // period * period + unit.to(tl.int64) * block + f % block
     if INVERSE:
         # no atomics: a permutation meets each weight once
         tl.store(target + b * num_weights + source, tl.load(flat + b * num_weights + i, mask=inside), mask=inside)
@@ -76,7 +89,7 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = F
     if flat.numel() > 0:
         grid = (triton.cdiv(flat.shape[1], BLOCK) * len(flat),)
         sizes = flat.shape[1], len(table), permutations.shape[1]
-        _permute_kernel[grid](flat, table, permutations, target, *sizes, BLOCK, inverse)
+        _permute_kernel[grid](flat, table, permutations, target, *sizes, BLOCK, inverse, flat.shape[1] >= 2**31)
     return target
 
 

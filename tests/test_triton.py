@@ -31,6 +31,7 @@ KERNELS = {  # file and kernel: its arguments; T and I stand for the dtypes and 
         "indices": "i32",
         "BLOCK": 1024,
         "INVERSE": False,
+        "WIDE": False,
     },
     "permute._random_permutations_kernel": {
         "starts": "*i64",
