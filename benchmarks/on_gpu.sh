@@ -29,7 +29,8 @@ limited() {
   return $status
 }
 
-loads() { $PYTHON -c "import sys; from fastws import _native; sys.exit(_native.ABSENT['cuda'] is not None)"; }
+# a tree that was never installed has no fastws.kernels, which an installation maps to kernels/
+loads() { $PYTHON -c "import sys, fastws.kernels; from fastws import _native; sys.exit(_native.ABSENT['cuda'] is not None)"; }
 
 works() {
   $PYTHON - <<'CHECK' || exit 1
