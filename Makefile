@@ -18,7 +18,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q "setuptools>=77" wheel
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
