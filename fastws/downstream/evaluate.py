@@ -74,7 +74,7 @@ def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: 
         ValueError: If it is of another origin, or other images do not fit its networks.
     """
     made = config_of(zoo.path, zoo.provenance)
-    changes = {"device": find_device(device).type, "networks": 1}
+    changes = {"device": find_device(device).type, "networks": 1, "start": None}
     changes |= ({} if data is None else {"data": data}) | ({} if limit is None else {"limit": limit})
     job = prepare(replace(made, **changes))
     if data is not None and data != made.data:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastws.data.images import Transform, load
@@ -22,7 +23,7 @@ from fastws.version import __version__
 from fastws.zoo.format.manifest import MANIFEST, read_manifest
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.making import ranks
+from fastws.zoo.making import beginning, ranks
 from fastws.zoo.making.architectures import Activation, Architecture, Init
 from fastws.zoo.making.explain import explain
 from fastws.zoo.making.grids import PRESETS, Preset
@@ -47,6 +48,7 @@ class Config:
     zoo: str  # folder to write
     preset: Preset = "digits"  # or a published zoo: one recipe with 1,000 seeds, or all of a grid with ten seeds each
     explain: bool = False  # says what would run, on what and for how long, and ends
+    start: str | None = None  # folder of a zoo whose last states are trained on; what is not given is as it was made
 
     data: str | None = None  # "digits"; a folder: parquet, IDX, torchvision's files, a folder per class; or dataset.pt
     limit: int | None = None  # images of each part, evenly spaced; all by default
@@ -80,7 +82,8 @@ class Config:
     wave: int = 1024  # networks that advance epoch by epoch together
 
     def __post_init__(self):
-        for name, value in PRESETS[self.preset].items():
+        inherited = {} if self.start is None else beginning.options(self.start, self)
+        for name, value in (PRESETS[self.preset] | inherited).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the way of dataclasses that are frozen
         for name in ("networks", "batch_size", "wave"):
@@ -112,6 +115,7 @@ class Job(NamedTuple):
     data: TrainingData
     recipes: list[Recipe]
     one_by_one: str  # why the networks are not trained side by side; "" if they are
+    start: dict[str, Tensor] | None = None  # the weights that each network begins with; drawn where there are none
 
 
 def draw_recipes(config: Config) -> list[Recipe]:
@@ -159,7 +163,8 @@ def prepare(config: Config) -> Job:
         one_by_one = str(error)
         if config.order == "published":
             raise ValueError(f"zoo make: order must be seeded where networks train one by one: {error}") from error
-    return Job(plan, TrainingData.of(images, ranks.device(config.device)), draw_recipes(config), one_by_one)
+    recipes, start = (draw_recipes(config), None) if config.start is None else beginning.networks(config, plan)
+    return Job(plan, TrainingData.of(images, ranks.device(config.device)), recipes, one_by_one, start)
 
 
 def make(config: Config) -> Zoo:
@@ -191,7 +196,9 @@ def make(config: Config) -> Zoo:
 def make_part(config: Config, job: Job, path: Path) -> Zoo:
     """Trains the networks of a job."""
     with open_writer(config, job, path) as writer, workers(config, job) as pool:
-        train(config, job, writer, pool, lambda recipes: Wave(job.plan, recipes, job.data, not job.one_by_one))
+        train(
+            config, job, writer, pool, lambda recipes: Wave(job.plan, recipes, job.data, not job.one_by_one, job.start)
+        )
         remove(path / RESUME)
     return Zoo.open(path)
 

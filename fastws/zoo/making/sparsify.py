@@ -108,7 +108,7 @@ def check_parent(path: Path, zoo: Zoo) -> None:
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:
     """The configuration with which a zoo was made, on the images and the device of this one."""
     made = config_of(zoo.path, zoo.provenance)
-    return replace(made, zoo=config.zoo, data=config.data or made.data, device=config.device)
+    return replace(made, zoo=config.zoo, data=config.data or made.data, device=config.device, start=None)
 
 
 def choose(zoo: Zoo, models: int, epochs: int) -> tuple[list[Recipe], Tensor]:

@@ -3,7 +3,7 @@
 What a network becomes depends on its recipe alone, not on its neighbours.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
@@ -134,8 +134,15 @@ class Wave:
         epoch: The last one that is done; 0 is that of the initial weights, -1 none.
     """
 
-    def __init__(self, plan: Plan, recipes: Sequence[Recipe], data: TrainingData, side_by_side: bool):
-        self.plan, self.recipes, self.data, self.epoch = plan, recipes, data, -1
+    def __init__(
+        self,
+        plan: Plan,
+        recipes: Sequence[Recipe],
+        data: TrainingData,
+        side_by_side: bool,
+        start: Mapping[str, Tensor] | None = None,
+    ):
+        self.plan, self.recipes, self.data, self.epoch, self.start = plan, recipes, data, -1, start
         self.trainer: Trainer = (SideBySide if side_by_side else OneByOne)(plan, recipes, data)
         self.orders = Orders(plan, recipes, len(data.train.y))
 
@@ -145,8 +152,9 @@ class Wave:
         layout = Layout.from_checkpoint(network)
         state = torch.zeros(3, len(self.recipes), layout.num_weights)
         for member, row in enumerate(state[0]):
-            self.orders.initialize(member, network)
-            row.copy_(layout.flatten(network.state_dict()))
+            self.orders.initialize(member, network)  # draws also where weights are given: orders come behind
+            given = None if self.start is None else self.start[self.recipes[member].model]
+            row.copy_(layout.flatten(network.state_dict()) if given is None else given)
         return state
 
     def go_on(self, path: Path, epoch: int, state: Tensor, orders: Tensor) -> None:
