@@ -9,7 +9,7 @@ the network is distilled on noise, as in section 4.4 of the paper, and nothing b
 import tyro
 from nern_study import Config, run
 
-from fastws.cli import one_sentence
+from fastws.terminal import one_sentence
 
 PRESET = Config(
     weights=tyro.MISSING,

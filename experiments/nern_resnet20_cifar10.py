@@ -8,7 +8,7 @@ python experiments/nern_resnet20_cifar10.py --weights runs/teacher20/teacher.saf
 import tyro
 from nern_study import Config, run
 
-from fastws.cli import one_sentence
+from fastws.terminal import one_sentence
 
 PRESET = Config(
     weights=tyro.MISSING,

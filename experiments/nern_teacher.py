@@ -16,12 +16,12 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastws.cli import one_sentence
 from fastws.files.atomic import write_json, write_tensors
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
 from fastws.nern.teachers import fast_format, load_teacher
 from fastws.runs import processes
+from fastws.terminal import one_sentence
 from fastws.train import loop
 
 

@@ -82,7 +82,26 @@ def nern(found: dict) -> str:
     return "; ".join(parts)
 
 
-KINDS = {"quickstart": quickstart, "zoo": zoo, "twins": twins, "probes": probes, "teacher": teacher, "nern": nern}
+def hyperrep(found: dict) -> str:
+    """Accuracy at epoch 0 and after one epoch, novelty and spread of each set of sampled networks."""
+    parts = []
+    for name, row in found["sets"].items():
+        if "epoch 1" in row:
+            where = f"novelty {row['novelty']:.2f}, spread {row['spread']:.2f}"
+            parts.append(f"{name} {row['epoch 0']:.3f} and {row['epoch 1']:.3f} ({where})")
+    about = f"seed {found['seed']}: zoo {found['zoo']:.3f}, scratch after one epoch {found['scratch']:.3f}"
+    return f"{about}; accuracy at epochs 0 and 1: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+
+
+KINDS = {
+    "hyperrep": hyperrep,
+    "quickstart": quickstart,
+    "zoo": zoo,
+    "twins": twins,
+    "probes": probes,
+    "teacher": teacher,
+    "nern": nern,
+}
 
 
 def kind(name: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy
 import tyro
 
-from fastws.cli import one_sentence
 from fastws.files.atomic import write_json
+from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as ZooConfig

@@ -18,9 +18,9 @@ import tyro
 from torch import Tensor
 
 import fastws
-from fastws.cli import one_sentence
 from fastws.downstream.predict import fit_probes, r2_interval
 from fastws.files.atomic import write_json
+from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.align import ALIGNMENT, aligned_rows
 from fastws.zoo.making import make

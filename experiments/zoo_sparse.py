@@ -13,8 +13,8 @@ import numpy
 import tyro
 from zoo_mnist import about, print_about
 
-from fastws.cli import one_sentence
 from fastws.files.atomic import write_json
+from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as ZooConfig

@@ -47,7 +47,7 @@ def shorten(text: str, length: int = 80) -> str:
 
 
 @contextmanager
-def one_sentence(command: str) -> Iterator[None]:
+def one_sentence(command: str = "fastws") -> Iterator[None]:
     """Ends the program with one sentence if the input is wrong or somebody stops it; FASTWS_DEBUG=1 shows where."""
 
     def stop(number, frame):

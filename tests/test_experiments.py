@@ -47,6 +47,16 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_hyperrep_digits(experiment, tmp_path, capsys):
+    module = experiment("hyperrep_digits")
+    module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
+    found = results(tmp_path)
+    assert set(found["verdicts"]) == set(module.SMOKE) <= set(found["sets"])
+    assert all(0 <= found["sets"][name]["epoch 1"] <= 1 for name in module.SMOKE)
+    assert "kde-independent" in capsys.readouterr().out
+    assert "novelty" in experiment("report").hyperrep(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")
