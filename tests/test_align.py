@@ -627,13 +627,15 @@ def test_epochs_that_are_no_numbers_are_refused(tmp_path):
     zoo = make_zoo(tmp_path / "zoo")
     with ZooWriter(tmp_path / "named", zoo.layout, zoo.symmetry) as writer:
         writer.append(zoo.rows([0, 1]), {"model": ["a", "a"], "epoch": ["first", "last"]})
-    with pytest.raises(ValueError, match="named: property 'epoch' must be a number, got string"):
+    with pytest.raises(ValueError, match="column 'epoch' must hold whole numbers, got string"):
         align(Config(zoo=str(tmp_path / "named"), reference="a"))
 
 
 def test_zoo_without_symmetry_or_networks(tmp_path):
     make_zoo(tmp_path / "zoo", symmetry=False)
-    with pytest.raises(ValueError, match="zoo: zoo must have a symmetry, got none; write it with that of Symmetry.tr"):
+    with pytest.raises(
+        ValueError, match="zoo: zoo must have a symmetry, got none; give --architecture to fastws zoo align"
+    ):
         align(Config(zoo=str(tmp_path / "zoo")))
     module, inputs = architectures.mlp()
     with ZooWriter(tmp_path / "empty", Layout.from_checkpoint(module), Symmetry.trace(module, inputs)):

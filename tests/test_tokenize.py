@@ -53,7 +53,7 @@ def test_tokenize_is_the_definition(state, token_size, norm):
     tokens, lengths, positions = layout.tokenize(flat)
     n = 0
     for layer, (name, bias) in enumerate(layout.layers):
-        weight = state[name].reshape(state[name].shape[0], -1)
+        weight = state[name].reshape(state[name].shape[0] if state[name].dim() else 1, -1)
         rows = torch.cat([weight, state[bias][:, None]], 1) if bias else weight
         for row in range(len(rows)):
             for begin in range(0, rows.shape[1], token_size):

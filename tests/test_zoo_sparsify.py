@@ -14,6 +14,7 @@ from fastws.ops.variational_cnn_step import kl_divergence, sparse_weights
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.architectures import build
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import make
 from fastws.zoo.making.recipes import TrainingData
@@ -86,7 +87,7 @@ def test_properties_are_those_of_the_states(dense, tmp_path):
     twins = sparsify(tiny(dense, tmp_path / "twins", models=2, variational=True))
     table, data = twins.properties.to_pydict(), TrainingData.of(load("digits", limit=96))
     full = Zoo.open(tmp_path / "twins/variational")
-    layers = fastws.layer_table(fastws.zoo.architectures.build("digits-cnn", (1, 8, 8), dropout=0.5), (1, 8, 8))
+    layers = fastws.layer_table(build("digits-cnn", (1, 8, 8), dropout=0.5), (1, 8, 8))
     for row in range(len(twins)):
         checkpoint = full.checkpoint(row)
         theta = torch.cat([checkpoint[name].flatten() for name in twins.checkpoint(row)])
@@ -182,7 +183,7 @@ def test_errors(dense, tmp_path):
         (lambda table: table.pop("epoch"), "must have the properties of a recipe, got no epoch"),
         (lambda table: table.update(activation=["swish"]), "activation must be one of tanh, .*, got 'swish'"),
         (lambda table: table.update(optimizer=[None]), "optimizer must be one of sgd, .*, got None"),
-        (lambda table: table.update(epoch=["last"]), "property 'epoch' must be a number, got string"),
+        (lambda table: table.update(epoch=["last"]), "column 'epoch' must hold whole numbers, got string"),
     ],
 )
 def test_networks_without_a_recipe_are_refused(dense, tmp_path, change, sentence):
