@@ -21,6 +21,7 @@ from fastws.zoo.format.splits import SPLITS, deal, find_splits
 from fastws.zoo.format.zoo import (
     CHUNK,
     Zoo,
+    check_columns,
     check_path,
     find_nonfinite,
     map_weights,
@@ -166,6 +167,7 @@ class ZooWriter:
         if len(rows) == 0:
             return 0
         table = self._to_table(properties, len(rows))
+        check_columns(self.path, table)
         stored = rows.detach().to("cpu", self.dtype)
         bad = find_nonfinite(stored)
         if len(bad):

@@ -280,8 +280,9 @@ def check_columns(path: Path, table: pyarrow.Table) -> None:
     plain = model.value_type if types.is_dictionary(model) else model
     if not (types.is_string(plain) or types.is_large_string(plain) or types.is_integer(plain) or types.is_null(plain)):
         raise ValueError(f"{path}: column 'model' must hold names or whole numbers, got {model}; restore it")
-    if "epoch" in table.column_names and not is_number(table.schema.field("epoch").type):
-        raise ValueError(f"{path}: column 'epoch' must hold whole numbers, got {table.schema.field('epoch').type}")
+    epoch = table.schema.field("epoch").type if "epoch" in table.column_names else pyarrow.null()
+    if not is_number(epoch):
+        raise ValueError(f"{path}: column 'epoch' must hold whole numbers, got {epoch}")
 
 
 # --- writing
