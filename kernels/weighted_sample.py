@@ -11,14 +11,14 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=["num_columns", "first", "count", "seed", "offset"])
 def _weighted_sample_kernel(columns, sample, num_columns, first, count, seed, offset, BLOCK: tl.constexpr):
-    """sample[i] = the column of draw first + i, or its alias where the fraction is below the share of that. One program
-    per BLOCK draws."""
+    """sample[i] = the column of draw first + i, or its alias where the first 32 bits of the fraction are at most the
+    upper half of the column. One program per BLOCK draws."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     draw = first.to(tl.int64) + i
     number, fraction = draw_below(seed.to(tl.int64), offset.to(tl.int64), draw, num_columns.to(tl.int64))
-    share = tl.load(columns + 2 * number, mask=i < count, other=0)
-    alias = tl.load(columns + 2 * number + 1, mask=i < count, other=0)
-    tl.store(sample + i, tl.where(fraction < share, alias, number), mask=i < count)
+    column = tl.load(columns + number, mask=i < count, other=0).to(tl.uint64)
+    last, alias = column >> 32, (column & 0xFFFFFFFF).to(tl.int64)
+    tl.store(sample + i, tl.where((fraction >> 30).to(tl.uint64) <= last, alias, number), mask=i < count)
 
 
 def weighted_sample(columns: Tensor, first: int, count: int, seed: int, offset: int) -> Tensor:

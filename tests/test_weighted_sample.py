@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 import fastws
 from fastws import _native
 from fastws.ops.weighted_sample import (
-    WHOLE,
+    SHARE_BITS,
     alias_table_reference,
     integer_weights,
     weighted_sample_reference,
 )
+from fastws.random.integers import integers_reference
 from fastws.testing import devices, implementations
 
 MAP_NORESERVE = 0x4000  # which Python 3.11 does not know by name
+WHOLE = 2**SHARE_BITS
 STREAMS = [(0, 0), (2**40 + 3, 5), (2**63 - 1, 2**33)]
 WEIGHTS = {
     "one": torch.tensor([3.0]),
@@ -33,9 +35,15 @@ WEIGHTS = {
 FEW = torch.tensor([5.0, 0.0, 1.0, 3.0, 0.5], dtype=torch.float64)
 
 
+def shares_and_aliases(columns):
+    """How much of each column goes to another number, of WHOLE, and to which."""
+    last, alias = columns >> SHARE_BITS & WHOLE - 1, columns & WHOLE - 1
+    return torch.where(alias == torch.arange(len(columns)), 0, last + 1), alias
+
+
 def probabilities(table):
     """What the columns give to each number, added up exactly as the sum of shares."""
-    share, alias = table.columns.unbind(1)
+    share, alias = shares_and_aliases(table.columns)
     given = (WHOLE - share).double().index_add(0, alias, share.double())
     return given / WHOLE / len(share)
 
@@ -63,19 +71,19 @@ def test_alias_table_is_the_reference(name, function, device, count, sigma, arra
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.integers(0, 2**40), min_size=1, max_size=40).filter(any))
 def test_alias_table_holds_the_weights(weights):
-    integers = torch.tensor(weights)
+    integers = torch.tensor(weights) * 40
     for function in (torch.ops.fastws.alias_table, alias_table_reference):
-        share, alias = function(integers).unbind(1)
+        share, alias = shares_and_aliases(function(integers))
         assert ((share >= 0) & (share <= WHOLE) & (alias >= 0) & (alias < len(weights))).all()
-        whole, extra = divmod(sum(weights), len(weights))
+        whole, extra = divmod(40 * sum(weights), len(weights))
         given = [0] * len(weights)
         for i, (part, other) in enumerate(zip(share.tolist(), alias.tolist(), strict=True)):
             capacity = whole + (i < extra)
             given[i] += (WHOLE - part) * capacity
             given[other] += part * capacity
-        for weight, found in zip(weights, given, strict=True):
-            assert found / WHOLE == pytest.approx(weight, rel=1e-12, abs=1e-12 * sum(weights) / len(weights))
-            assert weight > 0 or found == 0
+        off = [found / WHOLE - 40 * weight for weight, found in zip(weights, given, strict=True)]
+        assert sum(map(abs, off)) <= 2 * 2.0**-SHARE_BITS * 40 * sum(weights)
+        assert all((weight > 0) == (found > 0) for weight, found in zip(weights, given, strict=True))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
@@ -83,8 +91,21 @@ def test_alias_table_gives_each_weight_its_share(weights):
     table = fastws.AliasTable(weights)
     exact = weights.double() / weights.max().double()
     exact = exact / exact.sum()
-    torch.testing.assert_close(probabilities(table), exact, rtol=0, atol=1e-14)
-    assert (probabilities(table)[weights == 0] == 0).all() and table.num_positive == weights.count_nonzero()
+    assert (probabilities(table) - exact).abs().sum() <= 2 * 2.0**-SHARE_BITS
+    assert torch.equal(probabilities(table) > 0, integer_weights(weights) > 0)
+    assert table.num_positive == weights.count_nonzero()
+
+
+def test_alias_table_is_8_bytes_a_weight():
+    assert fastws.AliasTable(torch.ones(1000)).columns.nbytes == 8000
+
+
+@pytest.mark.parametrize("weights", [[2**61, 2**61, 1], [5, -1], [2**62, 2**62]])
+def test_alias_table_takes_no_integers_that_it_cannot_hold(weights):
+    if "alias_table" not in _native.COMPILED["cpu"]:
+        pytest.skip("the reference trusts its caller")
+    with pytest.raises(RuntimeError, match=r"weights must be at least 0 and sum to at most 2\*\*62"):
+        torch.ops.fastws.alias_table(torch.tensor(weights))
 
 
 def test_integer_weights_use_62_bits_and_keep_ratios():
@@ -185,17 +206,20 @@ def test_alias_table_of_more_than_2_to_the_24_weights():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory that is there only where it is touched is asked of Linux")
 def test_weighted_sample_of_more_than_2_to_the_31_columns():
-    """Pages of zeros that exist only where they are read: no column gives anything to its alias."""
+    """Pages of memory that exist only where they are touched."""
     count = 2**31 + 11
-    room = mmap.mmap(-1, 16 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    columns = torch.frombuffer(room, dtype=torch.int64).view(count, 2)
+    room = mmap.mmap(-1, 8 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    columns = torch.frombuffer(room, dtype=torch.int64)
     args = columns, 0, 1000, 1, 2
-    drawn = torch.ops.fastws.weighted_sample(*args)
-    assert torch.equal(drawn, weighted_sample_reference(*args))
-    last = drawn.max()
-    assert 2**31 - 2**24 < last < count and drawn.double().mean() == pytest.approx(2**30, rel=0.1)
-    columns[last, 0], columns[last, 1] = WHOLE, 5
-    assert torch.equal(torch.ops.fastws.weighted_sample(*args), torch.where(drawn == last, 5, drawn))
+    numbers, _ = integers_reference(1, 2, 0, 1000, count, columns.device)
+    last = numbers.max()
+    assert 2**31 - 2**24 < last < count and numbers.double().mean() == pytest.approx(2**30, rel=0.1)
+    columns[numbers] = numbers + (WHOLE - 1 << SHARE_BITS)  # those that are drawn name themselves
+    for sample in (torch.ops.fastws.weighted_sample, weighted_sample_reference):
+        assert torch.equal(sample(*args), numbers)
+    columns[last] = 5 - (1 << SHARE_BITS)  # all of the last one goes to number 5
+    for sample in (torch.ops.fastws.weighted_sample, weighted_sample_reference):
+        assert torch.equal(sample(*args), torch.where(numbers == last, 5, numbers))
 
 
 def test_weighted_sample_does_not_depend_on_the_threads():
@@ -252,6 +276,8 @@ def test_alias_table_names_the_wrong_weights(bad):
 def test_weighted_sample_names_the_wrong_argument():
     with pytest.raises(ValueError, match="AliasTable: weights must not all be 0, got 3 zeros"):
         fastws.AliasTable(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"AliasTable: weights must be at most 2\*\*32, got 4294967297"):
+        fastws.AliasTable(torch.ones(1).expand(2**32 + 1))
     with pytest.raises(ValueError, match=r"AliasTable: weights must be \[N\] floating point with N >= 1, got \[0\]"):
         fastws.AliasTable(torch.tensor([]))
     table = fastws.AliasTable(FEW)

@@ -243,7 +243,7 @@ Gradients coordinate_mlp_backward_cpu(const Tensor& grad_, const Tensor& kept, c
                                       const Tensor& out_weight, const Tensor& out_bias, int64_t activation) {
   const Arguments a(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, out_weight,
                     out_bias);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_);
   const std::array<Tensor, 3> grad_tables = {torch::stable::empty_like(a.tables[0]),
                                              torch::stable::empty_like(a.tables[1]),
                                              torch::stable::empty_like(a.tables[2])};

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/panels.h"
 
 // An MLP on coordinates in the form in which blocks of rows run through it.
@@ -33,14 +34,13 @@ struct Arguments {
   Arguments(const Tensor& layer_table, const Tensor& filter_table, const Tensor& channel_table, const Tensor& grid_,
             const Tensor& rows_, const Tensor& hidden_weights_, const Tensor& hidden_biases_, const Tensor& out_weight_,
             const Tensor& out_bias_)
-      : tables{torch::stable::contiguous(layer_table), torch::stable::contiguous(filter_table),
-               torch::stable::contiguous(channel_table)},
-        grid(torch::stable::contiguous(grid_)),
-        rows(torch::stable::contiguous(rows_)),
-        hidden_weights(torch::stable::contiguous(hidden_weights_)),
-        hidden_biases(torch::stable::contiguous(hidden_biases_)),
-        out_weight(torch::stable::contiguous(out_weight_)),
-        out_bias(torch::stable::contiguous(out_bias_)),
+      : tables{as_contiguous(layer_table), as_contiguous(filter_table), as_contiguous(channel_table)},
+        grid(as_contiguous(grid_)),
+        rows(as_contiguous(rows_)),
+        hidden_weights(as_contiguous(hidden_weights_)),
+        hidden_biases(as_contiguous(hidden_biases_)),
+        out_weight(as_contiguous(out_weight_)),
+        out_bias(as_contiguous(out_bias_)),
         count(rows.size(0)),
         width(tables[0].size(1)),
         depth(hidden_weights.size(0)),

@@ -73,7 +73,7 @@ double distance_of(const Sums& sums) {
 
 std::tuple<Tensor, Tensor> feature_distance_cpu(const Tensor& student_, const Tensor& teacher_, double weight) {
   using torch::headeronly::ScalarType;
-  const Tensor student = torch::stable::contiguous(student_), teacher = torch::stable::contiguous(teacher_);
+  const Tensor student = as_contiguous(student_), teacher = as_contiguous(teacher_);
   const int64_t batch = student.size(0), size = student.size(1);
   const bool is_double = student.scalar_type() == ScalarType::Double;
   const Tensor distance = torch::stable::new_empty(student, {}, is_double ? ScalarType::Double : ScalarType::Float);
@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor> feature_distance_cpu(const Tensor& student_, const Te
 
 Tensor feature_distance_backward_cpu(const Tensor& grad, const Tensor& student_, const Tensor& teacher_,
                                      const Tensor& sums_, double weight) {
-  const Tensor student = torch::stable::contiguous(student_), teacher = torch::stable::contiguous(teacher_);
-  const Tensor sums = torch::stable::contiguous(sums_);
+  const Tensor student = as_contiguous(student_), teacher = as_contiguous(teacher_);
+  const Tensor sums = as_contiguous(sums_);
   const int64_t batch = student.size(0), size = student.size(1);
   const Tensor gradient = new_empty(student, {batch, size});
 

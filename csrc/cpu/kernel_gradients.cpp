@@ -10,6 +10,7 @@
 
 #include "cpu/clones.h"
 #include "cpu/convert.h"
+#include "cpu/memory.h"
 #include "cpu/panels.h"
 #include "dispatch.h"
 
@@ -163,8 +164,8 @@ void compute(const Tensor& inputs, const Tensor& grad, const Tensor& kernels, in
 }
 
 Tensor kernel_gradients_cpu(const Tensor& inputs_, const Tensor& grad_, const Tensor& kernels_, int64_t stride) {
-  const Tensor inputs = torch::stable::contiguous(inputs_), grad = torch::stable::contiguous(grad_);
-  const Tensor kernels = torch::stable::contiguous(kernels_);
+  const Tensor inputs = as_contiguous(inputs_), grad = as_contiguous(grad_);
+  const Tensor kernels = as_contiguous(kernels_);
   const ScalarType dtype = inputs.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor result = torch::stable::new_empty(inputs, {kernels.size(0), 3, 3}, dtype);
   if (dtype == ScalarType::Double)

@@ -9,6 +9,7 @@
 
 #include "cpu/kernel_order_nearest.h"
 #include "cpu/kernel_order_path.h"
+#include "cpu/memory.h"
 
 namespace fastws {
 namespace {
@@ -106,7 +107,7 @@ void order_rows(const float* rows, int64_t count, int64_t d, bool improved, int6
 }
 
 Tensor kernel_order_cpu(const Tensor& rows_, bool improve) {
-  const Tensor rows = torch::stable::contiguous(rows_);
+  const Tensor rows = as_contiguous(rows_);
   const int64_t batch = rows.size(0), count = rows.size(1), d = rows.size(2);
   const Tensor order = torch::stable::new_empty(rows, {batch, count}, torch::headeronly::ScalarType::Long);
   if (count == 0) return order;

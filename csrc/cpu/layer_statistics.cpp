@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
+#include "cpu/memory.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -308,7 +309,7 @@ void describe_all(const scalar_t* flat, int64_t batch, int64_t num_weights, cons
 }
 
 Tensor layer_statistics_cpu(const Tensor& flat_, const Tensor& offsets_) {
-  const Tensor flat = torch::stable::contiguous(flat_), offsets = torch::stable::contiguous(offsets_);
+  const Tensor flat = as_contiguous(flat_), offsets = as_contiguous(offsets_);
   const int64_t batch = flat.size(0), segments = offsets.size(0);
   const Tensor statistics =
       torch::stable::new_empty(flat, {batch, segments, kStatistics}, torch::headeronly::ScalarType::Double);

@@ -115,9 +115,9 @@ int64_t grain_of(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<i
 
 std::tuple<Tensor, Tensor> layerwise_mse_cpu(const Tensor& prediction_, const Tensor& target_, const Tensor& offsets_,
                                              const Tensor& sigma_, const Tensor& share_, double clip) {
-  const Tensor prediction = torch::stable::contiguous(prediction_), target = torch::stable::contiguous(target_);
-  const Tensor offsets = torch::stable::contiguous(offsets_), sigma = torch::stable::contiguous(sigma_);
-  const Tensor share = torch::stable::contiguous(share_);
+  const Tensor prediction = as_contiguous(prediction_), target = as_contiguous(target_);
+  const Tensor offsets = as_contiguous(offsets_), sigma = as_contiguous(sigma_);
+  const Tensor share = as_contiguous(share_);
   const int64_t batch = prediction.size(0), layers = offsets.size(0);
   const Tensor loss = torch::stable::new_empty(sigma, {}), sums = torch::stable::new_empty(sigma, {layers});
 
@@ -143,9 +143,9 @@ std::tuple<Tensor, Tensor> layerwise_mse_cpu(const Tensor& prediction_, const Te
 
 Tensor layerwise_mse_backward_cpu(const Tensor& grad, const Tensor& prediction_, const Tensor& target_,
                                   const Tensor& offsets_, const Tensor& sigma_, const Tensor& share_, double clip) {
-  const Tensor prediction = torch::stable::contiguous(prediction_), target = torch::stable::contiguous(target_);
-  const Tensor offsets = torch::stable::contiguous(offsets_), sigma = torch::stable::contiguous(sigma_);
-  const Tensor share = torch::stable::contiguous(share_);
+  const Tensor prediction = as_contiguous(prediction_), target = as_contiguous(target_);
+  const Tensor offsets = as_contiguous(offsets_), sigma = as_contiguous(sigma_);
+  const Tensor share = as_contiguous(share_);
   const Tensor grad_prediction = new_empty(prediction, {prediction.size(0), prediction.size(1)});
 
   dispatch_floating(prediction.scalar_type(), "layerwise_mse_backward", [&]<typename scalar_t>() {

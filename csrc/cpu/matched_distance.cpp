@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
+#include "cpu/memory.h"
 
 namespace fastws {
 namespace {
@@ -261,10 +262,10 @@ class Matcher {
 Tensor matched_distance_cpu(const Tensor& queries_, const Tensor& references_, const Tensor& candidates_,
                             const Tensor& may_flip_, const Tensor& flips_, const Tensor& groups_, const Tensor& parts_,
                             const Tensor& once_) {
-  const Tensor queries = torch::stable::contiguous(queries_), references = torch::stable::contiguous(references_);
-  const Tensor candidates = torch::stable::contiguous(candidates_), groups = torch::stable::contiguous(groups_);
-  const Tensor may_flip = torch::stable::contiguous(may_flip_), flips = torch::stable::contiguous(flips_);
-  const Tensor parts = torch::stable::contiguous(parts_), once = torch::stable::contiguous(once_);
+  const Tensor queries = as_contiguous(queries_), references = as_contiguous(references_);
+  const Tensor candidates = as_contiguous(candidates_), groups = as_contiguous(groups_);
+  const Tensor may_flip = as_contiguous(may_flip_), flips = as_contiguous(flips_);
+  const Tensor parts = as_contiguous(parts_), once = as_contiguous(once_);
   const int64_t rows = queries.size(0), count = candidates.size(1), packed = queries.size(1);
   const Tensor squares = torch::stable::new_empty(queries, {rows, count}, torch::headeronly::ScalarType::Double);
   const Tables tables = {.groups = groups.const_data_ptr<int64_t>(),

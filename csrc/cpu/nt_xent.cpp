@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
+#include "cpu/memory.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -247,7 +248,7 @@ void through_the_norm(const UnitRows<real_t>& u, const real_t* grad, double scal
 }
 
 std::tuple<Tensor, Tensor> nt_xent_cpu(const Tensor& z_i_, const Tensor& z_j_, double temperature) {
-  const Tensor z_i = torch::stable::contiguous(z_i_), z_j = torch::stable::contiguous(z_j_);
+  const Tensor z_i = as_contiguous(z_i_), z_j = as_contiguous(z_j_);
   const int64_t count = 2 * z_i.size(0);
   const bool is_double = z_i.scalar_type() == torch::headeronly::ScalarType::Double;
   const Tensor loss = torch::stable::new_empty(z_i, {});
@@ -268,7 +269,7 @@ std::tuple<Tensor, Tensor> nt_xent_cpu(const Tensor& z_i_, const Tensor& z_j_, d
 
 std::tuple<Tensor, Tensor> nt_xent_backward_cpu(const Tensor& grad, const Tensor& z_i_, const Tensor& z_j_,
                                                 const Tensor& logsumexp, double temperature) {
-  const Tensor z_i = torch::stable::contiguous(z_i_), z_j = torch::stable::contiguous(z_j_);
+  const Tensor z_i = as_contiguous(z_i_), z_j = as_contiguous(z_j_);
   const int64_t batch = z_i.size(0), size = z_i.size(1);
   const Tensor grad_i = torch::stable::empty_like(z_i), grad_j = torch::stable::empty_like(z_j);
 

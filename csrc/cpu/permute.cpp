@@ -60,8 +60,8 @@ void permute_range(const Layer* layers, int64_t num_layers, int64_t numel, const
 }
 
 Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& permutations_, bool inverse) {
-  const Tensor flat = torch::stable::contiguous(flat_), table = torch::stable::contiguous(table_);
-  const Tensor permutations = torch::stable::contiguous(permutations_);
+  const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
+  const Tensor permutations = as_contiguous(permutations_);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
   const int64_t indices = permutations.size(1);
   const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
@@ -107,7 +107,7 @@ void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64
 }
 
 Tensor random_permutations_cpu(const Tensor& starts_, int64_t total, int64_t batch, int64_t seed, int64_t offset) {
-  const Tensor starts = torch::stable::contiguous(starts_);
+  const Tensor starts = as_contiguous(starts_);
   const Tensor permutations = torch::stable::new_empty(starts, {batch, total}, torch::headeronly::ScalarType::Int);
   const int64_t* start = starts.const_data_ptr<int64_t>();
   int32_t* to = permutations.mutable_data_ptr<int32_t>();

@@ -131,7 +131,7 @@ Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count,
 }
 
 Tensor complement_cpu(const Tensor& indices_, int64_t population) {
-  const Tensor indices = torch::stable::contiguous(indices_);
+  const Tensor indices = as_contiguous(indices_);
   const int64_t* index = indices.const_data_ptr<int64_t>();
   Bits taken(population);
   for (int64_t i = 0; i < indices.size(0); ++i) taken.insert(index[i]);

@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> small_cnn_step_cpu(
 
 Tensor small_cnn_logits_cpu(const Tensor& weights_, const Tensor& images_, const Tensor& layers_,
                             const Tensor& activation_) {
-  const Tensor weights = torch::stable::contiguous(weights_), images = torch::stable::contiguous(images_);
-  const Tensor layers = torch::stable::contiguous(layers_), activation = torch::stable::contiguous(activation_);
+  const Tensor weights = as_contiguous(weights_), images = as_contiguous(images_);
+  const Tensor layers = as_contiguous(layers_), activation = as_contiguous(activation_);
   const int64_t count = weights.size(0), num_images = images.size(0);
   const Network network(layers, weights.size(1));
   const Tensor logits = torch::stable::new_empty(weights, {count, num_images, network.num_classes});

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/small_cnn_network.h"
 #include "dispatch.h"
 
@@ -257,7 +258,7 @@ struct StepTensors {
   explicit StepTensors(const std::array<const Tensor*, 13>& given) {
     Tensor* const mine[] = {&weights,    &first,   &second,    &images, &labels,       &batches, &layers,
                             &activation, &dropout, &optimizer, &lr,     &weight_decay, &seed};
-    for (int i = 0; i < 13; ++i) *mine[i] = torch::stable::contiguous(*given[i]);
+    for (int i = 0; i < 13; ++i) *mine[i] = as_contiguous(*given[i]);
     new_weights = torch::stable::empty_like(weights), new_first = torch::stable::empty_like(weights);
     new_second = torch::stable::empty_like(weights);
     losses = torch::stable::new_empty(weights, {weights.size(0), batches.size(1)});

@@ -261,10 +261,10 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
                                                    const Tensor& shift_, int64_t token_size, int64_t window,
                                                    double noise, int64_t erase_threshold, int64_t seed, int64_t offset,
                                                    torch::headeronly::ScalarType dtype) {
-  const Tensor table = torch::stable::contiguous(table_), base = torch::stable::contiguous(base_);
-  const Tensor layers = torch::stable::contiguous(layers_), start = torch::stable::contiguous(start_);
-  const Tensor permutations = torch::stable::contiguous(permutations_);
-  const Tensor scale = torch::stable::contiguous(scale_), shift = torch::stable::contiguous(shift_);
+  const Tensor table = as_contiguous(table_), base = as_contiguous(base_);
+  const Tensor layers = as_contiguous(layers_), start = as_contiguous(start_);
+  const Tensor permutations = as_contiguous(permutations_);
+  const Tensor scale = as_contiguous(scale_), shift = as_contiguous(shift_);
   using torch::headeronly::ScalarType;
   const int64_t batch = start.size(0);
   const Tensor values = new_empty(weights, {batch, window, token_size}, dtype);

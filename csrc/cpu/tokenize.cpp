@@ -75,7 +75,7 @@ void check_tokens(const char* op, const Layer* layers, int64_t num_layers, int64
 constexpr int64_t kGrain = 64;  // tokens, so that small checkpoints stay on one thread
 
 Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, int64_t num_tokens) {
-  const Tensor flat = torch::stable::contiguous(flat_), table = torch::stable::contiguous(table_);
+  const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
   const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
   check_tokens("tokenize", layers, num_layers, numel, token_size, num_tokens);
@@ -97,7 +97,7 @@ Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_siz
 }
 
 Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel) {
-  const Tensor tokens = torch::stable::contiguous(tokens_), table = torch::stable::contiguous(table_);
+  const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
   const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), token_size = tokens.size(2);
   const int64_t num_layers = table.size(0);
   const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());

@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <vector>
 
@@ -15,12 +17,16 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 1 << 16;  // columns that are filled one after the other
+constexpr int64_t kAhead = 512;      // draws whose columns are on the way from memory
+constexpr int64_t kPart = 4096;      // draws that one thread makes
+constexpr int64_t kShareBits = 32;
+constexpr int64_t kLargestTotal = int64_t(1) << 62;
 
-// A column of an alias table, a row of the tensor.
+// A column of an alias table, an entry of the tensor: draws whose fraction is at most last give the alias.
 struct Column {
-  int64_t share;  // of 2^kFractionBits, that the alias gets
-  int64_t alias;
+  uint32_t alias, last;
 };
+static_assert(sizeof(Column) == sizeof(int64_t) && std::endian::native == std::endian::little);
 
 // Integer weights, and how much each has beyond its column. Chunks are filled side by side: what the light weights
 // before a chunk leave empty, and what the heavy ones exceed, says where each chunk has to begin.
@@ -35,7 +41,11 @@ struct Weights {
 
   // share in the way of the reference, bit for bit
   Column column(int64_t i, int64_t given, int64_t alias) const {
-    return {int64_t(double(given) / double(capacity(i)) * double(int64_t(1) << kFractionBits)), alias};
+    constexpr int64_t kWhole = int64_t(1) << kShareBits;
+    if (given == 0) return {uint32_t(i), 0};
+    int64_t share = double(given) / double(capacity(i)) * double(kWhole) + 0.5;
+    if (given < capacity(i)) share = std::min(share, kWhole - 1);
+    return share > 0 ? Column{uint32_t(alias), uint32_t(share - 1)} : Column{uint32_t(i), 0};
   }
 };
 
@@ -71,29 +81,36 @@ void fill_lights(const Weights& w, int64_t chunk, Column* columns) {
 void fill_heavies(const Weights& w, int64_t chunk, Column* columns) {
   int64_t end = w.excess[chunk];
   const int64_t from = chunk_of(w.empty, end);
-  int64_t behind = w.empty[from], light = from * kChunk - 1, before = -1;
+  int64_t behind = w.empty[from], light = from * kChunk - 1, before = -1, given = 0;
   for (int64_t i = chunk * kChunk; i < w.last(chunk); ++i) {
     const int64_t beyond = w.beyond(i);
     if (beyond < 0) continue;
     end += beyond;
     while (behind < end) behind += std::max<int64_t>(-w.beyond(++light), 0);
-    columns[i] = w.column(i, behind - end, i);
-    if (before >= 0) columns[before].alias = i;
-    before = i;
+    if (before >= 0) columns[before] = w.column(before, given, i);
+    before = i, given = behind - end;
   }
+  if (before < 0) return;
   int64_t next = w.last(chunk);
-  while (before >= 0 && next < w.count && w.beyond(next) < 0) ++next;
-  if (before >= 0 && next < w.count) columns[before].alias = next;
+  while (next < w.count && w.beyond(next) < 0) ++next;
+  columns[before] = w.column(before, given, next < w.count ? next : before);
 }
 
 Tensor alias_table_cpu(const Tensor& weights_) {
-  const Tensor weights = torch::stable::contiguous(weights_);
+  const Tensor weights = as_contiguous(weights_);
   const int64_t count = weights.size(0), chunks = (count + kChunk - 1) / kChunk;
-  const Tensor table = new_empty(weights, {count, 2});
+  const Tensor table = new_empty(weights, {count});
   Column* columns = reinterpret_cast<Column*>(table.mutable_data_ptr<int64_t>());
   const int64_t* weight = weights.const_data_ptr<int64_t>();
-  const int64_t total = std::accumulate(weight, weight + count, int64_t(0));
   if (count == 0) return table;
+  STD_TORCH_CHECK(count <= int64_t(1) << kShareBits, "alias_table: weights must be at most 2**32, got ", count);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(weight[i] >= 0 && weight[i] <= kLargestTotal - total,
+                    "alias_table: weights must be at least 0 and sum to at most 2**62, got weights[", i,
+                    "] = ", weight[i], " behind a sum of ", total);
+    total += weight[i];
+  }
   Weights w = {weight, count, total / count, total % count};
   w.empty.resize(chunks + 1), w.excess.resize(chunks + 1);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -111,24 +128,28 @@ Tensor alias_table_cpu(const Tensor& weights_) {
 }
 
 Tensor weighted_sample_cpu(const Tensor& columns_, int64_t first, int64_t count, int64_t seed, int64_t offset) {
-  const Tensor columns = torch::stable::contiguous(columns_);
+  const Tensor columns = as_contiguous(columns_);
   const Tensor sample = new_empty(columns, {count});
   const Column* column = reinterpret_cast<const Column*>(columns.const_data_ptr<int64_t>());
   const int64_t bound = columns.size(0);
+  STD_TORCH_CHECK(bound > 0 || count == 0, "weighted_sample: columns must be at least 1, got ", bound);
   int64_t* out = sample.mutable_data_ptr<int64_t>();
-  torch::stable::parallel_for(first, first + count, 8 * kDraws, [=](int64_t begin, int64_t end) {
-    uint64_t numbers[kDraws];
-    while (begin < end) {
-      const int64_t drawn = draw_numbers(seed, offset, begin, end, numbers);
-      for (int64_t i = 0; i < drawn; ++i) __builtin_prefetch(column + draw_below(numbers[i], bound).integer);
-      for (int64_t i = 0; i < drawn; ++i) {
-        const Draw draw = draw_below(numbers[i], bound);
-        const Column& found = column[draw.integer];
-        out[begin - first + i] = draw.fraction < found.share ? found.alias : draw.integer;
+  const auto draw_part = [=](int64_t begin, int64_t end) {
+    for (int64_t drawn = begin; begin < end;) {
+      while (drawn < std::min(end, begin + kAhead)) {  // the sample holds the numbers until their columns are there
+        uint64_t* numbers = reinterpret_cast<uint64_t*>(out + drawn);
+        const int64_t more = draw_numbers(seed, offset, first + drawn, first + end, numbers);
+        for (int64_t i = 0; i < more; ++i) __builtin_prefetch(column + draw_below(numbers[i], bound).integer);
+        drawn += more;
       }
-      begin += drawn;
+      for (const int64_t stop = std::min(drawn, begin + kDraws); begin < stop; ++begin) {
+        const Draw draw = draw_below(out[begin], bound);
+        const Column found = column[draw.integer];
+        out[begin] = draw.fraction >> (kFractionBits - kShareBits) <= found.last ? found.alias : draw.integer;
+      }
     }
-  });
+  };
+  torch::stable::parallel_for(0, count, kPart, draw_part);
   return sample;
 }
 

@@ -147,12 +147,7 @@ def permute_backward(ctx, grad_permuted):
     return grad_flat, None, None, None
 
 
-def random_permutations_backward(ctx, grad):
-    raise NotImplementedError("random_permutations: integers have no gradient")
-
-
 torch.library.register_autograd("fastws::permute", permute_backward, setup_context=permute_setup_context)
-torch.library.register_autograd("fastws::random_permutations", random_permutations_backward)
-
+_native.register_integers("random_permutations")
 _native.register_triton("permute", file="permute")
 _native.register_triton("random_permutations", file="permute")

@@ -140,10 +140,6 @@ def complement_fake(indices, population):
     return indices.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-def random_subset_backward(ctx, grad):
-    raise NotImplementedError("random_subset: integers have no gradient")
-
-
 for op in ("random_integers", "random_subset", "complement"):
-    torch.library.register_autograd(f"fastws::{op}", random_subset_backward)
+    _native.register_integers(op)
 _native.register_triton("random_integers", file="random_subset")

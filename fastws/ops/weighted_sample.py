@@ -5,26 +5,30 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.random.integers import FRACTION_BITS, first_places, integers_reference
-from fastws.random.philox import check_stream
+from fastws.random.philox import LOW, check_stream
 
-WHOLE = 2**FRACTION_BITS
+SHARE_BITS = 32  # of a share of a column, and of the number of one
 SPARE_DRAWS = 64
 
 
 class AliasTable:
     """Weights made ready for drawing: each draw reads one entry, however many weights there are.
 
-    Weights become integers that sum to less than 2**62, by which no probability changes by more than 2**-57, and the
-    table draws just these, up to the 2**-64 steps of a draw: column i, of N equally likely ones, gives i or, with its
-    share, its alias (Walker, 1977; Vose, 1991). A weight of zero is never drawn. Nothing depends on threads or device.
+    Column i, of N equally likely ones, gives i or, with its share, its alias (Walker, 1977; Vose, 1991). A column is
+    8 bytes, so that a draw waits for one place in memory and large tables stay in cache: shares are computed of weights
+    that are integers of 62 bits, and stored in 32. So the probability of a draw with any property is that of the
+    weights to within 2**-32, which no number of draws that can be made shows. A weight of zero is never drawn. Nothing
+    depends on threads or device.
 
     Args:
-        weights: ``[N]``, floating point, finite, at least 0, and not all 0; any N that fits into memory, also beyond
-            2**24, where ``torch.multinomial`` ends. Kept as they are, for sampling without replacement.
+        weights: ``[N]``, floating point, finite, at least 0, and not all 0; N up to 2**32, also beyond 2**24, where
+            ``torch.multinomial`` ends. Kept as they are, for sampling without replacement.
 
     Attributes:
         weights: ``[N]``, as given.
-        columns: ``[N, 2]``, int64: the share of each column that its alias gets, of 2**62, and the alias.
+        columns: ``[N]``, int64, each two unsigned numbers of 32 bits: the lower one is the alias, the upper one the
+            share of the column that the alias gets, in steps of 2**-32, less one step. A column without alias names
+            itself.
         num_positive: Number of weights above 0.
 
     Raises:
@@ -40,6 +44,8 @@ class AliasTable:
         if weights.dim() != 1 or len(weights) == 0 or not weights.is_floating_point():
             got = f"{list(weights.shape)} {weights.dtype}"
             raise ValueError(f"AliasTable: weights must be [N] floating point with N >= 1, got {got}")
+        if len(weights) > 2**SHARE_BITS:
+            raise ValueError(f"AliasTable: weights must be at most 2**32, got {len(weights)}")
         bad = int((~(weights.isfinite() & (weights >= 0))).sum())
         if bad:
             raise ValueError(
@@ -100,7 +106,7 @@ def integer_weights(weights: Tensor) -> Tensor:
 
 
 def alias_table_reference(weights: Tensor) -> Tensor:
-    """Columns ``[N, 2]`` for integer weights ``[N]``; together they hold as much as all weights.
+    """Columns ``[N]`` for integer weights ``[N]``; together they hold as much as all weights.
 
     Light weights leave a part of their column empty, heavy ones exceed theirs. Lay the empty parts end to end, and the
     excesses beside them: an empty part is filled by the excess beside its beginning. Where an excess ends within an
@@ -119,13 +125,15 @@ def alias_table_reference(weights: Tensor) -> Tensor:
     given[heavies] = behind[torch.searchsorted(behind, ends)] - ends
     alias[lights] = heavies[torch.searchsorted(ends, behind[:-1], right=True)]
     alias[heavies[:-1]] = heavies[1:]
-    return torch.stack([(given.double() / capacity.double() * WHOLE).long(), alias], 1)
+    share = (given.double() / capacity.double() * 2.0**SHARE_BITS + 0.5).long()
+    share = torch.where(given < capacity, share.clamp(max=2**SHARE_BITS - 1), share)
+    return torch.where(share > 0, (share - 1 << SHARE_BITS) + alias, numbers)
 
 
 def weighted_sample_reference(columns: Tensor, first: int, count: int, seed: int, offset: int) -> Tensor:
     numbers, fractions = integers_reference(seed, offset, first, count, len(columns), columns.device)
-    share, alias = columns[numbers].unbind(1)
-    return torch.where(fractions < share, alias, numbers)
+    last, alias = columns[numbers] >> SHARE_BITS & LOW, columns[numbers] & LOW
+    return torch.where(fractions >> FRACTION_BITS - SHARE_BITS <= last, alias, numbers)
 
 
 def successive_sample_reference(weights: Tensor, columns: Tensor, count: int, seed: int, offset: int) -> Tensor:
@@ -158,7 +166,7 @@ torch.library.register_kernel("fastws::successive_sample", "default", successive
 
 @torch.library.register_fake("fastws::alias_table")
 def alias_table_fake(weights):
-    return weights.new_empty(len(weights), 2)
+    return torch.empty_like(weights)
 
 
 @torch.library.register_fake("fastws::weighted_sample")
@@ -171,10 +179,11 @@ def successive_sample_fake(weights, columns, count, seed, offset):
     return columns.new_empty(count)
 
 
-def weighted_sample_backward(ctx, grad):
+def successive_sample_backward(ctx, grad):
     raise NotImplementedError("weighted_sample: integers have no gradient")
 
 
-for op in ("alias_table", "weighted_sample", "successive_sample"):
-    torch.library.register_autograd(f"fastws::{op}", weighted_sample_backward)
+torch.library.register_autograd("fastws::successive_sample", successive_sample_backward)
+_native.register_integers("alias_table")
+_native.register_integers("weighted_sample")
 _native.register_triton("weighted_sample", file="weighted_sample")
