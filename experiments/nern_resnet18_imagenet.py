@@ -23,5 +23,5 @@ PRESET = Config(
 )
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("nern_resnet18_imagenet"):
         run(tyro.cli(Config, default=PRESET))

@@ -20,5 +20,5 @@ PRESET = Config(
 )
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("nern_resnet56_cifar10"):
         run(tyro.cli(Config, default=PRESET))

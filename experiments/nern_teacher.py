@@ -21,6 +21,7 @@ from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
 from fastws.nern.teachers import fast_format, load_teacher
 from fastws.runs import processes
+from fastws.runs.begun import plain
 from fastws.terminal import one_sentence
 from fastws.train import loop
 
@@ -67,7 +68,7 @@ def run(config: Config) -> dict[str, float]:
         results |= {f"{part} accuracy": accuracy(network, images, part, device) for part in ("val", "test")}
         tensors = {name: x.contiguous() for name, x in network.state_dict().items()}
         write_tensors(Path(config.out, "teacher.safetensors"), tensors)
-        write_json(Path(config.out, "results.json"), loop.plain(config) | results)
+        write_json(Path(config.out, "results.json"), plain(config) | results)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     print(f"teacher: {Path(config.out, 'teacher.safetensors')}")
     return results
@@ -90,5 +91,5 @@ def accuracy(network: nn.Module, images: ImageSet, part: str, device: torch.devi
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("nern_teacher"):
         run(tyro.cli(Config))

@@ -13,11 +13,11 @@ import numpy
 import tyro
 
 from fastws.files.atomic import write_json
+from fastws.runs.log import LOG
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as ZooConfig
-from fastws.zoo.making.resume import LOG
 
 ZOOS = {"mnist-s-seed": 1000, "mnist-s-hyp-fix": 256}  # preset: networks
 PUBLISHED = {"mnist-s-seed": {25: 0.83, 50: 0.91}}  # mean test accuracy at some epochs
@@ -85,5 +85,5 @@ def print_table(path: Path, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("zoo_mnist"):
         run(tyro.cli(Config))

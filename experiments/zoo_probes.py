@@ -144,5 +144,5 @@ def print_line(line: dict) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("zoo_probes"):
         run(tyro.cli(Config))

@@ -75,5 +75,5 @@ def print_table(path: Path, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence("zoo_sparse"):
         run(tyro.cli(Config))

@@ -359,7 +359,7 @@ def test_data_free_training_leaves_out_what_is_not_finite(tmp_path, monkeypatch)
     assert len(read_log(tmp_path, "train/loss")) == 8 and len(read_log(tmp_path, "val/accuracy")) == 2
     assert read_log(tmp_path, "val/skipped") == [1, 2]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+    assert state["carried"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
 
 def test_data_free_training_leaves_out_gradients_that_are_not_finite(tmp_path, monkeypatch):
@@ -377,14 +377,14 @@ def test_data_free_training_leaves_out_gradients_that_are_not_finite(tmp_path, m
     train(tmp_path, data_free=True)
     assert len(read_log(tmp_path, "train/loss")) == 8
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["memory"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+    assert state["carried"]["skipped"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
 
 def test_weights_that_predict_no_numbers_are_never_the_best(tmp_path):
     watch = nern.Watch(replace(CONFIG, out=str(tmp_path)), CPU)
     found = {"accuracy": torch.tensor(0.9), "relative_error": torch.tensor(torch.nan)}
     watch.keep(found, model=nn.Linear(1, 1), extra={})
-    assert not (tmp_path / "best.pt").exists() and watch.memory["best"] == -torch.inf
+    assert not (tmp_path / "best.pt").exists() and watch.carried["best"] == -torch.inf
 
 
 def test_data_free_training_gives_up(tmp_path, monkeypatch):

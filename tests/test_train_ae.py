@@ -240,7 +240,7 @@ def test_plateau_is_that_of_torch():
             plateau.see(torch.tensor(loss))
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
         scheduler.step(loss)
-    assert plateau.memory["rate"] < 0.5
+    assert plateau.carried["rate"] < 0.5
 
 
 @pytest.mark.parametrize("preset", PRESETS)

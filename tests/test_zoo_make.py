@@ -122,12 +122,12 @@ def test_finished_zoo_is_not_made_again(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("weights-*")}
     assert_same(make(tiny(tmp_path)), zoo)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("weights-*")} == before
-    with pytest.raises(ValueError, match=f"epochs must be 2, with which {tmp_path} was begun, got 3; take another"):
+    with pytest.raises(ValueError, match=f"epochs must be 2, with which {tmp_path} was begun, got 3; give another"):
         make(tiny(tmp_path, epochs=3))
     assert set(MAY_CHANGE) == {"zoo", "threads", "explain"}
     with ZooWriter(tmp_path / "other", zoo.layout, provenance={"config": ["a", "b"]}):
         pass
-    with pytest.raises(ValueError, match="zoo make: .*other must be a folder that it wrote, got another zoo; take an"):
+    with pytest.raises(ValueError, match="zoo make: .*other must be a folder that it wrote, got another one; give"):
         make(tiny(tmp_path / "other"))
 
 

@@ -160,7 +160,7 @@ def test_run_that_dies_at_any_moment_resumes_to_the_same_twins(dense, tmp_path, 
 def test_errors(dense, tmp_path):
     sparsify(tiny(dense, tmp_path / "twins", models=1, epochs=0))
     with pytest.raises(
-        ValueError, match="zoo sparsify: epochs must be 0, with which .* was begun, got 1; take another"
+        ValueError, match="zoo sparsify: epochs must be 0, with which .* was begun, got 1; give another --out"
     ):
         sparsify(tiny(dense, tmp_path / "twins", models=1, epochs=1))
     with pytest.raises(ValueError, match="models must be at least 0, got -1"):

@@ -13,7 +13,7 @@ from fastws.data.images import load
 from fastws.layout.layout import Layout
 from fastws.random.philox import philox_reference
 from fastws.zoo.making.architectures import build, initialize
-from fastws.zoo.making.large import augment, one_cycle
+from fastws.zoo.making.large import augment
 from fastws.zoo.making.minibatches import Orders
 from fastws.zoo.making.recipes import Plan, Recipe, TrainingData
 from fastws.zoo.making.training import Wave, minibatches
@@ -202,18 +202,6 @@ def test_seeded_orders_are_permutations_of_their_own():
 
 
 # --- one by one
-
-
-@pytest.mark.parametrize("total", [20, 157, 785])
-def test_one_cycle_is_the_schedule_of_torch(total):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=total)
-    for step in range(total):
-        group = optimizer.param_groups[0]
-        assert one_cycle(0.05, step, total) == pytest.approx((group["lr"], group["momentum"]), rel=1e-9)
-        optimizer.step()
-        if step + 1 < total:
-            schedule.step()
 
 
 def test_resnet_trains_as_published():

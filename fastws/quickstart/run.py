@@ -34,7 +34,8 @@ from fastws.files.json import parse
 from fastws.files.limits import read_bytes
 from fastws.quickstart import nern_demo
 from fastws.quickstart import page as report
-from fastws.runs.stages import TIMES, begin, stage
+from fastws.runs.begun import begin
+from fastws.runs.stages import TIMES, stage
 from fastws.train import files, sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows, rows_of
@@ -111,7 +112,7 @@ def run(config: Config) -> None:
 
 def run_stages(config: Config, folder: Path) -> None:
     started = perf_counter()
-    begin("quickstart", folder, asdict(config), may_change=("out",))
+    begin("quickstart", folder, config, may_change=("out",))
     results, count = {}, len(STAGES) + 1
     for number, (name, work) in enumerate(STAGES.items()):
         print(f"[{number + 1}/{count}] {name}: {work.__doc__}", flush=True)

@@ -1,7 +1,6 @@
 """Work in stages, each kept as a file when it is done, so that the same command goes on where a stopped one was."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -11,18 +10,6 @@ from fastws.files.limits import read_bytes
 from fastws.terminal import shorten
 
 TIMES = ("seconds", "cpu_seconds", "attempts")
-
-
-def begin(command: str, folder: Path, config: Mapping, may_change: Sequence[str] = ()) -> None:
-    """Makes the folder of a run, or goes on with one; raises ValueError if it was begun with another config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "config.json", json.loads(json.dumps(config))
-    before = read(path) if path.exists() else wanted
-    for name in wanted:
-        if name not in may_change and before.get(name) != wanted[name]:
-            what = f"{before.get(name)!r}, with which {folder} was begun, got {wanted[name]!r}"
-            raise ValueError(f"{command}: {name} must be {what}; give another --out")
-    write_json(path, wanted)
 
 
 def stage(folder: Path, name: str, work: Callable[[], dict]) -> dict:

@@ -5,10 +5,9 @@ are functions of the step, and batches are drawn from the seed and the step. So 
 nothing had happened, bit for bit on a CPU.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from math import cos, isfinite, pi
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastws.runs import processes
+from fastws.runs import processes, rates
+from fastws.runs.begun import plain, require_same
+from fastws.runs.log import Log
 from fastws.terminal import AGAIN, Stopped
 from fastws.train import files
 
-FREE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
+MAY_CHANGE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
 Metrics = dict[str, Tensor]
 
 
@@ -65,9 +66,9 @@ def train(
     loss: Callable[[nn.Module, Any], Metrics],
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     extra: dict[str, Any] | None = None,
-    memory: dict[str, Tensor] | None = None,
-    schedule: Callable[[torch.optim.Optimizer, Config, int], None] | None = None,
-    early: Callable[[int, Metrics], bool] | None = None,
+    carried: dict[str, Tensor] | None = None,
+    set_rates: Callable[[torch.optim.Optimizer, Config, int], None] | None = None,
+    evaluate_now: Callable[[int, Metrics], bool] | None = None,
     skip: Callable[[Metrics], bool] | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` in place and returns its last metrics.
@@ -81,10 +82,10 @@ def train(
         evaluate: Computes scalars from the model in evaluation mode.
         extra: Tensors and plain containers that are saved with the model, for those who use it. A run is resumed
             only if they are what they were.
-        memory: Tensors that callbacks change as steps go by; they are saved, and come back when a run is resumed.
-        schedule: Sets the rates of a step; ``one_cycle`` by default.
-        early: Whether to evaluate after a step, from the number of steps done and its metrics, beside those that
-            ``eval_every`` asks for; the same in all processes.
+        carried: Tensors that callbacks change as steps go by; they are saved, and come back when a run is resumed.
+        set_rates: Sets the rates of a step in the optimizer; ``set_one_cycle`` by default.
+        evaluate_now: Whether to evaluate after a step, from the number of steps done and its metrics, beside those
+            that ``eval_every`` asks for; the same in all processes.
         skip: Whether to leave model, optimizer and log as they are in a step, from its metrics, once its gradients
             are there; the same in all processes.
 
@@ -95,8 +96,8 @@ def train(
         FloatingPointError: If the loss is not finite, or weights to be evaluated or saved are not.
     """
     folder, device = files.make_folder(config.out), next(model.parameters()).device
-    memory, set_rates = memory or {}, schedule or one_cycle
-    done = restore(folder, config, extra or {}, model, optimizer, memory)
+    carried, set_rates = carried or {}, set_rates or set_one_cycle
+    done = restore(folder, config, extra or {}, model, optimizer, carried)
     processes.require_equal("step to resume from", done, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
     if config.compile:
@@ -118,7 +119,7 @@ def train(
             recorder.step(done)
             if not skipped and (saving or done % config.log_every == 0):
                 recorder.write("train", metrics)
-            wanted = early is not None and not skipped and early(done, metrics)
+            wanted = evaluate_now is not None and not skipped and evaluate_now(done, metrics)
             evaluating = evaluate and (last or wanted or done % config.eval_every == 0)
             if saving or evaluating:
                 require_finite(model, done)
@@ -129,7 +130,7 @@ def train(
                 parallel.train()
             if saving and processes.rank() == 0:
                 state = {"config": plain(config), "step": done, "extra": extra or {}}
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "carried": carried}
                 files.save(folder / "checkpoint.pt", state)
             if stopping and not last:
                 raise Stopped(f"stopped after step {done} of {config.steps}; {AGAIN}", stop.number)
@@ -159,29 +160,15 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
-    """Sets the learning rate and beta1 of a step, as ``OneCycleLR`` with its defaults, but without state.
-
-    During the first 30 % of the steps the rate rises from lr / 25 to lr while beta1 falls from 0.95 to 0.85; then the
-    rate falls to lr / 250,000 while beta1 rises to 0.95. Both follow half a cosine.
-    """
-    peak, last = 0.3 * config.steps - 1, config.steps - 1
-    if step <= peak:
-        part, rates, momenta = step / max(peak, 1), (config.lr / 25, config.lr), (0.95, 0.85)
-    else:
-        part, rates, momenta = (step - peak) / (last - peak), (config.lr, config.lr / 25e4), (0.85, 0.95)
-    begin = (1 + cos(pi * part)) / 2
+def set_one_cycle(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    """Sets the learning rate and beta1 of a step; see ``rates.one_cycle``."""
+    rate, momentum = rates.one_cycle(config.lr, step, config.steps)
     for group in optimizer.param_groups:
-        group["lr"] = rates[1] + (rates[0] - rates[1]) * begin
-        group["betas"] = (momenta[1] + (momenta[0] - momenta[1]) * begin, group["betas"][1])
+        group["lr"], group["betas"] = rate, (momentum, group["betas"][1])
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-
-
-def plain(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config)))
 
 
 def restore(
@@ -190,31 +177,35 @@ def restore(
     extra: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    memory: dict[str, Tensor],
+    carried: dict[str, Tensor],
 ) -> int:
     """Loads the checkpoint of a run, if there is one; returns the number of steps done."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0
     state = files.load(path)
-    if not isinstance(state, dict) or not {"config", "step", "extra", "model", "optimizer", "memory"} <= set(state):
-        raise ValueError(f"train: {path} must be the checkpoint of a run, got another file; give another out")
-    for name, value in plain(config).items():
-        before = state["config"].get(name)
-        if name not in FREE and value != before:
-            raise ValueError(f"train: {name} must be {before!r} to resume {folder}, got {value!r}; or give another out")
+    # "memory" is what checkpoints of version 0.1 call what is carried
+    state = state | {"carried": state.get("carried", state.get("memory"))} if isinstance(state, dict) else {}
+    if not {"config", "step", "extra", "model", "optimizer"} <= set(state) or not isinstance(state["carried"], dict):
+        raise ValueError(f"train: {path} must be the checkpoint of a run, got another file; give another --out")
+    require_same("train", folder, config, state["config"], MAY_CHANGE)
     for name, value in extra.items():
-        if not same(value, state["extra"].get(name)):
-            raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another out")
+        if name in state["extra"] and not same(value, state["extra"][name]):
+            raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    for name, tensor in memory.items():
-        tensor.copy_(state["memory"][name])
+    for name in carried.keys() & state["carried"].keys():
+        carried[name].copy_(state["carried"][name])
     return state["step"]
 
 
 def same(value: Any, before: Any) -> bool:
-    """Whether they are equal; floating tensors up to rounding, which another number of threads changes."""
+    """Whether they are equal; floating tensors up to rounding, which another number of threads changes.
+
+    What a dictionary did not hold before is newer than the run, as in configurations.
+    """
+    if isinstance(value, dict) and isinstance(before, dict):
+        return before.keys() <= value.keys() and all(same(value[name], before[name]) for name in before)
     if not isinstance(value, Tensor):
         return not isinstance(before, Tensor) and value == before
     alike = isinstance(before, Tensor) and value.shape == before.shape and value.dtype == before.dtype
@@ -227,7 +218,7 @@ class Recorder:
     def __init__(self, folder: Path, config: Config, done: int, device: torch.device):
         first = processes.rank() == 0
         header = {"config": plain(config)} | files.describe(device) | {"processes": processes.world()}
-        self.log = files.Log(folder, header, done) if first else None
+        self.log = Log(folder, header, done) if first else None
         self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=not first)
         self.latest: dict[str, float] = {}
         self.done, self.begin, self.start = done, done, perf_counter()

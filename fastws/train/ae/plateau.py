@@ -12,11 +12,11 @@ THRESHOLD = 1e-4  # by which share a new best is better
 
 
 class Plateau:
-    """``ReduceLROnPlateau`` of the mean training loss of each pass, with a memory that a resumed run gets back."""
+    """``ReduceLROnPlateau`` of the mean training loss of each pass, with numbers that a resumed run gets back."""
 
     def __init__(self, steps_per_pass: int, device: torch.device):
         self.steps = steps_per_pass
-        self.memory = {
+        self.carried = {
             "loss_sum": torch.zeros((), dtype=torch.float64, device=device),
             "loss_best": torch.tensor(torch.inf, dtype=torch.float64),
             "bad_passes": torch.zeros((), dtype=torch.int64),
@@ -25,20 +25,20 @@ class Plateau:
 
     def see(self, loss: Tensor) -> None:
         """Adds the loss of a step; the device is waited for at the end of a pass only."""
-        self.memory["loss_sum"] += loss.detach().double()
+        self.carried["loss_sum"] += loss.detach().double()
 
     def set_rates(self, optimizer: torch.optim.Optimizer, config: loop.Config, step: int) -> None:
-        memory = self.memory
+        carried = self.carried
         if step > 0 and step % self.steps == 0:
-            mean = processes.average({"loss": memory["loss_sum"] / self.steps})["loss"]
-            memory["loss_sum"].zero_()
-            if mean < memory["loss_best"] * (1 - THRESHOLD):
-                memory["loss_best"].fill_(mean)
-                memory["bad_passes"].zero_()
+            mean = processes.average({"loss": carried["loss_sum"] / self.steps})["loss"]
+            carried["loss_sum"].zero_()
+            if mean < carried["loss_best"] * (1 - THRESHOLD):
+                carried["loss_best"].fill_(mean)
+                carried["bad_passes"].zero_()
             else:
-                memory["bad_passes"] += 1
-            if memory["bad_passes"] > PATIENCE:
-                memory["rate"] *= FACTOR
-                memory["bad_passes"].zero_()
+                carried["bad_passes"] += 1
+            if carried["bad_passes"] > PATIENCE:
+                carried["rate"] *= FACTOR
+                carried["bad_passes"].zero_()
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * memory["rate"].item()
+            group["lr"] = config.lr * carried["rate"].item()

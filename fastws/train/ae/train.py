@@ -150,7 +150,7 @@ def train(config: Config, zoo: Zoo, device: torch.device) -> dict[str, float]:
         "offsets": objective.offsets.cpu(),
         "sigma": objective.sigma.cpu(),
     }
-    set_rates = {"constant": constant, "plateau": plateau.set_rates, "one-cycle": loop.one_cycle}[config.schedule]
+    set_rates = {"constant": constant, "plateau": plateau.set_rates, "one-cycle": loop.set_one_cycle}[config.schedule]
     return loop.train(
         config,
         model=model,
@@ -159,8 +159,8 @@ def train(config: Config, zoo: Zoo, device: torch.device) -> dict[str, float]:
         loss=loss,
         evaluate=evaluate if len(source.rows["val"]) > 1 else None,
         extra=extra,
-        memory={"best": best} | plateau.memory,
-        schedule=set_rates,
+        carried={"best": best} | plateau.carried,
+        set_rates=set_rates,
     )
 
 

@@ -24,6 +24,7 @@ from fastws.nern.orders import content_key
 from fastws.nern.teachers import FeatureTaps, check_network, load_teacher
 from fastws.nn.nern import NeRN
 from fastws.runs import processes
+from fastws.runs.begun import plain
 from fastws.train import files, loop
 from fastws.train.nern.config import Config, distils, loss_weights
 from fastws.train.nern.setting import Job, evaluate_part, make_job, make_model, predict, student_weights
@@ -99,7 +100,7 @@ def train(
     def evaluate(model: nn.Module) -> loop.Metrics:
         found = evaluate_part(job, getattr(model, "module", model), part, config.batch_size)
         keep(found)
-        return found | ({"skipped": watch.memory["skipped"].float()} if config.data_free else {})
+        return found | ({"skipped": watch.carried["skipped"].float()} if config.data_free else {})
 
     metrics = loop.train(
         config,
@@ -109,9 +110,9 @@ def train(
         loss=lambda model, batch: compute_losses(config, job, model, batch),
         evaluate=evaluate,
         extra=extra,
-        memory=watch.memory,
-        schedule=set_rate,
-        early=watch.improves,
+        carried=watch.carried,
+        set_rates=set_rate,
+        evaluate_now=watch.improves,
         skip=partial(watch.skips, model=model),
     )
     report(config, job, model, device)
@@ -191,7 +192,7 @@ class Watch:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        self.memory = {
+        self.carried = {
             "best": torch.tensor(-torch.inf, dtype=torch.float64),
             "window": torch.full((config.greedy_window,), torch.inf),
             "seen": torch.tensor(0),
@@ -206,15 +207,15 @@ class Watch:
         """
         score = float(found["accuracy"] if "accuracy" in found else -found["relative_error"])
         latest = "accuracy" not in found and distils(self.config)
-        if found["relative_error"].isfinite() and (latest or score > self.memory["best"]):
-            self.memory["best"].fill_(score)
+        if found["relative_error"].isfinite() and (latest or score > self.carried["best"]):
+            self.carried["best"].fill_(score)
             if processes.rank() == 0:
-                state = {"config": loop.plain(self.config), "extra": extra, "model": model.state_dict()}
+                state = {"config": plain(self.config), "extra": extra, "model": model.state_dict()}
                 files.save(Path(self.config.out) / "best.pt", state)
 
     def improves(self, done: int, metrics: loop.Metrics) -> bool:
         """Whether distillation is at most what it was at the last times, by which the published code evaluates."""
-        window, seen = self.memory["window"], self.memory["seen"]
+        window, seen = self.carried["window"], self.carried["seen"]
         if not len(window) or (done - 1) % self.config.greedy_every or "distillation" not in metrics:
             return False
         terms = processes.average({name: metrics[name] for name in ("features", "distillation") if name in metrics})
@@ -229,9 +230,9 @@ class Watch:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         finite = torch.stack([x.isfinite().all() for x in (metrics["loss"], *gradients)]).all()
         bad = bool(processes.total((~finite).float()))
-        self.memory["skipped"] += bad
-        self.memory["skipped_in_a_row"].copy_((self.memory["skipped_in_a_row"] + 1) * bad)
-        if self.memory["skipped_in_a_row"] >= MOST_SKIPPED:
+        self.carried["skipped"] += bad
+        self.carried["skipped_in_a_row"].copy_((self.carried["skipped_in_a_row"] + 1) * bad)
+        if self.carried["skipped_in_a_row"] >= MOST_SKIPPED:
             got = f"{MOST_SKIPPED} batches in a row where they are not"
             raise FloatingPointError(f"train nern: loss and gradients must be finite, got {got}; lower lr")
         return bad

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, pad
 
 from fastws.layout.layout import Layout
+from fastws.runs import rates
 from fastws.zoo.making.recipes import Augment, Part, Plan, Recipe, TrainingData
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -103,22 +104,7 @@ class OneByOne:
     def _schedule(self, recipe: Recipe, step: int, total: int) -> tuple[float, float]:
         if self.plan.schedule == "constant":
             return recipe.lr, 0.9
-        return one_cycle(recipe.lr, step, total)
-
-
-def one_cycle(largest: float, step: int, total: int) -> tuple[float, float]:
-    """Learning rate and momentum of ``torch.optim.lr_scheduler.OneCycleLR`` with its defaults (arXiv 1708.07120).
-
-    The rate rises from a 25th of the largest one for 30 % of the steps, then falls to 4e-6 of it; the momentum falls
-    from 0.95 to 0.85 meanwhile, and rises again; both along half a cosine.
-    """
-    peak = 0.3 * total - 1
-    low, end = largest / 25, largest / 25e4
-    if step <= peak:
-        share = (1 + numpy.cos(numpy.pi * step / peak)) / 2
-        return largest + (low - largest) * share, 0.85 + (0.95 - 0.85) * share
-    share = (1 + numpy.cos(numpy.pi * (step - peak) / (total - 1 - peak))) / 2
-    return end + (largest - end) * share, 0.95 + (0.85 - 0.95) * share
+        return rates.one_cycle(recipe.lr, step, total)
 
 
 def augment(x: Tensor, how: Augment, black: Tensor) -> Tensor:

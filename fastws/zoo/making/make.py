@@ -1,6 +1,5 @@
 """Training of model zoos: recipes drawn, networks trained side by side, every epoch of each kept."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from tqdm import tqdm
 from fastws.data.images import Transform, load
 from fastws.files.atomic import remove
 from fastws.layout.layout import Layout
+from fastws.runs import log
+from fastws.runs.begun import require_same
 from fastws.symmetry.symmetry import Symmetry
 from fastws.version import __version__
 from fastws.zoo.format.manifest import MANIFEST, read_manifest
@@ -28,7 +29,7 @@ from fastws.zoo.making.architectures import Activation, Architecture, Init
 from fastws.zoo.making.explain import explain
 from fastws.zoo.making.grids import PRESETS, Preset
 from fastws.zoo.making.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
-from fastws.zoo.making.resume import RESUME, log, read_resume, write_resume
+from fastws.zoo.making.resume import RESUME, read_resume, write_resume
 from fastws.zoo.making.training import Wave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -245,22 +246,14 @@ def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callab
             write_resume(writer.path, begin, wave)
             accuracy = float(properties["test_accuracy"].median())
             found = {"first": begin, "epoch": wave.epoch, "median_test_accuracy": accuracy, "dropped": writer.dropped}
-            log(writer.path, found)
+            log.append(writer.path, found)
     bar.close()
 
 
 def check_config(path: Path, config, command: str = "zoo make", may_change: Sequence[str] = MAY_CHANGE) -> None:
-    """A zoo is gone on with only as it was begun."""
-    if not (path / MANIFEST).exists():
-        return
-    begun = read_manifest(path)["provenance"].get("config")
-    if not isinstance(begun, dict):
-        raise ValueError(f"{command}: {path} must be a folder that it wrote, got another zoo; take another folder")
-    wanted = json.loads(json.dumps(asdict(config)))
-    for name in wanted:
-        if name not in may_change and begun.get(name) != wanted[name]:
-            what = f"{begun.get(name)!r}, with which {path} was begun, got {wanted[name]!r}"
-            raise ValueError(f"{command}: {name} must be {what}; take another folder")
+    """Raises ValueError if there is a zoo that was begun with another configuration, or by another command."""
+    if (path / MANIFEST).exists():
+        require_same(command, path, config, read_manifest(path)["provenance"].get("config"), may_change)
 
 
 def config_of(path: Path, provenance: object) -> Config:

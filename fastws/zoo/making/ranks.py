@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 
 from fastws.files.atomic import write_file
+from fastws.runs.log import LOG
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.making.resume import LOG, RESUME
+from fastws.zoo.making.resume import RESUME
 
 DONE = "done"  # marks a part that is whole
 JOINED = "joined"  # parts that are in the zoo, while they are removed
