@@ -109,7 +109,7 @@ def probe_numbers(
 ) -> list[dict]:
     wanted = {split: torch.stack([values[found] for values in targets.values()], 1) for split, found in rows.items()}
     lines = []
-    for number, (name, probe) in enumerate(zip(targets, fit_probes(features, wanted), strict=True)):
+    for number, (name, probe) in enumerate(zip(targets, fit_probes(features, wanted, published=True), strict=True)):
         target = wanted["test"][:, number]
         known = ~target.isnan()
         of_known = [model for model, here in zip(models, known.tolist(), strict=True) if here]
@@ -128,7 +128,7 @@ def probe_names(features: dict[str, Tensor], targets: dict[str, numpy.ndarray], 
         split = {part: values[found.numpy()] for part, found in rows.items()}
         classes, counts = numpy.unique(split["train"], return_counts=True)
         columns = {part: torch.from_numpy((found[:, None] == classes).astype(float)) for part, found in split.items()}
-        scores = torch.stack([probe.test_prediction for probe in fit_probes(features, columns)], 1)
+        scores = torch.stack([probe.test_prediction for probe in fit_probes(features, columns, published=True)], 1)
         right = (classes[scores.argmax(1).numpy()] == split["test"]).mean()
         frequent = (split["test"] == classes[counts.argmax()]).mean()
         lines.append({"target": name, "score": "accuracy", "test": float(right), "most frequent": float(frequent)})

@@ -40,14 +40,16 @@ def encoder(zoo):
 # --- probes
 
 
-def regress(features, target, penalty):
-    """An independent statement: normal equations with a column of ones, by numpy."""
+def regress(features, target, penalty, published):
+    """An independent statement: normal equations with a column of ones, by numpy; only as published it is penalised."""
     x, y = {}, {}
     for split in SPLITS:
         known = ~numpy.isnan(target[split])
         x[split] = numpy.concatenate([features[split], numpy.ones((len(features[split]), 1))], 1)[known]
         y[split] = target[split][known]
-    matrix = x["train"].T @ x["train"] + penalty * numpy.eye(x["train"].shape[1])
+    penalised = numpy.ones(x["train"].shape[1])
+    penalised[-1] = published
+    matrix = x["train"].T @ x["train"] + penalty * numpy.diag(penalised)
     weights = numpy.linalg.solve(matrix, x["train"].T @ y["train"])
     predicted = {split: x[split] @ weights for split in SPLITS}
     score = {split: 1 - ((predicted[split] - y[split]) ** 2).mean() / y[split].var() for split in SPLITS}
@@ -67,20 +69,47 @@ def make_problem(width, dtype=torch.float64):
     return features, targets
 
 
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("width", [5, 39, 100])  # fewer, as many, more features than networks, with the ones
-def test_probes_are_those_of_numpy(width):
+def test_probes_are_those_of_numpy(width, published):
     features, targets = make_problem(width)
-    for number, probe in enumerate(predict.fit_probes(features, targets)):
+    for number, probe in enumerate(predict.fit_probes(features, targets, standardize=False, published=published)):
         plain = {split: x.numpy() for split, x in features.items()}
         target = {split: y[:, number].numpy() for split, y in targets.items()}
-        runs = {penalty: regress(plain, target, penalty) for penalty in predict.PENALTIES}
+        runs = {penalty: regress(plain, target, penalty, published) for penalty in predict.PENALTIES}
         penalty = max(predict.PENALTIES, key=lambda penalty: runs[penalty][0]["val"])
         score, tau = runs[penalty]
-        assert probe.penalty == penalty
+        assert probe.penalty == penalty and probe.standardized is False
         assert probe.train_r2 == pytest.approx(score["train"], rel=0, abs=1e-8)
         assert probe.val_r2 == pytest.approx(score["val"], rel=0, abs=1e-8)
         assert probe.test_r2 == pytest.approx(score["test"], rel=0, abs=1e-8)
         assert probe.test_tau == pytest.approx(tau, abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [5, 100])
+def test_intercept_is_not_penalised(width):
+    """No penalty keeps predictions from the mean: that of the training split is reached, however far it is from 0."""
+    features, targets = make_problem(width)
+    far = {split: y + 1e3 for split, y in targets.items()}
+    for ours, theirs in zip(predict.fit_probes(features, targets), predict.fit_probes(features, far), strict=True):
+        assert ours.scores() == pytest.approx(theirs.scores(), rel=1e-6)
+        assert ours.train_r2 > -1e-9  # the mean alone has 0
+    moved = predict.fit_probes(features, far, published=True)[2]
+    assert moved.scores() != pytest.approx(predict.fit_probes(features, targets, published=True)[2].scores(), rel=1e-3)
+
+
+def test_scaling_is_chosen_on_the_validation_split():
+    features, targets = make_problem(30)
+    units = {split: x * torch.logspace(-4, 4, 30) for split, x in features.items()}
+    tried = [predict.fit_probes(units, targets, standardize=way) for way in (False, True)]
+    for chosen, *ways in zip(predict.fit_probes(units, targets), *tried, strict=True):
+        best = max(ways, key=lambda probe: probe.val_r2)
+        assert chosen.scores() == best.scores()
+    assert any(probe.standardized for probe in predict.fit_probes(units, targets))
+    known = {split: y[~y.isnan().any(1)] for split, y in targets.items()}
+    rows = {split: x[~targets[split].isnan().any(1)] for split, x in units.items()}
+    alone = predict.fit_probes(rows | {"val": rows["val"][:0]}, known | {"val": known["val"][:0]})
+    assert all(probe.train_r2 > 0.9 for probe in alone[:1])  # without validation rows the training split chooses
 
 
 def test_probe_finds_what_is_there():
@@ -99,7 +128,8 @@ def test_standardised_probes_ignore_units():
     ours, theirs = (predict.fit_probes(x, targets, standardize=True) for x in (features, other))
     for a, b in zip(ours, theirs, strict=True):
         assert a.scores() == pytest.approx(b.scores(), rel=1e-6)
-    assert predict.fit_probes(other, targets)[0].scores() != pytest.approx(theirs[0].scores(), rel=1e-6)
+    unscaled = predict.fit_probes(other, targets, standardize=False)
+    assert unscaled[0].scores() != pytest.approx(theirs[0].scores(), rel=1e-6)
 
 
 def test_constant_targets_have_no_score():
@@ -256,8 +286,29 @@ def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
     assert results["results"][0] == pytest.approx(again["results"][0])
     assert {row["features"] for row in results["results"]} == {"sane", "statistics", "weights"}
     scores = {(row["features"], row["target"]): row["test_r2"] for row in results["results"]}
+    assert f"protocol: {predict.PROTOCOL}" in printed and results["protocol"] == predict.PROTOCOL
     assert scores["statistics", "test_accuracy"] > 0.9 and scores["statistics", "generalisation_gap"] is None
     assert f"{scores['statistics', 'test_accuracy']:.4f}" in printed and f"results: {tmp_path}/results.json" in printed
+
+
+def test_published_protocol(checkpoint, encoder, zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict.Zoo, "open", lambda path: zoo)
+    config = predict.Config(zoo="small", out=str(tmp_path), model=str(checkpoint), device="cpu", published=True)
+    predict.run(config)
+    assert f"protocol: {predict.PUBLISHED}\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["protocol"] == predict.PUBLISHED and not any(row["standardized"] for row in results["results"])
+    features = predict.make_features(config, zoo)
+    longest = zoo.layout.with_tokens(None)
+    tokens = longest.tokenize(zoo.weights.double()).values
+    entries = tokens[:, longest.positions[:, 1] == 0].flatten(1)  # with their padding
+    torch.testing.assert_close(features["statistics"][:, 0], entries.mean(1))
+    torch.testing.assert_close(features["sane"], embed.encode(encoder, zoo.weights, halo=None).mean(1))
+    by_split = {split: features["statistics"][zoo.split(split)] for split in SPLITS}
+    targets = {split: predict.read_target(zoo, "test_accuracy")[zoo.split(split)][:, None] for split in SPLITS}
+    (probe,) = predict.fit_probes(by_split, targets, published=True)
+    (row,) = [row for row in results["results"] if (row["features"], row["target"]) == ("statistics", "test_accuracy")]
+    assert row["test_r2"] == pytest.approx(probe.test_r2)
 
 
 # --- bad input
@@ -339,6 +390,8 @@ def test_configs_are_checked():
         predict.Config(zoo="", out="", targets=())
     with pytest.raises(ValueError, match="predict: padded must be left out where biases are apart, got both"):
         predict.Config(zoo="", out="", padded=8, apart=True)
+    with pytest.raises(ValueError, match="predict: published must be given without apart and standardize, got both"):
+        predict.Config(zoo="", out="", published=True, standardize=True)
 
 
 def test_features_must_be_asked_for(zoo):

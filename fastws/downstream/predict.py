@@ -38,6 +38,11 @@ PENALTIES = (
     3e-5,
     1e-5,
 )  # as published
+PROTOCOL = "the intercept is not penalised; scaling of features and penalty by the validation split"
+PUBLISHED = (
+    "as published with SANE (arXiv 2406.09997): the intercept is penalised and features are not scaled; statistics "
+    "count the padding of tokens and norm layers; embeddings are made in one pass"
+)
 RESAMPLES = 1000  # for the intervals of R^2
 WEIGHTS_AT_ONCE = 2**24
 Splits = Mapping[str, Tensor]
@@ -45,7 +50,14 @@ Splits = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Predicts properties of the networks of a zoo by ridge regression, and prints R^2 on the test split."""
+    """Predicts properties of the networks of a zoo by ridge regression, and prints R^2 and rank correlation.
+
+    fastws predict --zoo zoos/digits --out runs/predict
+    fastws predict --zoo zoos/digits --model runs/sane/checkpoint.pt --out runs/predict-sane
+
+    The regression is fitted on the training split, the penalty and the scaling of features are chosen on the
+    validation split, and the scores that count are those of the test split.
+    """
 
     zoo: str  # folder of the zoo
     out: str  # folder for results.json
@@ -58,8 +70,9 @@ class Config:
     weights: bool = True  # probe the weights as well
     targets: tuple[str, ...] = ("test_accuracy", "epoch", "generalisation_gap")  # columns of the zoo's properties
     norm: bool = False  # statistics and weights of norm layers as well
-    standardize: bool = False  # features to mean 0 and std 1 over the training split
-    padded: int | None = None  # count the padding of tokens of this size in statistics, as published results do
+    standardize: bool | None = None  # features to mean 0 and std 1 or not; by default what the validation split prefers
+    padded: int | None = None  # count the padding of tokens of this size in statistics
+    published: bool = False  # exactly as published with SANE: what that changes is printed, and kept in results.json
     device: str | None = None  # of the model; by default cuda where there is one
 
     def __post_init__(self):
@@ -67,12 +80,15 @@ class Config:
             raise ValueError("predict: targets must name at least one property, got none")
         if self.apart and self.padded is not None:
             raise ValueError("predict: padded must be left out where biases are apart, got both")
+        if self.published and (self.apart or self.standardize):
+            raise ValueError("predict: published must be given without apart and standardize, got both")
 
 
 class Probe(NamedTuple):
     """What a ridge regression reached. Entries are nan where a target is constant."""
 
     penalty: float
+    standardized: bool  # whether features were scaled to mean 0 and std 1
     train_r2: float
     val_r2: float
     test_r2: float
@@ -89,21 +105,22 @@ def run(config: Config) -> None:
     zoo = Zoo.open(config.zoo)
     rows = {split: zoo.split(split) for split in ("train", "val", "test")}
     targets = {name: read_target(zoo, name) for name in config.targets}
+    protocol = PUBLISHED if config.published else PROTOCOL
+    print(f"protocol: {protocol}")
+    numbers = f"{'train R2':>9} {'val R2':>9} {'test R2':>9} {'test tau':>9}"
+    print(f"{'features':<12} {'target':<20} {numbers} {'penalty':>8} scaled")
     results = []
-    print(
-        f"{'features':<12} {'target':<20} {'train R2':>9} {'val R2':>9} {'test R2':>9} {'test tau':>9} {'penalty':>8}"
-    )
     for kind, features in make_features(config, zoo).items():
         by_split = {split: features[numbers] for split, numbers in rows.items()}
         wanted = {split: torch.stack([t[numbers] for t in targets.values()], 1) for split, numbers in rows.items()}
-        probes = fit_probes(by_split, wanted, standardize=config.standardize)
+        probes = fit_probes(by_split, wanted, standardize=config.standardize, published=config.published)
         for target, probe in zip(targets, probes, strict=True):
             results.append({"features": kind, "target": target} | probe.scores())
             numbers = f"{probe.train_r2:9.4f} {probe.val_r2:9.4f} {probe.test_r2:9.4f} {probe.test_tau:9.4f}"
-            print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e}")
+            print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e} {'yes' if probe.standardized else 'no'}")
     path = Path(config.out) / "results.json"
-    sizes = {split: len(numbers) for split, numbers in rows.items()}
-    write_json(path, {"config": asdict(config), "fastws": fastws.__version__, "rows": sizes, "results": results})
+    about = {"config": asdict(config), "fastws": fastws.__version__, "protocol": protocol}
+    write_json(path, about | {"rows": {split: len(numbers) for split, numbers in rows.items()}, "results": results})
     print(f"results: {path}")
 
 
@@ -117,15 +134,17 @@ def read_target(zoo: Zoo, name: str) -> Tensor:
 def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     """The feature sets that were asked for, ``[M, d]`` each."""
     features, read = {}, rows_of(zoo, config.aligned)
+    padded = config.padded is not None or config.published
     if config.embeddings is not None:
         features["sane"] = load_embeddings(config.embeddings, len(zoo), zoo.layout)
     elif config.model is not None:
         encoder = load_encoder(config.model, find_device(config.device))
-        features["sane"] = embed(encoder, zoo, halo=default_halo(encoder), aligned=config.aligned)
-    layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm else "skip")
+        halo = None if config.published else default_halo(encoder)
+        features["sane"] = embed(encoder, zoo, halo=halo, aligned=config.aligned)
+    layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm or config.published else "skip")
     if config.statistics:
         parts = [
-            layer_statistics(read(rows), layout, padded=config.padded is not None, apart=config.apart)
+            layer_statistics(read(rows), layout, padded=padded, apart=config.apart)
             for rows in torch.arange(len(zoo)).split(max(1, WEIGHTS_AT_ONCE // layout.num_weights))
         ]
         features["statistics"] = torch.cat(parts)
@@ -176,76 +195,105 @@ def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = Fals
 
 
 class Decomposition(NamedTuple):
-    """``X X' = U diag(eigenvalues) U'`` of training features ``X`` ``[n, d]``, and how to get ``x X' U`` for others."""
+    """``X X' = U diag(eigenvalues) U'`` of training features ``X`` ``[n, d]``, and how to get ``x X' U`` for others.
+
+    Features are taken relative to ``center``: then the intercept is the mean of the target, and no penalty moves it.
+    """
 
     features: Tensor
+    center: Tensor  # [d] float64
     vectors: Tensor  # U, [n, r]
     eigenvalues: Tensor  # [r]
     axes: Tensor | None  # X' U, [d, r], where it is small
 
     def project(self, x: Tensor) -> Tensor:
         """``x X' U``, ``[m, r]``."""
-        return gram(x, self.features) @ self.vectors if self.axes is None else x.double() @ self.axes
+        if self.axes is None:
+            return gram(x, self.features, self.center) @ self.vectors
+        return (x.double() - self.center) @ self.axes
 
 
-def decompose(features: Tensor) -> Decomposition:
+def decompose(features: Tensor, center: Tensor) -> Decomposition:
     if features.shape[0] >= features.shape[1]:
-        vectors, singular, axes = torch.linalg.svd(features.double(), full_matrices=False)
-        return Decomposition(features, vectors, singular.square(), axes.T * singular)
-    eigenvalues, vectors = torch.linalg.eigh(gram(features, features))
-    return Decomposition(features, vectors, eigenvalues.clamp(min=0), None)
+        vectors, singular, axes = torch.linalg.svd(features.double() - center, full_matrices=False)
+        return Decomposition(features, center, vectors, singular.square(), axes.T * singular)
+    eigenvalues, vectors = torch.linalg.eigh(gram(features, features, center))
+    return Decomposition(features, center, vectors, eigenvalues.clamp(min=0), None)
 
 
-def gram(x: Tensor, y: Tensor) -> Tensor:
-    """``x y'`` in float64, without float64 copies of features that are as long as networks."""
-    pairs = zip(x.split(2**16, dim=1), y.split(2**16, dim=1), strict=True)
-    return torch.stack([a.double() @ b.double().T for a, b in pairs]).sum(0)
+def gram(x: Tensor, y: Tensor, center: Tensor) -> Tensor:
+    """``(x - center) (y - center)'`` in float64, without float64 copies of features that are as long as networks."""
+    parts = (matrix.split(2**16, dim=-1) for matrix in (x, y, center))
+    return torch.stack([(a.double() - c) @ (b.double() - c).T for a, b, c in zip(*parts, strict=True)]).sum(0)
 
 
-def fit_probes(features: Splits, targets: Splits, *, standardize: bool = False) -> list[Probe]:
-    """Ridge regression from features to each target, with the penalty that does best on the validation split.
+def fit_probes(
+    features: Splits, targets: Splits, *, standardize: bool | None = None, published: bool = False
+) -> list[Probe]:
+    """Ridge regression from features to each target, with the penalty and scaling that do best on the validation split.
 
-    ``w = argmin |X w - y|^2 + penalty |w|^2``, with a column of ones in X, whose weight is penalised like the others.
-    One decomposition of X serves all penalties and targets. Networks whose target is nan are left out. Without
-    validation rows the penalty is chosen on the training split.
+    ``w, b = argmin |X w + b - y|^2 + penalty |w|^2``. One decomposition of X serves all penalties and targets. Networks
+    whose target is nan are left out. Without validation rows the training split chooses.
 
     Args:
         features: ``train``, ``val`` and ``test``: ``[n, d]``.
         targets: Likewise ``[n, K]``.
-        standardize: Features to mean 0 and std 1 over the training split first.
+        standardize: Features to mean 0 and std 1 over the training split first, or not; None tries both.
+        published: As in the code of SANE (arXiv 2406.09997): b is the weight of a column of ones, penalised like the
+            others, and features are never scaled.
 
     Returns:
         One probe per target. ``R^2 = 1 - MSE / variance`` of the split.
     """
+    if published:
+        return fit_scaled(features, targets, standardize=False, published=True)
+    ways = (False, True) if standardize is None else (standardize,)
+    tried = [fit_scaled(features, targets, standardize=way, published=False) for way in ways]
+    chooses = "val_r2" if len(targets["val"]) else "train_r2"
+    # the first of equals, which are the features as they are
+    return [
+        max(probes, key=lambda probe: numpy.nan_to_num(getattr(probe, chooses), nan=-numpy.inf))
+        for probes in zip(*tried, strict=True)
+    ]
+
+
+def fit_scaled(features: Splits, targets: Splits, *, standardize: bool, published: bool) -> list[Probe]:
     if standardize:
         mean, std = features["train"].mean(0), features["train"].std(0, correction=0)
         features = {split: (x - mean) / std.where(std > 0, 1) for split, x in features.items()}
-    features = {split: torch.cat([x, x.new_ones(len(x), 1)], 1) for split, x in features.items()}
+    if published:
+        features = {split: torch.cat([x, x.new_ones(len(x), 1)], 1) for split, x in features.items()}
     decompositions: dict[bytes, Decomposition] = {}
     probes = []
     for target in range(targets["train"].shape[1]):
         y = {split: values[:, target].double() for split, values in targets.items()}
         known = {split: ~values.isnan() for split, values in y.items()}
+        x = {split: features[split][known[split]] for split in y}
+        y = {split: y[split][known[split]] for split in y}
         key = known["train"].numpy().tobytes()
         if key not in decompositions:
-            decompositions[key] = decompose(features["train"][known["train"]])
-        x = {split: decompositions[key].project(features[split][known[split]]) for split in y}
-        probes.append(fit_probe(decompositions[key], x, {split: y[split][known[split]] for split in y}))
+            center = x["train"].mean(0, dtype=torch.float64)
+            decompositions[key] = decompose(x["train"], torch.zeros_like(center) if published else center)
+        intercept = 0.0 if published else y["train"].mean()
+        projected = {split: decompositions[key].project(found) for split, found in x.items()}
+        probes.append(fit_probe(decompositions[key], projected, y, intercept, standardize))
     return probes
 
 
-def fit_probe(decomposition: Decomposition, projected: Splits, targets: Splits) -> Probe:
+def fit_probe(
+    decomposition: Decomposition, projected: Splits, targets: Splits, intercept: Tensor | float, standardized: bool
+) -> Probe:
     penalties = torch.tensor(PENALTIES, dtype=torch.float64)
-    inner = decomposition.vectors.T @ targets["train"]  # [r]
+    inner = decomposition.vectors.T @ (targets["train"] - intercept)  # [r]
     weights = inner[:, None] / (decomposition.eigenvalues[:, None] + penalties)  # [r, penalties]
-    predictions = {split: x @ weights for split, x in projected.items()}
+    predictions = {split: x @ weights + intercept for split, x in projected.items()}
     scores = {split: r_squared(predictions[split], targets[split]) for split in targets}
     chosen = scores["val"] if len(targets["val"]) else scores["train"]
     chosen = chosen.nan_to_num(-torch.inf)
     best = int((chosen == chosen.max()).nonzero()[0])  # the largest penalty of equals
     tau = kendalltau(targets["test"].numpy(), predictions["test"][:, best].numpy()).statistic
     numbers = [float(scores[split][best]) for split in ("train", "val", "test")]
-    return Probe(PENALTIES[best], *numbers, float(tau), predictions["test"][:, best])
+    return Probe(PENALTIES[best], standardized, *numbers, float(tau), predictions["test"][:, best])
 
 
 def r_squared(predictions: Tensor, target: Tensor) -> Tensor:

@@ -212,15 +212,11 @@ def probe(config: Config, folder: Path) -> dict:
     models = [zoo.properties["model"][row].as_py() for row in rows["test"].tolist()]
     scores, predictions = [], {"true": targets["test"][:, 0].tolist()}
     for kind, features in make_features(config, folder, zoo, rows).items():
-        tried = [predict.fit_probes(features, targets, standardize=scaled) for scaled in (False, True)]
-        for target, name in enumerate(TARGETS):
-            fits = [probes[target] for probes in tried]
-            best = max(range(2), key=lambda which: numpy.nan_to_num(fits[which].val_r2, nan=-numpy.inf))  # noqa: B023
-            interval = predict.r2_interval(fits[best].test_prediction, targets["test"][:, target], models, config.seed)
-            found = {"features": kind, "target": name, "standardized": bool(best), "interval": interval}
-            scores.append(found | fits[best].scores())
+        for target, (name, fit) in enumerate(zip(TARGETS, predict.fit_probes(features, targets), strict=True)):
+            interval = predict.r2_interval(fit.test_prediction, targets["test"][:, target], models, config.seed)
+            scores.append({"features": kind, "target": name, "interval": interval} | fit.scores())
             if target == 0:
-                predictions[kind] = fits[best].test_prediction.tolist()
+                predictions[kind] = fit.test_prediction.tolist()
     return {"rows": {split: len(numbers) for split, numbers in rows.items()}, "r2": scores, "accuracy": predictions}
 
 
