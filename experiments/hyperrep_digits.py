@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     choices = {"activations": ("tanh",), "inits": ("xavier_uniform",), "optimizers": ("momentum",), "lrs": (0.1,)}
     zoo = make(
         MakeConfig(
-            zoo=str(out / "zoo"),
+            out=str(out / "zoo"),
             networks=networks,
             epochs=epochs,
             weight_decays=(1e-2,),
@@ -122,7 +122,7 @@ def after_one_epoch(
             )
         )
     evaluate.evaluate(evaluate.Config(zoo=str(out / name), device=config.device))
-    trained = make(MakeConfig(zoo=str(out / f"{name}-trained"), start=str(out / name), epochs=1))
+    trained = make(MakeConfig(out=str(out / f"{name}-trained"), start=str(out / name), epochs=1))
     return {"epoch 0": accuracy_of(trained, 0), "epoch 1": accuracy_of(trained, 1)}
 
 

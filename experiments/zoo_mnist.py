@@ -39,7 +39,7 @@ def run(config: Config) -> None:
     for preset, networks in ZOOS.items():
         options = {"networks": networks, "epochs": config.epochs} | (SMOKE if config.smoke else {})
         path = Path(config.out, preset + ("-smoke" if config.smoke else ""))
-        zoo = make(ZooConfig(zoo=str(path), preset=preset, data=config.data, threads=config.threads, **options))
+        zoo = make(ZooConfig(out=str(path), preset=preset, data=config.data, threads=config.threads, **options))
         found = {"preset": preset} | about(zoo)
         found["epochs"] = accuracy_by_epoch(zoo, PUBLISHED.get(preset, {}))
         write_json(path / "results.json", found)

@@ -49,7 +49,7 @@ class Config:
 
 def run(config: Config) -> None:
     path = Path(config.zoo or Path(config.out, "zoo"))
-    zoo = make(ZooConfig(zoo=str(path), networks=24, epochs=3, limit=300)) if config.smoke else Zoo.open(path)
+    zoo = make(ZooConfig(out=str(path), networks=24, epochs=3, limit=300)) if config.smoke else Zoo.open(path)
     rows = probed_rows(config, zoo)
     models = zoo.properties["model"].cast("string").take(rows["test"].numpy()).to_pylist()
     numbers, names = find_targets(zoo, torch.cat(list(rows.values())))

@@ -41,7 +41,7 @@ class Config:
 def run(config: Config) -> None:
     common = {"epochs": config.epochs, "threads": config.threads}
     if config.smoke:
-        dense = make(ZooConfig(zoo=f"{config.out}-smoke-dense", networks=8, epochs=3, limit=500, lrs=(3e-3,)))
+        dense = make(ZooConfig(out=f"{config.out}-smoke-dense", networks=8, epochs=3, limit=500, lrs=(3e-3,)))
         twins = TwinConfig(zoo=str(dense.path), out=f"{config.out}-smoke", models=4, **common | {"epochs": 5})
     else:
         twins = TwinConfig(zoo=config.zoo, out=config.out, data=config.data, models=config.models, **common)

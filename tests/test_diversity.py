@@ -24,7 +24,7 @@ def zoo(tmp_path_factory):
 def made(tmp_path_factory):
     """Networks that learned something, with their recipes."""
     options = {"networks": 5, "epochs": 2, "limit": 300, "threads": 1, "lrs": (1e-2,), "inits": ("kaiming_uniform",)}
-    return make(MakeConfig(zoo=str(tmp_path_factory.mktemp("made") / "zoo"), **options))
+    return make(MakeConfig(out=str(tmp_path_factory.mktemp("made") / "zoo"), **options))
 
 
 # --- samples

@@ -27,7 +27,7 @@ def zoo(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("zoo"))
     torch.set_num_threads(1)
     options = {"networks": 80, "epochs": 1, "limit": 300, "activations": ("tanh",), "optimizers": ("adam",)}
-    make(MakeConfig(zoo=path, lrs=(0.01,), threads=1, **options))
+    make(MakeConfig(out=path, lrs=(0.01,), threads=1, **options))
     align(AlignConfig(zoo=path))
     return Zoo.open(path)
 

@@ -24,7 +24,7 @@ def zoo(tmp_path_factory):
     torch.set_num_threads(1)
     make(
         MakeConfig(
-            zoo=path,
+            out=path,
             networks=14,
             epochs=2,
             limit=200,

@@ -45,7 +45,7 @@ def test_info_counts_models_that_are_there(tmp_path, capsys, no_images):
     models = [f"m{number}" for number in range(9)]
     with ZooWriter(tmp_path, fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)}), models=models) as writer:
         writer.append(torch.ones(4, 4), {"model": ["m0", "m0", "m1", "m1"]})
-    info.run(info.Config(zoo=str(tmp_path), report=str(tmp_path / "report.html")))
+    info.run(info.Config(zoo=str(tmp_path), out=str(tmp_path / "report.html")))
     counts = {name: len({"m0", "m1"} & set(members)) for name, members in Zoo.open(tmp_path).splits.items()}
     told = "; ".join(f"{name} {count} models, {2 * count} states" for name, count in counts.items())
     assert f"splits: {told}\n" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_report_of_a_zoo_with_a_provenance_of_its_own(tmp_path, no_images, confi
     layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
     with ZooWriter(tmp_path / "zoo", layout, provenance={"config": config}) as writer:
         writer.append(torch.ones(2, 4), {"model": ["a", "b"]})
-    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(tmp_path / "report.html")))
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "report.html")))
     told = f"provenance must be that of fastws zoo make, which says what networks are, got the config {config}"
     assert told in read(tmp_path / "report.html")
 
@@ -81,11 +81,11 @@ def test_states_without_an_epoch_are_in_no_table(tmp_path, no_images):
     properties = {name: zoo.properties[name] for name in zoo.properties.column_names} | {"epoch": epochs}
     with ZooWriter(tmp_path / "some", zoo.layout, zoo.symmetry) as writer:
         writer.append(zoo.weights, {name: list(map(plain, column)) for name, column in properties.items()})
-    info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "report.html")))
+    info.run(info.Config(zoo=str(tmp_path / "some"), out=str(tmp_path / "report.html")))
     assert "72 states of 36 networks" in read(tmp_path / "report.html")
     align(AlignConfig(zoo=str(tmp_path / "some"), reference="m1"))  # its last state is one that is dated
     with pytest.raises(ValueError, match="zoo info: report must be a file to write, got the folder .*some"):
-        info.run(info.Config(zoo=str(tmp_path / "some"), report=str(tmp_path / "some")))
+        info.run(info.Config(zoo=str(tmp_path / "some"), out=str(tmp_path / "some")))
 
 
 def plain(value):
@@ -94,10 +94,10 @@ def plain(value):
 
 def test_report_of_a_zoo_that_was_made(tmp_path, capsys):
     options = {"networks": 6, "epochs": 2, "limit": 300, "threads": 1, "lrs": (1e-2,), "inits": ("kaiming_uniform",)}
-    zoo = make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
+    zoo = make(MakeConfig(out=str(tmp_path / "zoo"), **options))
     align(AlignConfig(zoo=str(tmp_path / "zoo")))
     path = tmp_path / "new" / "report.html"
-    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path), images=50))
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), out=str(path), images=50))
     page = read(path)
     assert f"report: {path}" in capsys.readouterr().out
     assert "18 states of 6 networks of 1,486 weights" in page and "drawn with seed 0" in page
@@ -122,7 +122,7 @@ def test_alignment_without_a_model_is_left_out(tmp_path, no_images):
         writer.append(zoo.rows([0, 1]), {"model": ["a", "b"], "test_accuracy": [0.5, 0.6]})
         align(AlignConfig(zoo=str(tmp_path / "more"), reference="a"))
         writer.append(zoo.rows([2]), {"model": ["c"], "test_accuracy": [0.7]})
-    info.run(info.Config(zoo=str(tmp_path / "more"), report=str(tmp_path / "report.html")))
+    info.run(info.Config(zoo=str(tmp_path / "more"), out=str(tmp_path / "report.html")))
     page = read(tmp_path / "report.html")
     assert "Not compared as aligned: aligned_rows: models must be in the alignment, got 'c'" in page
     assert [name for name in table_of(page) if "between two networks" in name and "aligned" in name] == []
@@ -131,7 +131,7 @@ def test_alignment_without_a_model_is_left_out(tmp_path, no_images):
 def test_report_of_a_zoo_of_unknown_origin(tmp_path, no_images):
     make_small_zoo(tmp_path / "zoo")
     path = tmp_path / "report.html"
-    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path), models=9, seed=5))
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), out=str(path), models=9, seed=5))
     page = read(path)
     assert "Not compared: " in page and "fastws zoo make, which says what networks are, got the config None" in page
     assert "those of 9 networks, drawn with seed 5" in page and "agreement of two networks" not in table_of(page)
@@ -142,7 +142,7 @@ def test_report_of_a_zoo_that_knows_next_to_nothing(tmp_path, no_images):
     with ZooWriter(tmp_path / "zoo", layout) as writer:
         writer.append(torch.ones(2, 4), {"model": ["<a>", "b"]})
     path = tmp_path / "report.html"
-    info.run(info.Config(zoo=str(tmp_path / "zoo"), report=str(path)))
+    info.run(info.Config(zoo=str(tmp_path / "zoo"), out=str(path)))
     found = table_of(read(path))
     assert found["of 2 states, equal to an earlier one"] == "1, such as rows 0 and 1"
     assert found["length of a step between states"] == "-"
@@ -162,8 +162,8 @@ def test_one_epoch_is_drawn_as_an_interval():
 
 def test_report_of_one_network(tmp_path, no_images):
     options = {"networks": 1, "epochs": 1, "limit": 64, "threads": 1}
-    zoo = make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
-    info.run(info.Config(zoo=str(zoo.path), report=str(tmp_path / "report.html")))
+    zoo = make(MakeConfig(out=str(tmp_path / "zoo"), **options))
+    info.run(info.Config(zoo=str(zoo.path), out=str(tmp_path / "report.html")))
     page = read(tmp_path / "report.html")
     assert "Not compared: the zoo holds one network." in page and "All pairs" not in page
 
@@ -172,13 +172,13 @@ def test_report_of_nothing_is_refused(tmp_path):
     with ZooWriter(tmp_path / "zoo", fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})):
         pass
     with pytest.raises(ValueError, match="zoo info: zoo must hold networks for a report, got none"):
-        info.write_report(info.Config(zoo="", report=str(tmp_path / "r.html")), Zoo.open(tmp_path / "zoo"))
+        info.write_report(info.Config(zoo="", out=str(tmp_path / "r.html")), Zoo.open(tmp_path / "zoo"))
     assert not (tmp_path / "r.html").exists()
 
 
 def test_images_that_were_named_must_be_there(tmp_path):
     options = {"networks": 2, "epochs": 1, "limit": 64, "threads": 1}
-    make(MakeConfig(zoo=str(tmp_path / "zoo"), **options))
+    make(MakeConfig(out=str(tmp_path / "zoo"), **options))
     with pytest.raises(SystemExit, match="nowhere"):
         main(["zoo", "info", "--zoo", str(tmp_path / "zoo"), "--report", str(tmp_path / "r"), "--data", "nowhere"])
     assert not (tmp_path / "r").exists()
@@ -187,7 +187,7 @@ def test_images_that_were_named_must_be_there(tmp_path):
 def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
     monkeypatch.setattr(pages, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="zoo info: matplotlib must be installed for the report, got none"):
-        info.run(info.Config(zoo=str(tmp_path / "none"), report="r.html"))
+        info.run(info.Config(zoo=str(tmp_path / "none"), out="r.html"))
 
 
 @pytest.mark.parametrize("option, value, least", [("models", 1, 2), ("seed", -1, 0), ("images", 0, 1)])

@@ -29,18 +29,18 @@ pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 
 def test_random_recipes_use_all_choices_and_do_not_depend_on_their_number():
-    config = Config(zoo="", networks=200, dropouts=(0.0, 0.5), seed=3)
+    config = Config(out="", networks=200, dropouts=(0.0, 0.5), seed=3)
     recipes = draw_recipes(config)
     for name, choices in [("activation", config.activations), ("dropout", config.dropouts), ("lr", config.lrs)]:
         assert {getattr(one, name) for one in recipes} == set(choices)
     assert len({one.seed for one in recipes}) == 200 == len({one.model for one in recipes})
-    assert draw_recipes(Config(zoo="", networks=20, dropouts=(0.0, 0.5), seed=3)) == recipes[:20]
-    assert draw_recipes(Config(zoo="", networks=20, dropouts=(0.0, 0.5), seed=4)) != recipes[:20]
+    assert draw_recipes(Config(out="", networks=20, dropouts=(0.0, 0.5), seed=3)) == recipes[:20]
+    assert draw_recipes(Config(out="", networks=20, dropouts=(0.0, 0.5), seed=4)) != recipes[:20]
 
 
 def test_grid_recipes_are_all_combinations_then_the_next_seed():
     choices = {"activations": ("tanh", "relu"), "inits": ("normal",), "optimizers": ("adam",), "lrs": (0.1, 0.2)}
-    config = Config(zoo="", networks=8, sampling="grid", weight_decays=(0.0,), seed=5, **choices)
+    config = Config(out="", networks=8, sampling="grid", weight_decays=(0.0,), seed=5, **choices)
     recipes = draw_recipes(config)
     assert [one.seed for one in recipes] == [5] * 4 + [6] * 4
     assert [(one.activation, one.lr) for one in recipes[4:]] == [
@@ -69,7 +69,7 @@ def test_grid_recipes_are_all_combinations_then_the_next_seed():
 )
 def test_config_errors(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Config(zoo="", **options)
+        Config(out="", **options)
 
 
 # --- zoos
@@ -78,7 +78,7 @@ def test_config_errors(options, sentence):
 def tiny(path, **options):
     default = {"networks": 6, "epochs": 2, "limit": 96, "wave": 4, "threads": 1, "seed": 1}
     default |= {"activations": ("tanh", "relu"), "dropouts": (0.0, 0.2), "optimizers": ("adam",)}
-    return Config(zoo=str(path), **default | options)
+    return Config(out=str(path), **default | options)
 
 
 def assert_same(zoo, expected):
@@ -124,7 +124,7 @@ def test_finished_zoo_is_not_made_again(tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("weights-*")} == before
     with pytest.raises(ValueError, match=f"epochs must be 2, with which {tmp_path} was begun, got 3; give another"):
         make(tiny(tmp_path, epochs=3))
-    assert set(MAY_CHANGE) == {"zoo", "threads", "explain"}
+    assert set(MAY_CHANGE) == {"out", "threads", "explain"}
     with ZooWriter(tmp_path / "other", zoo.layout, provenance={"config": ["a", "b"]}):
         pass
     with pytest.raises(ValueError, match="zoo make: .*other must be a folder that it wrote, got another one; give"):
@@ -169,14 +169,14 @@ def test_killed_command_resumes_to_the_same_zoo(tmp_path):
     config = tiny(tmp_path / "zoo", epochs=8, dropouts=(0.1,))
     options = ["--networks", "6", "--epochs", "8", "--limit", "96", "--threads", "1", "--wave", "4", "--seed", "1"]
     options += ["--activations", "tanh", "relu", "--dropouts", "0.1", "--optimizers", "adam"]
-    command = [sys.executable, "-m", "fastws", "zoo", "make", "--zoo", config.zoo, *options]
+    command = [sys.executable, "-m", "fastws", "zoo", "make", "--out", config.out, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         log = tmp_path / "zoo/log.jsonl"
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 4):
             time.sleep(0.005)
         process.kill()
     assert process.returncode < 0, "the command was over before it was killed"
-    done = len(Zoo.open(config.zoo))
+    done = len(Zoo.open(config.out))
     assert 12 <= done < 6 * 9
     assert_same(make(config), make(tiny(tmp_path / "whole", epochs=8, dropouts=(0.1,))))
 
@@ -237,7 +237,7 @@ def test_processes_make_one_zoo(tmp_path, monkeypatch):
     path = tmp_path / "zoo"
     words = "--networks 5 --optimizers sgd --lrs 0.1 --weight-decays 1e9 0 --sampling grid --epochs 2 --limit 96"
     words += " --threads 1 --wave 4 --seed 1 --activations tanh relu --dropouts 0 0.2"
-    command = [sys.executable, "-m", "fastws", "zoo", "make", "--zoo", str(path), *words.split()]
+    command = [sys.executable, "-m", "fastws", "zoo", "make", "--out", str(path), *words.split()]
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         with monkeypatch.context() as patch:
@@ -324,7 +324,7 @@ def test_more_processes_than_networks(tmp_path, monkeypatch):
 
 
 def test_explain_says_what_would_run(tmp_path, capsys):
-    main(["zoo", "make", "--zoo", str(tmp_path / "zoo"), "--explain", "--limit", "96", "--validation", "20"])
+    main(["zoo", "make", "--out", str(tmp_path / "zoo"), "--explain", "--limit", "96", "--validation", "20"])
     out = capsys.readouterr().out
     assert (
         "networks    240 of 1,486 weights; combinations of hyperparameters: 256" in out
@@ -333,7 +333,7 @@ def test_explain_says_what_would_run(tmp_path, capsys):
     assert "states      6,240, 0.0371 GB on disk" in out and "side by side, small_cnn_step on cpu" in out
     assert "about" in out and "lrs             (0.01, 0.003, 0.001, 0.0003)" in out
     options = ["--limit", "40", "--schedule", "one-cycle", "--optimizers", "momentum", "--networks", "2"]
-    main(["zoo", "make", "--zoo", str(tmp_path / "zoo"), "--explain", *options])
+    main(["zoo", "make", "--out", str(tmp_path / "zoo"), "--explain", *options])
     out = capsys.readouterr().out
     assert "one network after the other in plain PyTorch, because schedule 'one-cycle' changes from step to step" in out
     assert not (tmp_path / "zoo").exists()
@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(
         ValueError, match="data must be the folder of the images of mnist-s-seed, got none; give --data"
     ):
-        make(Config(zoo=str(path), preset="mnist-s-seed"))
+        make(Config(out=str(path), preset="mnist-s-seed"))
     with pytest.raises(ValueError, match="batch_size must be at most 20, the images, got 32"):
         make(tiny(path, limit=20))
     with pytest.raises(ValueError, match="resnet18 must have relu, no dropout"):
@@ -356,7 +356,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path):
 
 def test_commands(tmp_path, capsys):
     options = ["--networks", "4", "--epochs", "1", "--limit", "64", "--lrs", "1e-2", "1e-3", "--threads", "1"]
-    main(["zoo", "make", "--zoo", str(tmp_path), *options])
+    main(["zoo", "make", "--out", str(tmp_path), *options])
     out = capsys.readouterr().out
     assert f"{tmp_path}: 8 states of 4 networks, 0 left out as not finite" in out
     main(["zoo", "info", "--zoo", str(tmp_path)])

@@ -120,7 +120,7 @@ def test_counts_are_those_of_the_published_collection():
 )
 def test_hyp_zoos_have_ten_seeds_of_each_combination(name, networks, combinations):
     for kind in ("fix", "rand"):
-        recipes = draw_recipes(Config(zoo="", preset=f"{name}-hyp-{kind}"))
+        recipes = draw_recipes(Config(out="", preset=f"{name}-hyp-{kind}"))
         assert len(recipes) == networks == 10 * combinations
         chosen = [one[2:] for one in recipes]
         assert len(set(chosen)) == combinations and all(chosen.count(one) == 10 for one in chosen[:3])
@@ -144,7 +144,7 @@ def test_hyp_zoos_have_ten_seeds_of_each_combination(name, networks, combination
     ],
 )
 def test_seed_zoos_differ_by_their_seeds(name, expected):
-    recipes = draw_recipes(Config(zoo="", preset=f"{name}-seed"))
+    recipes = draw_recipes(Config(out="", preset=f"{name}-seed"))
     assert [one.seed for one in recipes] == [*range(1, 1001)]
     assert {one[2:] for one in recipes} == {expected}
 
@@ -160,7 +160,7 @@ def test_pictures_are_those_that_the_networks_take():
 
 
 def test_given_options_override_the_preset():
-    config = Config(zoo="", preset="mnist-s-hyp-fix", epochs=3, lrs=(0.5,), networks=256)
+    config = Config(out="", preset="mnist-s-hyp-fix", epochs=3, lrs=(0.5,), networks=256)
     assert (config.epochs, config.lrs, config.networks) == (3, (0.5,), 256)
     assert (config.batch_size, config.validation, config.mean) == (10, 10_000, (0.1307,))
-    assert Config(zoo="").networks == 240
+    assert Config(out="").networks == 240

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("in_one_thread")
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return make(MakeConfig(zoo=str(tmp_path_factory.mktemp("dense") / "zoo"), **DENSE))
+    return make(MakeConfig(out=str(tmp_path_factory.mktemp("dense") / "zoo"), **DENSE))
 
 
 def tiny(dense, path, **options):
@@ -199,7 +199,7 @@ def test_another_zoo_is_refused_and_a_moved_one_is_not(dense, tmp_path):
     sparsify(tiny(dense, tmp_path / "twins", models=1, epochs=0))
     moved = Zoo.open(shutil.copytree(dense.path, tmp_path / "moved"))
     sparsify(tiny(moved, tmp_path / "twins", models=1, epochs=0))
-    other = make(MakeConfig(zoo=str(tmp_path / "other"), **DENSE | {"seed": 2}))
+    other = make(MakeConfig(out=str(tmp_path / "other"), **DENSE | {"seed": 2}))
     with pytest.raises(ValueError, match="zoo sparsify: zoo must be .*, with which .*twins was begun, or a copy of it"):
         sparsify(tiny(other, tmp_path / "twins", models=1, epochs=0))
 

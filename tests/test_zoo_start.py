@@ -18,12 +18,12 @@ def source(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("source"))
     torch.set_num_threads(1)
     choices = {"activations": ("tanh", "relu"), "optimizers": ("adam",), "lrs": (0.01,), "weight_decays": (0.0,)}
-    make(Config(zoo=path, networks=6, epochs=2, **choices, **OPTIONS))
+    make(Config(out=path, networks=6, epochs=2, **choices, **OPTIONS))
     return Zoo.open(path)
 
 
 def test_training_goes_on_from_the_networks_of_another_zoo(source, tmp_path):
-    zoo = make(Config(zoo=str(tmp_path), start=str(source.path), epochs=1, threads=1))
+    zoo = make(Config(out=str(tmp_path), start=str(source.path), epochs=1, threads=1))
     assert len(zoo) == 12
     epoch, last = zoo.numbers("epoch"), source.numbers("epoch") == 2
     first = torch.from_numpy(epoch == 0).nonzero().flatten()
@@ -40,7 +40,7 @@ def test_training_goes_on_from_the_networks_of_another_zoo(source, tmp_path):
 def test_samples_are_trained_and_evaluated(source, tmp_path):
     drawn = sample(SampleConfig(zoo=str(source.path), out=str(tmp_path / "s"), method="noise", count=4, device="cpu"))
     trained = make(
-        Config(zoo=str(tmp_path / "t"), start=str(drawn.path), epochs=1, lrs=(0.003,), networks=3, threads=1)
+        Config(out=str(tmp_path / "t"), start=str(drawn.path), epochs=1, lrs=(0.003,), networks=3, threads=1)
     )
     assert trained.properties["model"].unique().to_pylist() == [f"noise-{n:06}" for n in range(3)]
     assert set(trained.properties["lr"].to_pylist()) == {0.003}
@@ -51,11 +51,11 @@ def test_samples_are_trained_and_evaluated(source, tmp_path):
 
 def test_what_cannot_begin(source, tmp_path):
     with pytest.raises(FileNotFoundError):
-        Config(zoo=str(tmp_path / "z"), start=str(tmp_path / "nothing"))
-    several = Config(zoo=str(tmp_path / "z"), start=str(source.path), lrs=(0.1, 0.2))
+        Config(out=str(tmp_path / "z"), start=str(tmp_path / "nothing"))
+    several = Config(out=str(tmp_path / "z"), start=str(source.path), lrs=(0.1, 0.2))
     with pytest.raises(ValueError, match=r"lrs must name one choice for the networks of start, .* give --lrs"):
         make(several)
-    other = Config(zoo=str(tmp_path / "z"), start=str(source.path), architecture="mlp")
+    other = Config(out=str(tmp_path / "z"), start=str(source.path), architecture="mlp")
     with pytest.raises(ValueError, match="zoo make: start"):
         make(other)
     assert not (tmp_path / "z").exists()

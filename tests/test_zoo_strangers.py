@@ -110,7 +110,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage, told, sentence", DAMAGES.values(), ids=DAMAGES)
 def test_resume_file_is_refused(tmp_path, monkeypatch, damage, told, sentence):
     options = {"networks": 4, "epochs": 1, "limit": 96, "wave": 2, "threads": 1, "order": "published"}
-    config, advance = MakeConfig(zoo=str(tmp_path), sampling="grid", **options), Wave.advance
+    config, advance = MakeConfig(out=str(tmp_path), sampling="grid", **options), Wave.advance
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Wave, "advance", lambda wave, *args: advance(wave, *args) if wave.epoch < 0 else 1 / 0)
         make(config)

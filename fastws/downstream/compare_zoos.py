@@ -46,11 +46,11 @@ class Config:
     samples: tuple[str, ...]  # folders of sampled networks
     out: str  # folder for report.html and results.json
 
-    epochs: tuple[int, int] | None = None  # of the training states; by default all of them
+    epochs: tuple[int, int] | None = None  # first and last epoch of the training states; by default all
     baselines: bool = True  # measures noise, averages and Gaussians of principal components as well
     count: int = 200  # networks of each set, at most, and of each baseline
     images: int = 2000  # test images, at most, that predictions are compared on
-    seed: int = 0  # of the baselines
+    seed: int = 0  # of the random numbers of the baselines
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
     def __post_init__(self):

@@ -27,14 +27,17 @@ Pool = Literal["mean", "layers"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Embeds every network of a zoo: the mean over its tokens, or over those of each layer, of their embeddings."""
+    """Embeds every network of a zoo: the mean over its tokens, or over those of each layer, of their embeddings.
+
+    fastws embed --model runs/sane/checkpoint.pt --zoo zoos/digits --out embeddings.safetensors
+    """
 
     model: str  # checkpoint.pt of fastws train sane
     zoo: str  # folder of the zoo
     out: str  # file to write, a safetensors file with "embeddings" [M, E] in the order of the zoo's rows
     aligned: bool = False  # networks in the order that fastws zoo align found, as the model should have been trained
 
-    pool: Pool = "mean"  # over all tokens, E numbers; layers: over those of each layer, L * E numbers
+    pool: Pool = "mean"  # mean over all token embeddings, E numbers; layers: over each layer, L * E numbers
     halo: int | None = None  # tokens seen on both sides of a chunk; by default a quarter of the training window
     one_pass: bool = False  # encode the whole sequence at once, as the published code does for properties
     batch_size: int = 64  # windows per forward pass

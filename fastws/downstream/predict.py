@@ -62,11 +62,11 @@ class Config:
     zoo: str  # folder of the zoo
     out: str  # folder for results.json
     model: str | None = None  # checkpoint.pt of fastws train sane, whose embeddings are probed
-    embeddings: str | None = None  # file of fastws embed, instead of model
+    embeddings: str | None = None  # file of fastws embed whose embeddings are probed, instead of model
     aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics do not depend on it
 
     statistics: bool = True  # probe mean, variance and quantiles of each layer as well
-    apart: bool = False  # statistics of weights and of biases, as the model zoo data set has them, not of both together
+    apart: bool = False  # statistics of weights and of biases apart, as the model zoo data set has them
     weights: bool = True  # probe the weights as well
     targets: tuple[str, ...] = ("test_accuracy", "epoch", "generalisation_gap")  # columns of the zoo's properties
     norm: bool = False  # statistics and weights of norm layers as well

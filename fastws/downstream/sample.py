@@ -45,7 +45,7 @@ class Config:
 
     epochs: tuple[int, int] | None = None  # first and last epoch of the anchors; by default only each network's last
     best: float = 1.0  # share of the anchors to keep, the most accurate ones on validation images
-    by: str | None = None  # property that ranks them; by default val_accuracy, else test_accuracy
+    by: str | None = None  # property that ranks anchors by accuracy; by default val_accuracy, else test_accuracy
     activation: str | None = None  # of the anchors; by default the commonest
     aligned: bool | None = None  # anchors in the order of zoo align; by default as the model was trained, else if there
 

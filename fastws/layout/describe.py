@@ -6,11 +6,16 @@ from typing import Annotated, Literal
 import tyro
 
 from fastws.layout.layout import Layout
+from fastws.runs.begun import former_names
 
 
-@dataclass(frozen=True)
+@former_names(save="out")
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Prints the layout of a checkpoint: every tensor, its role, its place in the flat vector and its tokens.
+
+    fastws layout resnet18.safetensors
+    fastws layout resnet18.safetensors --token-size 288 --norm skip --out layout.json
 
     Of safetensors files only the headers are read, so that size does not matter.
     """
@@ -18,13 +23,13 @@ class Config:
     path: Annotated[str, tyro.conf.Positional]  # .safetensors, .safetensors.index.json, or what torch.load reads
 
     token_size: int | None = None  # entries per token; by default the longest row
-    norm: Literal["keep", "skip"] = "keep"  # norm layers in tokens
-    save: str | None = None  # writes the layout as JSON to this file
+    norm: Literal["keep", "skip"] = "keep"  # whether norm layers have tokens
+    out: str | None = None  # JSON file to write, which Layout.load reads
 
 
 def run(config: Config) -> None:
     layout = Layout.from_checkpoint(config.path, config.token_size, config.norm)
     print(layout.describe())
-    if config.save is not None:
-        layout.save(config.save)
-        print(f"saved as {config.save}")
+    if config.out is not None:
+        layout.save(config.out)
+        print(f"saved as {config.out}")

@@ -29,16 +29,19 @@ SMALLEST = 1e-30  # scale of a row of zeros
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes the network that a NeRN stores as an ordinary checkpoint, and says how small and how good it is."""
+    """Writes the network that a NeRN stores as an ordinary checkpoint, and says how small and how good it is.
+
+    fastws nern export --model runs/nern/best.pt --out stored.safetensors
+    """
 
     model: str  # best.pt or checkpoint.pt of fastws train nern
     out: str  # file to write, a safetensors file with the names of the original network; a report goes to <out>.json
 
-    weights: str | None = None  # checkpoint of the original network; by default the one of training
-    images: str | None = None  # data set, on whose test images original and stored network are compared
-    precision: Precision = "fp32"  # of the predictor whose kernels are written; the report has all
-    image_size: int | None = None  # of folders of large images; by default that of training
-    batch_size: int = 256  # images
+    weights: str | None = None  # checkpoint of the original network; by default the one that was stored
+    images: str | None = None  # data set whose test images compare the original and the stored network
+    precision: Precision = "fp32"  # of the predictor whose kernels are written; the report has all precisions
+    image_size: int | None = None  # height and width of images from folders of large ones; by default those of training
+    batch_size: int = 256  # images per forward pass
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
     def __post_init__(self):

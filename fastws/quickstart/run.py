@@ -58,22 +58,26 @@ SMOKE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Makes a zoo of small networks, trains SANE on it and writes a report: minutes on two processor cores."""
+    """Makes a zoo of small networks, trains SANE on it and writes a report: minutes on two processor cores.
 
-    out: str = "runs/quickstart"  # folder; the same command goes on where a stopped run was
-    seed: int = 0  # of everything random
+    fastws quickstart
+    fastws quickstart --smoke --out runs/smoke
+    """
+
+    out: str = "runs/quickstart"  # folder of the run; the same command resumes a run that was stopped
+    seed: int = 0  # seed of everything random
     smoke: bool = False  # a tiny run, to see that everything works; its numbers mean nothing
 
-    networks: int = 600  # in the zoo; 70 % to train on, 15 % to choose by, 15 % to test on
-    epochs: int = 25  # each network is kept after every one
-    probe_epochs: tuple[int, ...] = (1, 3, 5, 10, 15, 20, 25)  # whose states are probed, as published
-    align: bool = True  # the neurons of all networks to those of one
+    networks: int = 600  # networks in the zoo; 70 % to train on, 15 % to choose by, 15 % to test on
+    epochs: int = 25  # of training; each network is kept after every one
+    probe_epochs: tuple[int, ...] = (1, 3, 5, 10, 15, 20, 25)  # epochs whose states are probed, as published
+    align: bool = True  # put all networks' neurons in the order of one network's
 
     steps: int = 900  # of SANE's training
     batch_size: int = 32  # networks per step
     lr: float = 3e-3  # peak of the one-cycle schedule
-    width: int = 64  # of the transformers
-    depth: int = 2  # blocks, in the encoder and again in the decoder
+    width: int = 64  # of SANE's transformers
+    depth: int = 2  # blocks of SANE's encoder, and of its decoder
     latent: int = 64  # entries per token embedding
     gamma: float = 0.1  # weight of the contrastive loss; reconstruction gets 1 - gamma
     noise: float = 0.1  # std of the factors that all weights of a view are multiplied by
@@ -82,7 +86,7 @@ class Config:
     nern_steps: int = 1000  # of storing the best network in a NeRN
 
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
-    permutations: int = 8  # of each test network, to see how far they move its embedding
+    permutations: int = 8  # permuted copies of each test network, to see how far they move its embedding
     threads: int = 0  # processor cores to use; 0: all
 
     def __post_init__(self):
@@ -143,7 +147,7 @@ def make_zoo(config: Config, folder: Path) -> dict:
 
 def zoo_config(config: Config, folder: Path) -> ZooConfig:
     return ZooConfig(
-        zoo=str(folder / "zoo"),
+        out=str(folder / "zoo"),
         networks=config.networks,
         epochs=config.epochs,
         seed=config.seed,

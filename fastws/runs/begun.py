@@ -5,8 +5,9 @@ what was kept is newer than the run, which therefore had its default.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,27 @@ def default_of(config: Any, name: str) -> Any:
 def plain(config: Any) -> dict[str, Any]:
     """The fields of a dataclass, as JSON gives them back."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def former_names(**names: str) -> Callable[[type], type]:
+    """Lets the fields of a keyword-only dataclass be given by names that they had before; ``FORMER`` holds them.
+
+    Args:
+        names: The former name of a field, and its name.
+    """
+
+    def decorate(kind: type) -> type:
+        init = kind.__init__
+
+        @wraps(init)
+        def __init__(self, **given):
+            known = {names.get(name, name): value for name, value in given.items()}
+            if len(known) < len(given):
+                both = ", ".join(f"{name} and {names[name]}" for name in given if name in names)
+                raise TypeError(f"{kind.__name__}: {both} must not both be given, which are one option")
+            init(self, **known)
+
+        kind.__init__, kind.FORMER = __init__, names
+        return kind
+
+    return decorate

@@ -33,19 +33,19 @@ class Config:
 
     out: str  # folder of the run: log.jsonl and checkpoint.pt; an interrupted run in it is resumed
 
-    steps: int = 10_000  # in all, those before an interruption included
+    steps: int = 10_000  # of training, those before an interruption included
     batch_size: int = 32  # samples per step, over all processes
     lr: float = 1e-4  # peak of the one-cycle schedule
     weight_decay: float = 3e-9  # of matrices and tables; vectors have none
     clip: float | None = None  # largest norm of the gradient
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    compile: bool = False  # the model, by torch.compile
+    compile: bool = False  # pass the model through torch.compile
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
-    seed: int = 0  # of everything random
+    seed: int = 0  # seed of everything random
 
-    log_every: int = 10  # steps
-    eval_every: int = 500  # steps
-    save_every: int = 500  # steps
+    log_every: int = 10  # steps between lines of log.jsonl
+    eval_every: int = 500  # steps between evaluations
+    save_every: int = 500  # steps between checkpoints
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "log_every", "eval_every", "save_every"):

@@ -155,21 +155,25 @@ def find_alignment(zoo: Zoo) -> Path | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Aligns the networks of a zoo to one of them, or sorts each, and keeps the permutations with the zoo."""
+    """Aligns the networks of a zoo to one of them, or sorts each, and keeps the permutations with the zoo.
 
-    zoo: str  # folder
+    fastws zoo align --zoo zoos/digits
+    fastws zoo align --zoo zoos/digits --canonical l2
+    """
+
+    zoo: str  # folder of the zoo, which the permutations are kept in
 
     out: str | None = None  # file to write; by default alignment.safetensors or canonical.safetensors in the zoo
     reference: str | None = None  # model id; by default the best of the train split, of all models without one
     best: str = "test_accuracy"  # property that says which is the best, by its last value
     architecture: str | None = None  # of a zoo without symmetry: that of zoo make, or module:function, which returns it
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
-    num_classes: int = 10  # its logits, if it is one of zoo make
+    num_classes: int = 10  # logits of the architecture, if it is one of zoo make
     canonical: Form | None = None  # sort each network's neurons instead, by l2 norm or in lexicographic order
-    norms: Norms = "exclude"  # running means and variances: whether they count in the distance
+    norms: Norms = "exclude"  # whether running means and variances count in the distance
     sweeps: int = 100  # most visits of each permutation group
     restarts: int = 1  # runs of the matching, which visit groups in other orders; each network keeps its best
-    device: str = "cpu"  # or cuda
+    device: str = "cpu"  # that the matching computes on, cpu or cuda
 
     def __post_init__(self):
         for name in ("sweeps", "restarts"):

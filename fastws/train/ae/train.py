@@ -44,36 +44,36 @@ class Config(loop.Config):
     epochs: tuple[int, int] | None = None  # first and last epoch of the states to train on; all by default
     aligned: bool = False  # networks in the order that fastws zoo align found
 
-    preset: Preset = "cpu"  # of the first two a zoo of small networks is learned in minutes; the others are published
-    passes: int | None = None  # over the training networks; gives the steps unless these are given
-    steps: int | None = None  # in all, those before an interruption included
+    preset: Preset = "cpu"  # cpu and cpu-transformer learn a zoo of small networks in minutes; others are published
+    passes: int | None = None  # passes over the training networks; give the steps unless steps are given
+    steps: int | None = None  # of training, those before an interruption included
     batch_size: int | None = None  # networks per step, over all processes
     lr: float | None = None  # the largest learning rate
     weight_decay: float | None = None  # as the optimizer understands it
-    optimizer: Literal["adam", "adamw", "sgd"] | None = None  # sgd has momentum 0.9
+    optimizer: Literal["adam", "adamw", "sgd"] | None = None  # which updates the model; sgd has momentum 0.9
     schedule: Literal["constant", "plateau", "one-cycle"] | None = None  # plateau: rate x 0.3 after 10 passes in vain
 
     encoding: Literal["vector", "weight", "neuron", "neuron_in_out"] | None = None  # what a token is; vector: no tokens
     latent: int | None = None  # entries of the code
-    bounded: bool | None = None  # the code passes a tanh
-    dropout: float | None = None  # in the model
+    bounded: bool | None = None  # pass the code through tanh
+    dropout: float | None = None  # probability of dropout in the model
     hidden: tuple[int, ...] | None = None  # widths of the encoder's hidden layers, for encoding vector
-    activation: str | None = None  # of the hidden layers, for encoding vector
-    layer_norm: bool | None = None  # before these activations
+    activation: str | None = None  # of the encoder's hidden layers, for encoding vector
+    layer_norm: bool | None = None  # norms before the activations, for encoding vector
     width: int | None = None  # of the transformers
     heads: int | None = None  # of the attention
-    depth: int | None = None  # blocks, in the encoder and again in the decoder
+    depth: int | None = None  # blocks of the encoder, and of the decoder
     feed_forward: int | None = None  # width of the hidden layer of each block
     compression: Literal["token", "average", "linear"] | None = None  # what of the tokens becomes the code
     decompression: Literal["linear", "repeat"] | None = None  # from the code to a token each, or to one for all
-    decoder_bias: bool | None = None  # learned, added to each code
+    decoder_bias: bool | None = None  # add a learned number to each entry of the code
     debedder_depth: int | None = None  # layers from a token to its weights
-    embedder: Literal["linear", "attn"] | None = None  # from the weights of a neuron to its token
+    embedder: Literal["linear", "attn"] | None = None  # what makes a token of the weights of a neuron
     head_depth: int | None = None  # hidden layers of the projection that is contrasted; 0: the code itself
-    head_width: int | None = None  # of these layers
-    projection: int | None = None  # outputs of that projection
+    head_width: int | None = None  # width of the hidden layers of the projection
+    projection: int | None = None  # outputs of the projection that is contrasted
 
-    standardize: Literal["none", "layer", "center"] | None = None  # by the layers' std; center: around the mean network
+    standardize: Literal["none", "layer", "center"] | None = None  # by each layer's std; center: about the mean network
     layerwise: bool | None = None  # the error of each layer in units of its std (LWLN)
     reduction: Literal["global_mean", "layer_mean"] = "global_mean"  # all weights count alike, or all layers
     error_clip: float | None = None  # largest squared error of a weight
@@ -83,7 +83,7 @@ class Config(loop.Config):
     code_variance: float = 0.0  # weight of the mean variance of the code's entries
     code_norm: float = 0.0  # weight of the mean norm of the code
 
-    permute: bool | None = None  # neurons of both views at random
+    permute: bool | None = None  # permute the neurons of both views at random
     noise: float | None = None  # std of the factors that weights are multiplied by
     additive: float | None = None  # std of what is added to weights, in units of their layer's std
     erase: float = 0.0  # share of the weights that are set to 0

@@ -15,60 +15,64 @@ from fastws.train import loop
 
 @dataclass(frozen=True, kw_only=True)
 class Config(loop.Config):
-    """Stores a network in a NeRN. What is left out is that of the preset, if one is given."""
+    """Stores a network in a NeRN. A preset gives a value to every option that is None.
+
+    fastws train nern --weights r20.pt --architecture cifar-resnet20-a --images cifar10 --hidden 180 --out runs/nern
+    fastws train nern --weights resnet18.pth --data-free --preset imagenet-resnet18-1256-crossfilter --out runs/free
+    """
 
     weights: str  # checkpoint of the network: safetensors or torch
     preset: str | None = None  # a published run, as cifar10-resnet20-180-crossfilter
     architecture: str | None = None  # of the network: cifar-resnet20-a, resnet18, torchvision:vgg16, timm:resnet10t
     images: str | None = None  # data set to distil on and to evaluate on: cifar10, or a folder
-    data_free: bool = False  # distil on noise instead
-    image_size: int | None = None  # of folders of large images, read as they are wanted, and of noise (by default 32)
-    augment: Augment | None = None  # flips and crops alone, or, for such folders, RandAugment, mixup and cutmix as well
+    data_free: bool = False  # distil on noise instead of images
+    image_size: int | None = None  # height and width of images from folders of large ones, and of noise; by default 32
+    augment: Augment | None = None  # flips and crops alone; or, for folders, RandAugment, mixup and cutmix as well
 
     hidden: int | None = None  # width of the NeRN
-    order: Literal["none", "infilter", "crossfilter"] | None = None  # of kernels; by default crossfilter
-    improve: bool = False  # greedy orders by 2-opt and Or-opt
-    orders: str | None = None  # folder of orders, made before; by default they are made, and kept in out/orders/<key>
-    blocks: int = 5  # linear layers
-    activation: Literal["relu", "leaky_relu", "hardswish", "gelu", "relu6", "elu"] = "relu"
-    encoding: Literal["basic", "ffn"] = "basic"  # sines of each coordinate, or of random sums of all
-    fusion: Literal["concat", "sum"] = "concat"  # of the encodings of layer, filter and channel
+    order: Literal["none", "infilter", "crossfilter"] | None = None  # order of the kernels; by default crossfilter
+    improve: bool = False  # shorten the orders further, by 2-opt and Or-opt moves
+    orders: str | None = None  # folder with orders made before; by default they are made, and kept in OUT/orders
+    blocks: int = 5  # linear layers of the NeRN
+    activation: Literal["relu", "leaky_relu", "hardswish", "gelu", "relu6", "elu"] = "relu"  # of the hidden layers
+    encoding: Literal["basic", "ffn"] = "basic"  # sines of each coordinate, or of random sums of all coordinates
+    fusion: Literal["concat", "sum"] = "concat"  # how the encodings of layer, filter and channel become one
     levels: int = 40  # frequencies per coordinate
-    base: float = 0.76  # ratio of one frequency to the one before
+    base: float = 0.76  # ratio of a frequency to the one before it
     init: str | None = None  # checkpoint of a NeRN to begin with, for instance a published one
 
-    sizes: tuple[int, ...] | None = None  # of the kernels that are stored; by default all
+    sizes: tuple[int, ...] | None = None  # heights of the kernels that are stored, as 3; by default all
     exclude: tuple[str, ...] = ()  # patterns of names of layers that are not stored
-    linear: bool = False  # whether linear layers are stored, as 1x1 convolutions
-    reduction: Reduction = "center"  # of predictions where kernels are smaller
-    learn_classifier: bool = False  # train the last linear layer, or else convolution, of the student too, as it is
+    linear: bool = False  # store linear layers as well, as 1x1 convolutions
+    reduction: Reduction = "center"  # how a prediction becomes a smaller kernel
+    learn_classifier: bool = False  # also train the student's last linear layer, or else its last convolution
 
-    steps: int | None = None  # in all, those before an interruption included
+    steps: int | None = None  # of training, those before an interruption included; by default those of the preset
     batch_size: int | None = None  # images per step, over all processes
-    kernel_batch: int | None = None  # kernels per step that gradients go into
-    batching: Method = "random_weighted_batch"
-    objective: Literal["joint", "phases"] = "joint"  # after the warm-up; phases: no longer the reconstruction
-    warmup: int | None = None  # steps of reconstruction alone
-    reconstruction: Literal["rmse", "mse"] = "rmse"
-    features: Literal["image", "batch", "similarity"] = "image"
-    distillation: Literal["stable_kl", "kl", "both_stable_kl", "temperature_kl"] = "stable_kl"
-    reconstruction_weight: float = 1.0
-    feature_weight: float | None = None  # 0: off
-    distillation_weight: float | None = None  # 0: off
-    maps: Literal["clean", "doubled", "doubled_after"] | None = None  # sums of blocks count twice; after activations
+    kernel_batch: int | None = None  # kernels per step that get gradients
+    batching: Method = "random_weighted_batch"  # how the kernels of a step are chosen
+    objective: Literal["joint", "phases"] = "joint"  # phases: without the reconstruction after the warm-up
+    warmup: int | None = None  # steps at the beginning that reconstruct weights alone
+    reconstruction: Literal["rmse", "mse"] = "rmse"  # loss of the weights
+    features: Literal["image", "batch", "similarity"] = "image"  # loss of the feature maps
+    distillation: Literal["stable_kl", "kl", "both_stable_kl", "temperature_kl"] = "stable_kl"  # loss of the logits
+    reconstruction_weight: float = 1.0  # factor of the loss of the weights
+    feature_weight: float | None = None  # factor of the loss of the feature maps; 0: off
+    distillation_weight: float | None = None  # factor of the loss of the logits; 0: off
+    maps: Literal["clean", "doubled", "doubled_after"] | None = None  # doubled: sums of blocks twice; after activations
 
-    optimizer: Name = "ranger"
-    lr: float = 5e-3  # at the beginning
-    schedule: Schedule = "cosine"  # down to 1e-6
-    weight_decay: float = 1e-3
-    centralize: bool = True  # gradients, in Ranger
+    optimizer: Name = "ranger"  # which updates the NeRN
+    lr: float = 5e-3  # learning rate at the beginning
+    schedule: Schedule = "cosine"  # how the learning rate falls to 1e-6
+    weight_decay: float = 1e-3  # as the optimizer understands it
+    centralize: bool = True  # subtract the mean of gradients, in Ranger
     clip_each: float | None = None  # largest norm of the gradient of each parameter
     clip_value: float | None = None  # largest entry of the gradient
 
-    eval_every: int | None = None  # steps
-    greedy_window: int | None = None  # also evaluate when distillation is better than so many times before; 0: do not
-    greedy_every: int | None = None  # steps between these times
-    select: Literal["val", "test"] = "val"  # part of the images that the best weights are chosen on; published: test
+    eval_every: int | None = None  # steps between evaluations
+    greedy_window: int | None = None  # evaluate also where the loss is the least of so many measurements; 0: do not
+    greedy_every: int | None = None  # steps between the measurements of greedy_window
+    select: Literal["val", "test"] = "val"  # part of the images that chooses the best weights; test: as published
 
     def __post_init__(self):
         for name, value in fields_of(self.preset).items():

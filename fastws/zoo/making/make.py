@@ -18,7 +18,7 @@ from fastws.data.images import Transform, load
 from fastws.files.atomic import remove
 from fastws.layout.layout import Layout
 from fastws.runs import log
-from fastws.runs.begun import require_same
+from fastws.runs.begun import former_names, require_same
 from fastws.symmetry.symmetry import Symmetry
 from fastws.version import __version__
 from fastws.zoo.format.manifest import MANIFEST, read_manifest
@@ -33,52 +33,56 @@ from fastws.zoo.making.resume import RESUME, read_resume, write_resume
 from fastws.zoo.making.training import Wave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAY_CHANGE = ("zoo", "threads", "explain")  # fields of Config that a resumed run may have otherwise
+MAY_CHANGE = ("out", "threads", "explain")  # fields of Config that a resumed run may have otherwise
 RANDOM_SEEDS = 1_000_000  # those of grid-random-seeds are below, as published
 CHOICES = ("activations", "dropouts", "inits", "optimizers", "lrs", "weight_decays")
 
 
+@former_names(zoo="out")
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a zoo of networks; the same command goes on where a stopped run was.
+    """Trains a zoo of networks; the same command resumes a run that was stopped.
+
+    fastws zoo make --out zoos/digits
+    fastws zoo make --out zoos/mnist --preset mnist-s-seed --data mnist --explain
 
     A preset gives a value to every option that is None; --explain prints them all. Under torchrun every process
     trains its share of the networks.
     """
 
-    zoo: str  # folder to write
-    preset: Preset = "digits"  # or a published zoo: one recipe with 1,000 seeds, or all of a grid with ten seeds each
-    explain: bool = False  # says what would run, on what and for how long, and ends
-    start: str | None = None  # folder of a zoo whose last states are trained on; what is not given is as it was made
+    out: str  # folder of the zoo to write
+    preset: Preset = "digits"  # digits, or a published zoo: one recipe and 1,000 seeds, or a grid with ten seeds each
+    explain: bool = False  # print what would be trained, on what and for how long, and end
+    start: str | None = None  # folder of a zoo whose last states are trained on, by default as they were
 
     data: str | None = None  # "digits"; a folder: parquet, IDX, torchvision's files, a folder per class; or dataset.pt
-    limit: int | None = None  # images of each part, evenly spaced; all by default
-    gray: bool | None = None  # pixels made gray
-    crop: int | None = None  # pixels of height and width that are kept, in the middle; 0: all
-    resize: int | None = None  # pixels of height and width; 0: as they are
-    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], one or one per channel; none: of the training images
-    std: tuple[float, ...] | None = None  # likewise
+    limit: int | None = None  # images of each part, evenly spaced; by default all
+    gray: bool | None = None  # make the pixels gray
+    crop: int | None = None  # height and width in pixels of the middle of each image that is kept; 0: all
+    resize: int | None = None  # height and width in pixels that images are brought to; 0: as they are
+    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], one or one per channel; by default that of the images
+    std: tuple[float, ...] | None = None  # of pixels, one or one per channel; by default that of the images
     validation: int | None = None  # training images held out, on which every state is measured too
 
-    architecture: Architecture | None = None  # small ones train side by side, others one by one
-    networks: int | None = None  # fewer than the preset has are its first ones
+    architecture: Architecture | None = None  # of the networks: small ones train side by side, others one by one
+    networks: int | None = None  # to train; fewer than the preset has are its first ones
     epochs: int | None = None  # the zoo holds one state more per network, that of the start
     batch_size: int | None = None  # images per step; the last one of an epoch has what is left
-    sampling: Literal["random", "grid", "grid-random-seeds"] | None = None  # or all combinations, seed by seed
-    activations: tuple[Activation, ...] | None = None  # choices of a recipe, and so are the next five
-    dropouts: tuple[float, ...] | None = None  # probabilities
-    inits: tuple[Init, ...] | None = None  # distributions of the initial weights
-    optimizers: tuple[Optimizer, ...] | None = None  # momentum is SGD with 0.9
-    lrs: tuple[float, ...] | None = None  # the largest ones, in a schedule
-    weight_decays: tuple[float, ...] | None = None  # as the optimizer understands it
+    sampling: Literal["random", "grid", "grid-random-seeds"] | None = None  # random recipes, or all seed by seed
+    activations: tuple[Activation, ...] | None = None  # choices of a recipe for the activation
+    dropouts: tuple[float, ...] | None = None  # choices of a recipe for the probability of dropout
+    inits: tuple[Init, ...] | None = None  # choices of a recipe for the distribution of the initial weights
+    optimizers: tuple[Optimizer, ...] | None = None  # choices of a recipe for the optimizer; momentum is SGD with 0.9
+    lrs: tuple[float, ...] | None = None  # choices of a recipe for the learning rate, the largest one of a schedule
+    weight_decays: tuple[float, ...] | None = None  # choices of a recipe for the weight decay
     schedule: Schedule | None = None  # of the learning rate
-    augment: Augment | None = None  # of the training images
-    seed: int | None = None  # of the draw of recipes, or of the first networks in a grid; each network has its own
+    augment: Augment | None = None  # how training images are changed at random
+    seed: int | None = None  # of the draw of recipes, or of the first networks of a grid
     order: Order | None = None  # which random numbers shuffle images: seed and epoch, or those of the published code
     train_metrics: TrainMetrics | None = None  # on all images after an epoch, or on its minibatches, which is free
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored weights
-    device: Literal["cpu", "cuda"] = "cpu"  # to train on
+    device: Literal["cpu", "cuda"] = "cpu"  # that networks are trained on
     threads: int = 0  # processor cores to use; 0: all
     wave: int = 1024  # networks that advance epoch by epoch together
 
@@ -178,7 +182,7 @@ def make(config: Config) -> Zoo:
         ValueError: If the folder holds a zoo with another configuration, or the data does not fit.
         BlockingIOError: If another process is writing the zoo.
     """
-    path, place = Path(config.zoo), ranks.place()
+    path, place = Path(config.out), ranks.place()
     for begun in (path, *ranks.begun_parts(path)):
         check_config(begun, config)
     ranks.check(path, place, config.networks * (config.epochs + 1))

@@ -40,17 +40,20 @@ VARIATIONAL = "variational"  # folder in the zoo, for theta and log sigma^2
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Makes sparse twins of the networks of a zoo; the same command goes on where a stopped run was."""
+    """Makes sparse twins of the networks of a zoo; the same command resumes a run that was stopped.
+
+    fastws zoo sparsify --zoo zoos/digits --out zoos/sparse
+    """
 
     zoo: str  # folder of a zoo that zoo make wrote
-    out: str  # folder to write
+    out: str  # folder of the zoo of twins to write
 
-    models: int = 100  # networks, the first ones of the zoo; 0: all
-    epochs: int = 25  # the new zoo holds one state more per network, that of the start
-    data: str | None = None  # images, if they are not where they were when the zoo was made
-    variational: bool = False  # keeps theta and log sigma^2 too: in a zoo of their own in OUT, under published names
+    models: int = 100  # networks that get a twin, the first ones of the zoo; 0: all
+    epochs: int = 25  # of training; the new zoo holds one state more per network, that of the start
+    data: str | None = None  # images of the training, if they are not where they were when the zoo was made
+    variational: bool = False  # keep theta and log sigma^2 too: in a zoo of their own in OUT, under published names
 
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"  # that twins are trained on
     threads: int = 0  # processor cores to use; 0: all
     wave: int = 1024  # networks that advance epoch by epoch together
 
@@ -108,7 +111,7 @@ def check_parent(path: Path, zoo: Zoo) -> None:
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:
     """The configuration with which a zoo was made, on the images and the device of this one."""
     made = config_of(zoo.path, zoo.provenance)
-    return replace(made, zoo=config.zoo, data=config.data or made.data, device=config.device, start=None)
+    return replace(made, out=config.zoo, data=config.data or made.data, device=config.device, start=None)
 
 
 def choose(zoo: Zoo, models: int, epochs: int) -> tuple[list[Recipe], Tensor]:

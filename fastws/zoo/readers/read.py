@@ -24,23 +24,27 @@ MAX_NAMED = 3  # bad states per reason that are printed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Reads a population of networks into a zoo folder; the same command goes on where a stopped one was."""
+    """Reads a population of networks into a zoo folder; the same command resumes one that was stopped.
+
+    fastws zoo read --paths tune_zoo_mnist --out zoos/published
+    fastws zoo read --paths checkpoints --architecture cifar-resnet20-a --image-shape 3 32 32 --out zoos/resnets
+    """
 
     paths: tuple[str, ...]  # folders or files; several raw zoos or checkpoints become one zoo
     out: str  # zoo folder to write
 
     kind: Kind | Literal["auto"] = "auto"  # ray: raw model zoos; pickle: a file of data sets; auto: by content
-    epochs: tuple[int, ...] = ()  # of raw zoos; all by default
-    properties: tuple[str, ...] = ()  # of raw zoos; all by default
-    like: str | None = None  # a checkpoint of the architecture; by default the first that is readable
-    architecture: str | None = None  # instead of like: that of zoo make, or module:function; gives a symmetry
+    epochs: tuple[int, ...] = ()  # to read from raw zoos; by default all
+    properties: tuple[str, ...] = ()  # to read from raw zoos; by default all
+    like: str | None = None  # checkpoint that gives the architecture; by default the first that is readable
+    architecture: str | None = None  # instead of like: that of zoo make, or module:function; gives the zoo a symmetry
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
-    num_classes: int = 10  # its logits
+    num_classes: int = 10  # logits of the architecture, if it is one of zoo make
     model: Literal["file", "folder"] = "file"  # what one network is in a folder of checkpoints
-    layout: Literal["fixed", "reference"] = "fixed"  # of Unterthiner zoos; reference: the published offsets
+    layout: Literal["fixed", "reference"] = "fixed"  # of Unterthiner zoos; reference: tensors at the published offsets
     on_bad: Literal["drop", "raise"] = "drop"  # leave states out that are damaged or not finite, or stop
     threshold: float = float("inf")  # states with a larger weight are bad
-    threads: int = 0  # that read; 0: one per processor core
+    threads: int = 0  # that read files; 0: one per processor core
 
     def __post_init__(self):
         if not self.paths:

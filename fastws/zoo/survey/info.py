@@ -7,24 +7,30 @@ import numpy
 import pyarrow
 
 from fastws import pages
+from fastws.runs.begun import former_names
 from fastws.zoo.align import Alignment
 from fastws.zoo.format.zoo import Zoo, is_number
 from fastws.zoo.survey import report
 from fastws.zoo.survey.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
 
 
+@former_names(report="out")
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Prints what is in a zoo; writes a report with figures where one is asked for."""
+    """Prints what is in a zoo; writes a report with figures where one is asked for.
 
-    zoo: str  # folder
+    fastws zoo info --zoo zoos/digits
+    fastws zoo info --zoo zoos/digits --out digits.html
+    """
 
-    report: str | None = None  # HTML file to write: accuracies, weights, distances, agreement, duplicates
+    zoo: str  # folder of the zoo
+
+    out: str | None = None  # HTML file to write, a report: accuracies, weights, distances, agreement, duplicates
     aligned: bool = False  # describes the alignment too; the report's weights are those of aligned networks
     models: int = 200  # networks that the report draws and compares, at random
-    seed: int = 0  # of that draw
+    seed: int = 0  # of the draw of the networks that are compared
     data: str | None = None  # images to compare predictions on, as in zoo make; by default those of the zoo
-    images: int = 2000  # of them, evenly spaced
+    images: int = 2000  # test images, at most, evenly spaced, that predictions are compared on
 
     def __post_init__(self):
         for name, least in (("models", 2), ("seed", 0), ("images", 1)):
@@ -33,10 +39,10 @@ class Config:
 
 
 def run(config: Config) -> None:
-    if config.report is not None:
+    if config.out is not None:
         pages.require_matplotlib("zoo info")
-        if Path(config.report).is_dir():
-            raise ValueError(f"zoo info: report must be a file to write, got the folder {config.report}")
+        if Path(config.out).is_dir():
+            raise ValueError(f"zoo info: out must be a file to write, got the folder {config.out}")
     zoo = Zoo.open(config.zoo)
     alignment = Alignment.open(zoo) if config.aligned else None
     describe(zoo)
@@ -44,9 +50,9 @@ def run(config: Config) -> None:
         before, after = alignment.before.mean(), alignment.after.mean()
         print(f"aligned: {alignment.method}, reference model {alignment.reference}, {alignment.chosen}")
         print(f"mean inner product with the reference: {before:.4g} as stored, {after:.4g} aligned")
-    if config.report is not None:
+    if config.out is not None:
         write_report(config, zoo)
-        print(f"report: {config.report}   (open it in a browser)")
+        print(f"report: {config.out}   (open it in a browser)")
 
 
 def describe(zoo: Zoo) -> None:
@@ -91,4 +97,4 @@ def write_report(config: Config, zoo: Zoo) -> None:
             raise
         reason = str(error)
     findings = (measure_weights(zoo, sample, config.aligned), find_duplicates(zoo), functions, reason)
-    report.write(Path(config.report), report.Findings(zoo, sample, config.seed, *findings))
+    report.write(Path(config.out), report.Findings(zoo, sample, config.seed, *findings))
