@@ -1,4 +1,5 @@
 import html
+import json
 import re
 
 import numpy
@@ -14,7 +15,9 @@ from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import make
+from fastws.zoo.making.training import Wave
 from fastws.zoo.survey import figures, info
+from fastws.zoo.survey.progress import find_unfinished
 
 
 def read(path):
@@ -38,7 +41,7 @@ def test_info_prints_what_is_there(tmp_path, capsys):
     assert "models: 36, states: 72, left out as not finite: 0" in out
     accuracy = zoo.properties["test_accuracy"].to_numpy()
     assert re.search(rf"test_accuracy +{accuracy.min():.4g} .* {accuracy.max():.4g}\n", out)
-    assert "report" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
+    assert "report:" not in out and sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".html") == []
 
 
 def test_info_counts_models_that_are_there(tmp_path, capsys, no_images):
@@ -84,7 +87,7 @@ def test_states_without_an_epoch_are_in_no_table(tmp_path, no_images):
     info.run(info.Config(zoo=str(tmp_path / "some"), out=str(tmp_path / "report.html")))
     assert "72 states of 36 networks" in read(tmp_path / "report.html")
     align(AlignConfig(zoo=str(tmp_path / "some"), reference="m1"))  # its last state is one that is dated
-    with pytest.raises(ValueError, match="zoo info: report must be a file to write, got the folder .*some"):
+    with pytest.raises(ValueError, match="zoo info: out must be a file to write, got the folder .*some"):
         info.run(info.Config(zoo=str(tmp_path / "some"), out=str(tmp_path / "some")))
 
 
@@ -194,3 +197,88 @@ def test_missing_matplotlib_is_named_first(monkeypatch, tmp_path):
 def test_options_must_be_in_range(option, value, least):
     with pytest.raises(ValueError, match=f"zoo info: {option} must be at least {least}, got {value}"):
         info.Config(zoo="zoo", **{option: value})
+
+
+# --- what is printed of a zoo
+
+
+def told(path, capsys, name):
+    capsys.readouterr()
+    main(["zoo", "info", "--zoo", str(path)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    return line
+
+
+def test_info_says_whether_zoo_make_is_done(tmp_path, capsys, monkeypatch):
+    options = {"networks": 3, "epochs": 2, "limit": 60, "threads": 1, "wave": 2}
+    advance, calls = Wave.advance, []
+
+    def advance_and_stop(wave, *args):
+        calls.append(wave)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return advance(wave, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Wave, "advance", advance_and_stop)
+        make(MakeConfig(out=str(tmp_path), **options))
+    count = len(Zoo.open(tmp_path))
+    again = "run the command that writes it again"
+    assert told(tmp_path, capsys, "finished") == f"finished: no, zoo make has {count} states so far; {again}"
+    (tmp_path / "resume.safetensors").rename(tmp_path / "kept")  # killed before its first epoch
+    assert told(tmp_path, capsys, "finished") == f"finished: no, {count} of 9 states are there; {again}"
+    (tmp_path / "kept").rename(tmp_path / "resume.safetensors")
+    make(MakeConfig(out=str(tmp_path), **options))
+    assert told(tmp_path, capsys, "finished") == "finished: yes"
+    assert told(tmp_path, capsys, "aligned") == "aligned: no; fastws zoo align does that"
+
+
+def test_info_says_whether_a_writer_closed_the_zoo_and_all_was_read(tmp_path, capsys):
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+    with ZooWriter(tmp_path, layout) as writer:
+        writer.append(torch.ones(2, 4), {"model": ["a", "b"]})
+        assert "a writer is at work, or was killed" in told(tmp_path, capsys, "finished")
+    assert told(tmp_path, capsys, "finished") == "finished: yes"
+    content = {"digest": "", "states": 3, "batches": 1, "submitted": 2, "bad": [[0, "c.pt", "damaged"]]}
+    (tmp_path / "read.json").write_text(json.dumps(content))
+    assert told(tmp_path, capsys, "finished") == "finished: yes"
+    (tmp_path / "read.json").write_text(json.dumps(content | {"states": 5}))
+    assert "finished: no, 2 of 4 states are there" in told(tmp_path, capsys, "finished")
+    (tmp_path / "read.json").write_text("[]")
+    with pytest.raises(SystemExit, match="read.json: file must be that of zoo read, got TypeError"):
+        main(["zoo", "info", "--zoo", str(tmp_path)])
+
+
+def test_sample_is_finished_whatever_its_origin_wanted(tmp_path):
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
+    provenance = {"config": {"networks": 100, "epochs": 5}, "sampled": {}}
+    with ZooWriter(tmp_path, layout, provenance=provenance) as writer:
+        writer.append(torch.ones(2, 4), {"model": ["a", "b"]})
+    assert find_unfinished(Zoo.open(tmp_path)) == ""
+
+
+def test_info_says_whether_a_zoo_is_aligned(tmp_path, capsys):
+    small, path = make_small_zoo(tmp_path / "small"), tmp_path / "zoo"
+    with ZooWriter(path, small.layout, small.symmetry) as writer:
+        writer.append(small.rows(range(4)), {"model": ["a", "b", "c", "d"], "test_accuracy": [0.1, 0.2, 0.4, 0.3]})
+    align(AlignConfig(zoo=str(path), reference="b"))
+    assert told(path, capsys, "aligned").startswith("aligned: matching, reference model b, ")
+    with ZooWriter(path, small.layout) as writer:
+        writer.append(small.rows([5]), {"model": ["new"], "test_accuracy": [0.5]})
+    assert told(path, capsys, "aligned").endswith("; 1 models were added since: run fastws zoo align again")
+    (path / "alignment.safetensors").write_bytes(b"damaged")
+    assert re.match("aligned: no, .*file must be an alignment, got", told(path, capsys, "aligned"))
+
+
+def test_info_gives_figures_of_last_states_too(tmp_path, capsys):
+    zoo = make_small_zoo(tmp_path)
+    main(["zoo", "info", "--zoo", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("test_accuracy "))
+    last = zoo.numbers("test_accuracy")[zoo.numbers("epoch") == 2]
+    for line, values in ((lines[place], zoo.numbers("test_accuracy")), (lines[place + 1], last)):
+        expected = numpy.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+        assert [float(word) for word in line.split()[-5:]] == pytest.approx(expected, rel=1e-3)
+    assert lines[place + 1].startswith("  of last states ")
+    place = next(number for number, line in enumerate(lines) if line.startswith("generalisation_gap"))
+    assert not lines[place + 1].startswith("  of last states")  # it is the same in all states of a network
