@@ -39,8 +39,8 @@ from fastws.files.limits import room
 from fastws.files.safetensors import read_safetensors_header
 from fastws.layout.layout import Layout
 from fastws.nern.orders import load_orders, network_orders, save_orders
+from fastws.runs.log import Log
 from fastws.runs.stages import read as read_stage
-from fastws.train.files import Log
 from fastws.zoo import ReadOptions, read_checkpoints, read_hub, read_pickle, read_ray, read_unterthiner
 from fastws.zoo.align import Alignment, align
 from fastws.zoo.align import Config as AlignConfig
