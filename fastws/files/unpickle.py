@@ -66,7 +66,9 @@ class Unpickler:
                     return self.stack.pop()
                 handlers[code](self)
         except IndexError:
-            raise ValueError("a pickle without its end or its values; copy it again") from None
+            if self.place >= len(data):
+                raise ValueError("a pickle without its end; copy it again") from None
+            raise ValueError("a pickle whose codes ask for values that it has not made; it is damaged") from None
         except KeyError:
             if code in handlers:
                 raise
