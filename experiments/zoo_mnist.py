@@ -63,7 +63,7 @@ def print_about(path: Path, found: dict) -> None:
 
 
 def accuracy_by_epoch(zoo: Zoo, published: dict[int, float]) -> list[dict]:
-    epochs, accuracy = (zoo.properties[name].to_numpy() for name in ("epoch", "test_accuracy"))
+    epochs, accuracy = (zoo.numbers(name) for name in ("epoch", "test_accuracy"))
     lines = []
     for epoch in numpy.unique(epochs).tolist():
         here = accuracy[epochs == epoch].astype(numpy.float64)

@@ -67,7 +67,7 @@ def run(config: Config) -> None:
 
 
 def probed_rows(config: Config, zoo: Zoo) -> dict[str, Tensor]:
-    epochs = zoo.properties["epoch"].to_numpy()
+    epochs = zoo.numbers("epoch")
     wanted = torch.from_numpy(numpy.isin(epochs, config.epochs) if config.epochs else numpy.full(len(zoo), True))
     rows = {split: zoo.split(split) for split in SPLITS}
     rows = {split: found[wanted[found]] for split, found in rows.items()}

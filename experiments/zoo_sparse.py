@@ -53,7 +53,7 @@ def run(config: Config) -> None:
 
 
 def by_epoch(zoo: Zoo, published_sparsity: dict[int, float], published_accuracy: dict[int, float]) -> list[dict]:
-    epochs, sparsity, accuracy = (zoo.properties[name].to_numpy() for name in ("epoch", "sparsity", "test_accuracy"))
+    epochs, sparsity, accuracy = (zoo.numbers(name) for name in ("epoch", "sparsity", "test_accuracy"))
     lines = []
     for epoch in numpy.unique(epochs).tolist():
         here = epochs == epoch

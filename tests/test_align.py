@@ -19,6 +19,7 @@ from torch import nn
 import fastws
 from fastws.cli import main
 from fastws.downstream.embed import embed, load_encoder
+from fastws.files.lock import one_writer
 from fastws.layout.layout import Layout
 from fastws.matching import match as matching
 from fastws.matching.assignment import PRICED_SIZE, solve
@@ -401,6 +402,16 @@ def test_canonical_form_overwrites_no_matching(tmp_path, capsys):
     main(["zoo", "align", "--zoo", str(zoo.path)])
     gain = (made.after.mean() - made.before.mean()).item()
     assert f"after, gained {gain:.4g}" in capsys.readouterr().out
+
+
+def test_one_process_at_a_time_writes_an_alignment(tmp_path):
+    make_zoo(tmp_path)
+    with one_writer(tmp_path / "alignment.safetensors"):
+        with pytest.raises(BlockingIOError, match="alignment.safetensors: one process at a time may write it"):
+            align(Config(zoo=str(tmp_path)))
+        align(Config(zoo=str(tmp_path), out=str(tmp_path / "elsewhere/a.safetensors"), sweeps=1))
+    align(Config(zoo=str(tmp_path), sweeps=1))
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_rows_are_aligned_part_by_part(tmp_path, monkeypatch):

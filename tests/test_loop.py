@@ -257,6 +257,16 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert files.load(tmp_path / "checkpoint.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_one_run_at_a_time_trains_into_a_folder(tmp_path):
+    def disturb(step):
+        if step == 3:
+            with pytest.raises(BlockingIOError, match=f"checkpoint.pt: one process at a time .* process {os.getpid()}"):
+                train(replace(CONFIG, out=str(tmp_path)))
+
+    train(replace(CONFIG, out=str(tmp_path)), disturb)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
 def test_half_a_file_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / "checkpoint.pt.1.tmp").write_text("half")
     (tmp_path / "mine.tmp").write_text("not of a run")

@@ -11,6 +11,7 @@ from small_zoo import make_small_zoo
 
 import fastws
 from fastws.downstream import predict
+from fastws.files.lock import one_writer
 from fastws.nn.sane import SANE, SANEConfig
 
 embed = import_module("fastws.downstream.embed")  # the package has a function of that name
@@ -289,6 +290,33 @@ def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
     assert f"protocol: {predict.PROTOCOL}" in printed and results["protocol"] == predict.PROTOCOL
     assert scores["statistics", "test_accuracy"] > 0.9 and scores["statistics", "generalisation_gap"] is None
     assert f"{scores['statistics', 'test_accuracy']:.4f}" in printed and f"results: {tmp_path}/results.json" in printed
+
+
+def test_targets_that_are_not_finite_are_left_out_and_counted(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict.Zoo, "open", lambda path: zoo)
+    train, accuracy = zoo.split("train"), predict.read_target(zoo, "test_accuracy")
+    spoilt = accuracy.clone()
+    spoilt[train[0]], spoilt[train[1]], spoilt[zoo.split("test")[0]] = torch.inf, -torch.inf, torch.nan
+    known, scores = spoilt.isfinite(), []
+    for target in (spoilt, accuracy.where(known, torch.nan)):
+        monkeypatch.setattr(predict, "read_target", lambda zoo, name, target=target: target)
+        predict.run(predict.Config(zoo="small", out=str(tmp_path), targets=("test_accuracy",), weights=False))
+        assert "note: test_accuracy is missing or infinite in 3 states, which are left out" in capsys.readouterr().out
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["left_out"] == {"test_accuracy": 3}
+        scores.append(results["results"])
+    assert scores[0] == scores[1] and scores[0][0]["test_r2"] > 0.9
+
+
+def test_embeddings_have_one_writer(checkpoint, zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed.Zoo, "open", lambda path: zoo)
+    out = tmp_path / "new/embeddings.safetensors"
+    config = embed.Config(model=str(checkpoint), zoo="small", out=str(out), device="cpu")
+    with one_writer(out), pytest.raises(BlockingIOError, match="one process at a time may write it"):
+        embed.run(config)
+    assert not out.parent.exists()
+    embed.run(config)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
 def test_published_protocol(checkpoint, encoder, zoo, tmp_path, monkeypatch, capsys):

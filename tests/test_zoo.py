@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import keep_moments
 
-from fastws.files import atomic
+from fastws.files import atomic, parquet
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo import Zoo, ZooWriter
@@ -274,7 +274,7 @@ def test_killed_writer_leaves_a_zoo_and_no_lock(tmp_path):
             line = process.stdout.readline()
         while_written = Zoo.open(tmp_path)
         assert_holds(while_written, len(while_written))
-        with pytest.raises(BlockingIOError, match=f"zoo must have one writer, process {process.pid} has it open"):
+        with pytest.raises(BlockingIOError, match=f"one process at a time may write it, process {process.pid} does"):
             ZooWriter(tmp_path, LAYOUT)
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read().split()
@@ -287,8 +287,47 @@ def test_killed_writer_leaves_a_zoo_and_no_lock(tmp_path):
     assert_holds(Zoo.open(tmp_path), len(zoo) + 1)
 
 
+def test_a_model_in_two_splits_is_refused(tmp_path):
+    splits = {"train": ["a", "b"], "test": ["b"]}
+    with pytest.raises(ValueError, match="a model must be in one split, got 'b' in train and test"):
+        ZooWriter(tmp_path / "new", LAYOUT, splits=splits)
+    assert not (tmp_path / "new").exists()
+    ZooWriter(tmp_path, LAYOUT).close()
+    manifest = json.loads((tmp_path / "zoo.json").read_text())
+    (tmp_path / "zoo.json").write_text(json.dumps(manifest | {"splits": splits}))
+    with pytest.raises(ValueError, match="zoo.json: a model must be in one split, got 'b' in train and test"):
+        Zoo.open(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["is_file", "read_safetensors_header", "from_file", "open_regular", "ParquetFile"])
+def test_a_reader_beside_a_merging_writer_never_fails(tmp_path, monkeypatch, moment):
+    """The writer merges its files just before the reader takes its next step into one of them."""
+    writer = ZooWriter(tmp_path, LAYOUT)
+    rows = torch.randn(4, LAYOUT.num_weights)
+    for row in rows.split(1):
+        writer.append(row, {"model": ["a"]})
+    owner = {
+        "is_file": Path,
+        "read_safetensors_header": format,
+        "from_file": torch.UntypedStorage,
+        "open_regular": parquet,
+        "ParquetFile": pyarrow.parquet,
+    }[moment]
+    step = getattr(owner, moment)
+
+    def merge_first(path, *args, **options):
+        monkeypatch.undo()
+        writer.close()
+        return step(path, *args, **options)
+
+    monkeypatch.setattr(owner, moment, merge_first)
+    zoo = Zoo.open(tmp_path)
+    assert zoo.rows(range(4)).equal(rows) and zoo.properties["model"].to_pylist() == ["a"] * 4
+    assert sorted(path.name for path in tmp_path.iterdir())[0] == "models.parquet"  # it did merge
+
+
 def test_second_writer_is_refused_until_the_first_closes(tmp_path):
-    with ZooWriter(tmp_path, LAYOUT), pytest.raises(BlockingIOError, match=f"process {os.getpid()} has it open"):
+    with ZooWriter(tmp_path, LAYOUT), pytest.raises(BlockingIOError, match=f"process {os.getpid()} does"):
         ZooWriter(tmp_path, LAYOUT)
     with pytest.raises(KeyError), ZooWriter(tmp_path, LAYOUT):
         raise KeyError

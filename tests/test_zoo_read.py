@@ -284,6 +284,65 @@ def test_reader_goes_on_that_wrote_no_state(tmp_path, monkeypatch):
         read_ray(tmp_path / "raw", tmp_path / "strict", epochs=[1])
 
 
+def test_a_source_that_has_changed_is_said_so(tmp_path):
+    for name, change in {
+        "weights": lambda raw: torch.save(make_state(7, PLAIN), raw / "a/checkpoint_000002/checkpoints"),
+        "results": lambda raw: write_results(raw / "a/result.json", [{"training_iteration": 1, "test_acc": 0.7}]),
+        "another": lambda raw: write_trial(raw / "b", 2),
+    }.items():
+        raw, zoo = tmp_path / name, tmp_path / f"{name}-zoo"
+        write_trial(raw / "a", 1)
+        before = read_ray(raw, zoo).properties
+        assert read_ray(raw, zoo).properties == before  # nothing has changed
+        change(raw)
+        with pytest.raises(ValueError, match="source must be what it was when it was read, got files or results"):
+            read_ray(raw, zoo)
+        assert Zoo.open(zoo).properties == before
+
+
+def write_results(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_all_lines_of_results_count_for_the_columns(tmp_path):
+    write_trial(tmp_path / "raw/a", 1)
+    lines = [{"training_iteration": epoch, "test_acc": 0.1} for epoch in range(4)]
+    lines[1]["seldom"] = 5
+    write_results(tmp_path / "raw/a/result.json", lines)
+    assert read_ray(tmp_path / "raw", tmp_path / "zoo").properties["seldom"].to_pylist() == [None, 5, None, None]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_of_results_are_no_damage(tmp_path, encoding):
+    write_trial(tmp_path / "raw/a", 1)
+    file = tmp_path / "raw/a/result.json"
+    file.write_text(file.read_text(), encoding=encoding)
+    accuracy = read_ray(tmp_path / "raw", tmp_path / "zoo").numbers("test_accuracy")
+    assert accuracy.tolist() == [1, 1.01, 1.02, 1.03]
+
+
+def test_bytes_that_are_no_text_cost_their_line_only(tmp_path):
+    write_trial(tmp_path / "raw/a", 1)
+    file = tmp_path / "raw/a/result.json"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"x"', b'"\xff\xfe"')
+    file.write_bytes(b"".join(lines))
+    accuracy = read_ray(tmp_path / "raw", tmp_path / "zoo").numbers("test_accuracy")
+    assert accuracy[[0, 2, 3]].tolist() == [1, 1.02, 1.03] and numpy.isnan(accuracy[1])
+
+
+def test_a_configuration_that_changes_is_that_of_each_state(tmp_path):
+    write_trial(tmp_path / "raw/a", 1)
+    rates = [0.1, 0.1, 0.2, 0.1]
+    lines = [
+        {"training_iteration": epoch, "config": {"optim::lr": rate, "deep": {"depth": 3}}}
+        for epoch, rate in enumerate(rates)
+    ]
+    write_results(tmp_path / "raw/a/result.json", lines)
+    zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
+    assert zoo.numbers("lr").tolist() == rates and zoo.numbers("deep::depth").tolist() == [3] * 4
+
+
 def test_networks_are_found_or_missed_in_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="raw zoo must be a folder, got nothing"):
         read_ray(tmp_path / "nowhere", tmp_path / "zoo")

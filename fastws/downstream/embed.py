@@ -17,6 +17,7 @@ from fastws.files.atomic import write_tensors
 from fastws.files.checkpoints import load_plain
 from fastws.files.json import parse
 from fastws.files.limits import DAMAGED
+from fastws.files.lock import one_writer
 from fastws.files.safetensors import open_tensors
 from fastws.nn.sane import SANE, SANEConfig
 from fastws.zoo.align import rows_of
@@ -64,10 +65,10 @@ def run(config: Config) -> None:
     encoder, zoo = load_encoder(config.model, device), Zoo.open(config.zoo)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with one_writer(Path(config.out)), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         options = {"batch_size": config.batch_size, "pool": config.pool, "aligned": config.aligned}
         embeddings = embed(encoder, zoo, halo=halo, **options)
-    save_embeddings(config.out, embeddings, encoder.layout, config.aligned)
+        save_embeddings(config.out, embeddings, encoder.layout, config.aligned)
     if encoder.aligned != config.aligned:
         trained, now = (("aligned" if x else "stored") for x in (encoder.aligned, config.aligned))
         print(f"note: the model was trained on networks as {trained}, these are embedded as {now}; see --aligned")

@@ -106,6 +106,8 @@ def run(config: Config) -> None:
     rows = {split: zoo.split(split) for split in ("train", "val", "test")}
     targets = {name: read_target(zoo, name) for name in config.targets}
     protocol = PUBLISHED if config.published else PROTOCOL
+    dealt = torch.cat(list(rows.values()))
+    left_out = {name: int((~target[dealt].isfinite()).sum()) for name, target in targets.items()}
     print(f"protocol: {protocol}")
     numbers = f"{'train R2':>9} {'val R2':>9} {'test R2':>9} {'test tau':>9}"
     print(f"{'features':<12} {'target':<20} {numbers} {'penalty':>8} scaled")
@@ -120,7 +122,11 @@ def run(config: Config) -> None:
             print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e} {'yes' if probe.standardized else 'no'}")
     path = Path(config.out) / "results.json"
     about = {"config": asdict(config), "fastws": fastws.__version__, "protocol": protocol}
+    about["left_out"] = left_out  # states whose target is missing or infinite
     write_json(path, about | {"rows": {split: len(numbers) for split, numbers in rows.items()}, "results": results})
+    for name, count in left_out.items():
+        if count:
+            print(f"note: {name} is missing or infinite in {count:,} states, which are left out of its probes")
     print(f"results: {path}")
 
 
@@ -128,7 +134,7 @@ def read_target(zoo: Zoo, name: str) -> Tensor:
     if name not in zoo.properties.column_names:
         known = ", ".join(zoo.properties.column_names)
         raise ValueError(f"predict: targets must be properties of the zoo ({known}), got {name!r}")
-    return torch.from_numpy(zoo.numbers(name).copy())
+    return torch.from_numpy(zoo.numbers(name))
 
 
 def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
@@ -233,7 +239,7 @@ def fit_probes(
     """Ridge regression from features to each target, with the penalty and scaling that do best on the validation split.
 
     ``w, b = argmin |X w + b - y|^2 + penalty |w|^2``. One decomposition of X serves all penalties and targets. Networks
-    whose target is nan are left out. Without validation rows the training split chooses.
+    whose target is not finite are left out. Without validation rows the training split chooses.
 
     Args:
         features: ``train``, ``val`` and ``test``: ``[n, d]``.
@@ -267,7 +273,7 @@ def fit_scaled(features: Splits, targets: Splits, *, standardize: bool, publishe
     probes = []
     for target in range(targets["train"].shape[1]):
         y = {split: values[:, target].double() for split, values in targets.items()}
-        known = {split: ~values.isnan() for split, values in y.items()}
+        known = {split: values.isfinite() for split, values in y.items()}
         x = {split: features[split][known[split]] for split in y}
         y = {split: y[split][known[split]] for split in y}
         key = known["train"].numpy().tobytes()

@@ -192,7 +192,7 @@ def choose_anchors(config: Config, zoo: Zoo, representation: Representation | No
         if by is None or by not in known:
             what = f"one of {', '.join(known)}, got {by or 'none of ' + ' and '.join(BY)}"
             raise ValueError(f"sample: by must be a property of {zoo.path} to take the best by, {what}")
-        values = torch.from_numpy(zoo.numbers(by).copy())[train]
+        values = torch.from_numpy(zoo.numbers(by))[train]
         finite = values.isfinite()
         if not finite.any():
             raise ValueError(f"sample: by must be a property that anchors have, got {by} without any finite value")
@@ -219,7 +219,7 @@ def states(config: Config, zoo: Zoo, split: str) -> Tensor:
         if config.epochs is not None:
             raise ValueError(f"sample: epochs must be left out for {zoo.path}, which does not know them")
         return rows
-    epoch = torch.from_numpy(zoo.numbers("epoch").copy())
+    epoch = torch.from_numpy(zoo.numbers("epoch"))
     if config.epochs is not None:
         return rows[(epoch[rows] >= config.epochs[0]) & (epoch[rows] <= config.epochs[1])]
     models = zoo.properties["model"].cast("string").to_pylist()

@@ -17,6 +17,7 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     """A parquet file that says that it unpacks to what its size has room for.
 
     Raises:
+        FileNotFoundError: If there is none, or none any longer.
         OSError: If it is no regular file.
         ValueError: If it is no parquet file, or unpacks to more.
     """
@@ -27,6 +28,8 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         metadata = opened.metadata
         sizes = (metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
         unpacked = sum(max(0, size) for size in sizes)
+    except FileNotFoundError:
+        raise  # whoever writes the folder has merged it into another one
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: file must be parquet, got {shorten(str(error), 200)}; copy it again") from error
     if unpacked > room(path.stat().st_size):

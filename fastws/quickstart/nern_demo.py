@@ -26,7 +26,7 @@ def store_best(zoo: Zoo, out: Path, steps: int, seed: int) -> dict[str, Any]:
         steps: Of reconstruction, with all kernels in each.
         seed: Of the initial weights.
     """
-    row = int(numpy.argmax(zoo.properties["test_accuracy"].to_numpy()))
+    row = int(numpy.argmax(zoo.numbers("test_accuracy")))
     known = {name: zoo.properties[name][row].as_py() for name in ("model", "epoch", "activation", "test_accuracy")}
     data = images.load("digits")
     network = build("digits-cnn", tuple(data.test_x.shape[1:]), activation=known["activation"])

@@ -134,8 +134,8 @@ def run_stages(config: Config, folder: Path) -> None:
 def make_zoo(config: Config, folder: Path) -> dict:
     """networks trained side by side on 8 x 8 digits, each by a recipe of its own"""
     zoo = make(zoo_config(config, folder))
-    last = torch.from_numpy(zoo.properties["epoch"].to_numpy() == config.epochs)
-    accuracy = numpy.quantile(zoo.properties["test_accuracy"].to_numpy()[last.numpy()], [0.1, 0.5, 0.9])
+    last = torch.from_numpy(zoo.numbers("epoch") == config.epochs)
+    accuracy = numpy.quantile(zoo.numbers("test_accuracy")[last.numpy()], [0.1, 0.5, 0.9])
     return {
         "states": len(zoo),
         "weights": zoo.layout.num_weights,
@@ -225,7 +225,7 @@ def probe(config: Config, folder: Path) -> dict:
 
 
 def probed_rows(config: Config, zoo: Zoo) -> dict[str, Tensor]:
-    epochs = torch.from_numpy(zoo.properties["epoch"].to_numpy().copy())
+    epochs = torch.from_numpy(zoo.numbers("epoch"))
     wanted = torch.isin(epochs, torch.tensor(config.probe_epochs))
     rows = {split: zoo.split(split) for split in SPLITS}
     return {split: numbers[wanted[numbers]] for split, numbers in rows.items()}
@@ -245,7 +245,7 @@ def make_features(config: Config, folder: Path, zoo: Zoo, rows: dict[str, Tensor
 def check_permutations(config: Config, folder: Path) -> dict:
     """how far a permutation of its neurons moves the embedding of a network, which computes the same as before"""
     encoder, zoo = load_encoder(folder / "sane/checkpoint.pt"), Zoo.open(folder / "zoo")
-    epochs = torch.from_numpy(zoo.properties["epoch"].to_numpy().copy())
+    epochs = torch.from_numpy(zoo.numbers("epoch"))
     rows = zoo.split("test")
     weights = rows_of(zoo, config.align)(rows[epochs[rows] == config.epochs])
     permutations = zoo.symmetry.random(len(weights) * config.permutations, config.seed)
@@ -317,7 +317,7 @@ def read_curves(config: Config, folder: Path) -> report.Curves:
     zoo = Zoo.open(folder / "zoo")
     rows = torch.cat(list(probed_rows(config, zoo).values()))
     known = predict.read_target(zoo, "test_accuracy")
-    epochs = torch.from_numpy(zoo.properties["epoch"].to_numpy().copy()).long()
+    epochs = torch.from_numpy(zoo.numbers("epoch")).long()
     _, model = numpy.unique(zoo.properties["model"].to_pylist(), return_inverse=True)
     accuracy = torch.full((int(model.max()) + 1, config.epochs + 1), torch.nan, dtype=torch.float64)
     accuracy[torch.from_numpy(model), epochs] = known

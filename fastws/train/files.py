@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import fastws
 from fastws.devices import processor_name
 from fastws.files.atomic import write_atomically
 from fastws.files.checkpoints import load_plain
+from fastws.files.lock import one_writer
 from fastws.runs import processes
 from fastws.version import __version__
 
@@ -28,12 +31,26 @@ def make_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        for half in folder.glob("*.tmp") if processes.rank() == 0 else ():  # of processes that were killed
-            if OWN_HALF.fullmatch(half.name):
-                half.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"train: out must be a folder that can be written, got {path!r}: {error.strerror}") from error
     return folder
+
+
+def claims_folder(train: Callable) -> Callable:
+    """Lets one run at a time train into ``config.out``, the first argument's; its first process holds the lock."""
+
+    @wraps(train)
+    def claimed(config, **given):
+        folder = make_folder(config.out)
+        if processes.rank():
+            return train(config, **given)
+        with one_writer(folder / "checkpoint.pt"):
+            for half in folder.glob("*.tmp"):  # of processes that were killed
+                if OWN_HALF.fullmatch(half.name):
+                    half.unlink(missing_ok=True)
+            return train(config, **given)
+
+    return claimed
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

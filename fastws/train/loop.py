@@ -57,6 +57,7 @@ class Config:
             raise ValueError(f"train: seed must be in [0, 2**63), got {self.seed}")
 
 
+@files.claims_folder
 def train(
     config: Config,
     *,
@@ -92,10 +93,10 @@ def train(
     Raises:
         Stopped: If SIGINT or SIGTERM asked to stop; the run can be resumed.
         ValueError: If ``out`` holds a run with another config or other data, or a damaged checkpoint.
-        OSError: If ``out`` cannot be written, or the disk is full.
+        OSError: If ``out`` cannot be written, another process trains into it, or the disk is full.
         FloatingPointError: If the loss is not finite, or weights to be evaluated or saved are not.
     """
-    folder, device = files.make_folder(config.out), next(model.parameters()).device
+    folder, device = Path(config.out), next(model.parameters()).device
     carried, set_rates = carried or {}, set_rates or set_one_cycle
     done = restore(folder, config, extra or {}, model, optimizer, carried)
     processes.require_equal("step to resume from", done, device)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from fastws.checks import is_permutation
 from fastws.files.atomic import write_tensors
 from fastws.files.json import parse
+from fastws.files.lock import one_writer
 from fastws.files.safetensors import open_tensors
 from fastws.matching.canonical import Form, canonical
 from fastws.matching.match import Norms, batch_size, match, objective
@@ -189,11 +190,16 @@ def align(config: Config) -> Alignment:
     Raises:
         ValueError: If the zoo has no symmetry or no models, the architecture is another one, or there is no such
             reference or property.
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written, or another process is writing it.
     """
     if config.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"zoo align: device must be cpu where no GPU is, got {config.device!r}")
     zoo = Zoo.open(config.zoo)
+    with one_writer(written(config)):
+        return align_zoo(config, zoo)
+
+
+def align_zoo(config: Config, zoo: Zoo) -> Alignment:
     if config.architecture is not None:
         _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes)
         store_symmetry(zoo.path, symmetry)

@@ -311,7 +311,7 @@ def loop_rows(config: Config, zoo: Zoo, split: str) -> Tensor:
         return rows
     if "epoch" not in zoo.properties.column_names:
         raise ValueError(f"train ae: epochs must be left out for {zoo.path}, which does not know them")
-    epoch = torch.from_numpy(zoo.numbers("epoch").copy())[rows]
+    epoch = torch.from_numpy(zoo.numbers("epoch"))[rows]
     return rows[(epoch >= config.epochs[0]) & (epoch <= config.epochs[1])]
 
 

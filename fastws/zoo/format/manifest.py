@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastws.files import json
 from fastws.files.safetensors import DTYPES
+from fastws.zoo.format.splits import find_shared
 
 FORMAT = 1
 MANIFEST = "zoo.json"
@@ -55,6 +56,8 @@ def read_manifest(path: Path) -> dict:
     for name, members in manifest["splits"].items():
         if not isinstance(members, list) or not set(map(type, members)) <= {str}:
             raise ValueError(f"{file}: split {name!r} must be a list of model ids, got another thing; restore it")
+    if shared := find_shared(manifest["splits"]):
+        raise ValueError(f"{file}: a model must be in one split, got {shared}; restore it")
     return manifest
 
 

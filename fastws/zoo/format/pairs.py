@@ -31,8 +31,7 @@ def sequence_pairs(zoo: Zoo, epochs: Sequence[int] | None = None) -> Tensor:
             f"sequence_pairs: zoo must have a column 'epoch', got {', '.join(zoo.properties.column_names)}"
         )
     dictionary = zoo.properties["model"].combine_chunks().dictionary_encode()
-    models = dictionary.indices.to_numpy()
-    of_state = zoo.properties["epoch"].to_numpy()
+    models, of_state = dictionary.indices.to_numpy(), zoo.numbers("epoch")
     epochs = numpy.unique(of_state) if epochs is None else numpy.asarray(epochs)
     rows = numpy.full((len(dictionary.dictionary), len(epochs)), -1)
     for place, epoch in enumerate(epochs):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy
 import pyarrow
 
-from fastws.zoo.format.lock import release_lock, take_lock
+from fastws.files.lock import release_lock, take_lock
 from fastws.zoo.format.zoo import Zoo, write_models
 
 

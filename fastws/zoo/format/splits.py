@@ -18,6 +18,16 @@ def deal(splits: Mapping[str, Sequence[str]], models: Sequence[str], seed: int) 
     return splits
 
 
+def find_shared(splits: Mapping[str, Sequence[str]]) -> str | None:
+    """A model that is in two splits, where what is learned from it would be tested on it; None if none is."""
+    seen = {}
+    for name, models in splits.items():
+        for model in models:
+            if seen.setdefault(model, name) != name:
+                return f"{model!r} in {seen[model]} and {name}"
+    return None
+
+
 def find_splits(splits: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The split of each model."""
     return {model: name for name, models in splits.items() for model in models}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastws.files.atomic import sync_folder, write_json
+from fastws.files.lock import release_lock, take_lock
 from fastws.files.safetensors import DTYPES
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
-from fastws.zoo.format.lock import release_lock, take_lock
 from fastws.zoo.format.manifest import FORMAT, MANIFEST, read_manifest
-from fastws.zoo.format.splits import SPLITS, deal, find_splits
+from fastws.zoo.format.splits import SPLITS, deal, find_shared, find_splits
 from fastws.zoo.format.zoo import (
     CHUNK,
     Zoo,
@@ -86,6 +86,8 @@ class ZooWriter:
             raise ValueError(f"ZooWriter: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         if splits is not None and len(models):
             raise ValueError(f"ZooWriter: models must be none where splits are given, got {len(models)}")
+        if shared := find_shared(splits or {}):
+            raise ValueError(f"ZooWriter: a model must be in one split, got {shared}")
         self.path, self.layout, self.dtype = Path(path), layout, dtype
         self.on_bad, self.seed, self.shard_bytes = on_bad, seed, shard_bytes
         check_path(self.path)

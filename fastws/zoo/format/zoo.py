@@ -182,7 +182,7 @@ class Zoo:
         return len(self.properties["model"].take(self.split(split).numpy()).unique())
 
     def numbers(self, name: str) -> numpy.ndarray:
-        """A property as float64 ``[M]``, nan where it is unknown.
+        """A property as float64 ``[M]``, nan where it is unknown; the caller may write into it.
 
         Raises:
             ValueError: If it is not a number.
@@ -190,7 +190,7 @@ class Zoo:
         column = self.properties[name]
         if not is_number(column.type):
             raise ValueError(f"{self.path}: property {name!r} must be a number, got {column.type}")
-        return column.cast("float64", safe=False).to_numpy()  # large seeds are rounded
+        return column.cast("float64", safe=False).to_numpy().copy()  # large seeds are rounded
 
     def split(self, name: str) -> Tensor:
         """Rows of a split, int64 ``[m]``, ascending. All states of a model are in the same split.
@@ -256,7 +256,10 @@ def map_weights(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tenso
         raise ValueError(f"{path}: {WEIGHTS!r} must be {expected}, as {MANIFEST} says, got {got}; restore it")
     if header.begin % dtype.itemsize:
         raise ValueError(f"{path}: weights must begin at a multiple of {dtype.itemsize} bytes, got {header.begin}")
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=header.end)
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=header.end)
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: file must stay there while it is opened, got {error}") from error
     offset = header.begin // dtype.itemsize
     return torch.empty(0, dtype=dtype).set_(storage, offset, shape, (shape[1], 1))
 

@@ -295,8 +295,8 @@ def run(config: Config) -> None:
     zoo = make(config)
     if ranks.place().rank > 0:
         return
-    last = zoo.properties["epoch"].to_numpy() == config.epochs
-    accuracy = torch.from_numpy(zoo.properties["test_accuracy"].to_numpy()[last].copy())
+    last = zoo.numbers("epoch") == config.epochs
+    accuracy = torch.from_numpy(zoo.numbers("test_accuracy")[last])
     print(f"{zoo.path}: {len(zoo):,} states of {config.networks:,} networks, {zoo.dropped} left out as not finite")
     if len(accuracy):
         low, middle, high = accuracy.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=accuracy.dtype)).tolist()

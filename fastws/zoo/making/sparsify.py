@@ -254,11 +254,10 @@ def open_twins(config: Config, zoo: Zoo, job: Job, path: Path, left_out: list[st
 
 def run(config: Config) -> None:
     zoo = sparsify(config)
-    table, left_out = zoo.properties, zoo.provenance["left_out"]
-    last = table["epoch"].to_numpy() == config.epochs
+    left_out, last = zoo.provenance["left_out"], zoo.numbers("epoch") == config.epochs
     print(f"{zoo.path}: {len(zoo):,} states of {last.sum():,} sparse networks, {zoo.dropped} left out as not finite")
     if left_out:
         print(f"left out because they change when their smallest weights are dropped: {', '.join(left_out)}")
     if last.any():
-        sparsity, accuracy = (table[name].to_numpy()[last].mean() for name in ("sparsity", "test_accuracy"))
+        sparsity, accuracy = (zoo.numbers(name)[last].mean() for name in ("sparsity", "test_accuracy"))
         print(f"mean sparsity {sparsity:.3f}, mean test accuracy {accuracy:.3f}")

@@ -107,7 +107,9 @@ def read_hub(
     states = [str(file) for _, file in files]
     layout = find_layout(states, like)
     source = {"kind": "hub", "paths": [str(path) for path in paths]}
-    return collect(out, Population(states, columns, StateReader(layout), layout, source), options or ReadOptions())
+    parts = [part for folder in folders for part in sorted(folder.iterdir())]
+    population = Population(states, columns, StateReader(layout), layout, source, files=parts)
+    return collect(out, population, options or ReadOptions())
 
 
 def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -69,6 +69,8 @@ class Population:
         fill: ``fill(state, row)`` writes a state into a row, or raises ``BadState``.
         layout: What a row means.
         source: What was read, for the provenance: anything that JSON can hold.
+        splits: Model ids of each split, if the source has splits.
+        files: That were read beside those which are states.
     """
 
     states: Sequence
@@ -77,6 +79,7 @@ class Population:
     layout: Layout
     source: Mapping
     splits: Mapping[str, Sequence[str]] | None = None
+    files: Sequence[str | Path] = ()
 
 
 Places = list[tuple[int, str]]  # of bad states, with the reasons
@@ -94,28 +97,33 @@ class Bad(NamedTuple):
 class Report:
     """How far reading is; kept in ``read.json``, so that the same call goes on after it was killed."""
 
-    digest: str  # of what is read
+    digest: str  # of what was asked for
+    source: str  # of what was found in the batches so far, see fingerprints
     states: int
     batches: int = 0  # that are in the zoo, if it has as many states as submitted
     submitted: int = 0
     bad: list[Bad] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, path: Path, digest: str, states: int) -> None:
+    def begin(cls, path: Path, digest: str, found: Sequence[str], states: int) -> None:
         """Claims a folder before the zoo is begun, which is then known as this call's whenever it is killed."""
         check_new(path)
         if not (path / REPORT).exists():
-            cls(digest, states).write(path)
+            cls(digest, found[0], states).write(path)
 
     @classmethod
-    def resume(cls, path: Path, digest: str, states: int, submitted: int) -> "Report":
+    def resume(cls, path: Path, digest: str, found: Sequence[str], states: int, submitted: int) -> "Report":
         report = cls(**read_content(path))
         if report.digest != digest:
             raise ValueError(f"{path}: folder must be new or empty, got what another call has read; remove it")
+        # what was not read yet may change: a state that was refused may have been mended
+        if report.states != states or report.batches >= len(found) or report.source != found[report.batches]:
+            what = "files or results that have changed or come since"
+            raise ValueError(f"{path}: source must be what it was when it was read, got {what}; give another --out")
         # written before the batch itself: a reader that died between the two reads it again
         batches = report.batches if report.submitted == submitted else report.batches - 1
         bad = [Bad(*entry) for entry in report.bad if entry[0] < batches]
-        return cls(digest, states, batches, submitted, bad)
+        return cls(digest, found[batches], states, batches, submitted, bad)
 
     def write(self, path: Path) -> None:
         write_json(path / REPORT, self.__dict__)
@@ -148,7 +156,7 @@ def read_content(path: Path) -> dict[str, object]:
 
 def find_wrong(content: Mapping[str, object]) -> str:
     """What is not as ``Report.write`` writes it; "" if nothing is."""
-    if not isinstance(content["digest"], str):
+    if not isinstance(content["digest"], str) or not isinstance(content["source"], str):
         return "a digest that is no string"
     for name in ("states", "batches", "submitted"):
         if type(content[name]) is not int or content[name] < 0:
@@ -172,18 +180,21 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     table = to_table(population.columns)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
     splits = options.splits or population.splits
-    layout, symmetry, what = population.layout, options.symmetry, digest(population, options)
+    layout, symmetry = population.layout, options.symmetry
+    found = fingerprints(population)
+    read = digest(population, options), found, count
     if symmetry is not None:
         symmetry.require_same(layout)
-    Report.begin(out, what, count)
+    Report.begin(out, *read)
     with ZooWriter(out, layout, symmetry, provenance, layout.dtype, splits=splits) as writer:
-        report = Report.resume(out, what, count, writer.submitted)
+        report = Report.resume(out, *read, writer.submitted)
         for number, rows, bad in read_batches(population, options, report.batches):
             first = number * batch_rows(layout)
             good = torch.ones(len(rows), dtype=torch.bool)
             good[[place - first for place, _ in bad]] = False
             report.bad += [Bad(number, str(population.states[place]), reason) for place, reason in bad]
             report.batches, report.submitted = number + 1, writer.submitted + int(good.sum())
+            report.source = found[report.batches]
             report.write(out)
             part = table.slice(first, len(rows)).filter(pyarrow.array(good.numpy()))
             columns = {name: part[name].combine_chunks() for name in part.column_names}
@@ -198,13 +209,37 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
 
 
 def digest(population: Population, options: ReadOptions) -> str:
-    """Equal for two calls that read the same."""
+    """Equal for two calls that ask for the same."""
     symmetry = options.symmetry and options.symmetry.to_dict()
-    what = [dict(population.source), options.threshold, list(population.columns), symmetry]
-    state = hashlib.sha256(json.dumps(what, default=str).encode())
-    for name in population.states:
-        state.update(f"{name}\n".encode(errors="surrogateescape"))  # file names may be anything
-    return state.hexdigest()[:16]
+    what = [dict(population.source), options.threshold, symmetry]
+    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprints(population: Population) -> list[str]:
+    """What the first n batches of a source are, for each n: equal if their states, properties and files are.
+
+    Of a file the size and the time of its last change are compared, not the content.
+    """
+    size, count = batch_rows(population.layout), len(population.states)
+    found = hashlib.sha256(population.layout.fingerprint.encode())
+    add_files(found, population.files)
+    prints = [found.hexdigest()[:16]]
+    for first in range(0, count, size):
+        columns = {name: list(column[first : first + size]) for name, column in population.columns.items()}
+        found.update(json.dumps(columns, default=str).encode())
+        add_files(found, population.states[first : first + size])
+        prints.append(found.hexdigest()[:16])
+    return prints
+
+
+def add_files(found: "hashlib._Hash", files: Sequence) -> None:
+    for name in files:
+        try:
+            stat = os.stat(name) if isinstance(name, str | Path) else None
+        except OSError:  # it is named when its turn comes
+            stat = None
+        told = f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}\n"
+        found.update(told.encode(errors="surrogateescape"))  # file names may be anything
 
 
 def batch_rows(layout: Layout) -> int:

@@ -83,7 +83,7 @@ def read_pickle(
 
     source = {"kind": "pickle", "paths": [str(path)]}
     splits = to_splits(states, models) if len(parts) > 1 else None
-    population = Population(states, add_gap(columns), fill_row, layout, source, splits)
+    population = Population(states, add_gap(columns), fill_row, layout, source, splits, [path])
     return collect(out, population, options or ReadOptions())
 
 

@@ -4,12 +4,13 @@
 <zoo>/<trial>/checkpoint_000050/checkpoints    the state dict; older zoos have no leading zeros
 """
 
+import codecs
 import io
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from json import JSONDecoder
@@ -25,6 +26,7 @@ from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
 CONFIG, DECODER = '"config": ', JSONDecoder()  # as json.dumps writes it
+REPLACED = "\ufffd"  # stands where bytes are no text
 CHECKPOINT = re.compile(r"checkpoint_(\d{1,18})")
 COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
     "train_acc": "train_accuracy",
@@ -52,7 +54,7 @@ class Trial:
     states: list[str]
     epochs: list[int]
     lines: list[Mapping]  # the line of each state, or nothing
-    config: Mapping
+    configs: list[Mapping]  # numbers and strings of the configuration of each state
 
 
 def read_ray(
@@ -102,7 +104,9 @@ def read_ray(
             raise ValueError(f"read_ray: properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
         columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
     layout = find_layout(states, like)
-    source = {"kind": "ray", "paths": [str(path) for path in paths], "epochs": None if epochs is None else list(epochs)}
+    source = {"kind": "ray", "paths": [str(path) for path in paths]}
+    for name, chosen in (("epochs", epochs), ("properties", properties)):
+        source[name] = None if chosen is None else list(chosen)
     return collect(out, Population(states, columns, StateReader(layout), layout, source), options)
 
 
@@ -131,34 +135,47 @@ def read_trial(folder: Path, epochs: Sequence[int] | None) -> Trial:
             names[int(found[1])] = f"checkpoint_{int(found[1])}" if int(found[1]) in names else name
     chosen = sorted(names) if epochs is None else list(epochs)
     states = [os.path.join(folder, names.get(epoch, f"checkpoint_{epoch}"), STATE) for epoch in chosen]
-    lines = read_results(folder / RESULTS)
+    lines, configs = read_results(folder / RESULTS)
     numbered = [line["training_iteration"] for line in lines if isinstance(line.get("training_iteration"), int)]
     if len(numbered) < len(lines):
         numbered = range(0 if 0 in names else 1, len(lines) + 1)
-    by_epoch = dict(zip(numbered, lines, strict=False))
-    config = next((line["config"] for line in lines if isinstance(line.get("config"), dict)), None)
-    return Trial(states, chosen, [by_epoch.get(epoch, {}) for epoch in chosen], flatten(config or read_config(folder)))
+    by_epoch = dict(zip(numbered, zip(lines, configs, strict=True), strict=False))
+    nothing = {}, next((config for config in configs if config), None) or flatten(read_config(folder))
+    found = [by_epoch.get(epoch, nothing) for epoch in chosen]
+    return Trial(states, chosen, [line for line, _ in found], [config or nothing[1] for _, config in found])
 
 
-def read_results(path: Path) -> list[dict]:
-    """All whole lines; the last one of a trial that was killed may not be. Only the first has its configuration.
+def read_results(path: Path) -> tuple[list[dict], list[Mapping]]:
+    """All whole lines, and the configuration of each; the last line of a trial that was killed may not be whole.
 
-    Every line repeats the configuration, which is most of it, so what is equal to the first one's is cut out unread.
+    Every line repeats the configuration, which is most of it, so what is equal to the last one's is cut out unread. A
+    trial that was restored, or whose schedule mutates it, changes its configuration from some line on.
     """
-    lines, repeated = [], None
+    lines, configs, config, repeated = [], [], {}, None
     try:
         with open_regular(path) as file:
-            for text in io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8"):
+            for text in texts_of(io.BufferedReader(file)):
                 try:
                     line = json.parse(text.replace(repeated, CONFIG + "0") if repeated else text, "line")
                 except ValueError:
                     continue
-                if isinstance(line, dict):
-                    lines.append(line)
-                    repeated = repeated or find_config(text)
-    except (OSError, UnicodeDecodeError):
-        return lines  # a network without results is still a network
-    return lines
+                if not isinstance(line, dict):
+                    continue
+                if isinstance(line.get("config"), dict):
+                    config, repeated = flatten(line["config"]), find_config(text)
+                lines.append(line)
+                configs.append(config)
+    except OSError:
+        return lines, configs  # a network without results is still a network
+    return lines, configs
+
+
+def texts_of(file: io.BufferedReader) -> Iterator[str]:
+    """The lines of a text, without those that have bytes which are no text; its byte order mark says what it is in."""
+    wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for text in io.TextIOWrapper(file, encoding="utf-16" if wide else "utf-8-sig", errors="replace"):
+        if REPLACED not in text:
+            yield text
 
 
 def find_config(text: str) -> str | None:
@@ -190,18 +207,18 @@ def to_columns(trials: Sequence[Trial], models: Sequence[str]) -> dict[str, list
     results = dict.fromkeys(
         name
         for trial in trials
-        for line in (trial.lines[:1] + trial.lines[-1:])
+        for line in trial.lines
         for name, value in line.items()
         if name not in BOOKKEEPING and isinstance(value, str | int | float)
     )
-    configs = dict.fromkeys(name for trial in trials for name in trial.config)
+    configs = dict.fromkeys(name for trial in trials for config in trial.configs for name in config)
     columns = {
         "model": [model for model, trial in zip(models, trials, strict=True) for _ in trial.states],
         "epoch": [epoch for trial in trials for epoch in trial.epochs],
     }
     found = {name: [line.get(name) for trial in trials for line in trial.lines] for name in results}
     add_columns(columns, found)
-    add_columns(columns, {name: [trial.config.get(name) for trial in trials for _ in trial.states] for name in configs})
+    add_columns(columns, {name: [config.get(name) for trial in trials for config in trial.configs] for name in configs})
     return add_gap(columns)
 
 

@@ -67,7 +67,8 @@ def read_unterthiner(
         row.copy_(torch.from_numpy(weights[place][order]))
 
     source = {"kind": "unterthiner", "paths": [str(path)], "layout": layout}
-    population = Population(range(len(weights)), columns, fill, make_layout(DTYPES[weights.dtype.str]), source)
+    known, files = make_layout(DTYPES[weights.dtype.str]), [Path(path, name) for name in (WEIGHTS, METRICS)]
+    population = Population(range(len(weights)), columns, fill, known, source, files=files)
     return collect(out, population, options or ReadOptions())
 
 
