@@ -14,7 +14,7 @@ from fastws.zoo.readers.collect import (
     ReadOptions,
     check_new,
     collect,
-    find_layout,
+    find_expected,
     name_models,
     printable,
     unique,
@@ -63,9 +63,10 @@ def read_checkpoints(
         numbers = [NUMBER.findall(file.stem) for file in files]
         columns["epoch"] = [int(number[-1]) if number else None for number in numbers]
     states = [str(file) for file in files]
-    layout = find_layout(states, like)
+    expected = find_expected(states, like)
     source = {"kind": "checkpoints", "paths": [str(path) for path in paths], "model": model}
-    return collect(out, Population(states, columns, StateReader(layout), layout, source), options or ReadOptions())
+    population = Population(states, columns, StateReader(expected), expected.layout, source)
+    return collect(out, population, options or ReadOptions())
 
 
 def read_hub(
@@ -105,10 +106,10 @@ def read_hub(
     keys = dict.fromkeys(key for properties in described.values() for key in properties)
     columns = {key: [described[folder].get(key) for folder, _ in files] for key in keys}
     states = [str(file) for _, file in files]
-    layout = find_layout(states, like)
+    expected = find_expected(states, like)
     source = {"kind": "hub", "paths": [str(path) for path in paths]}
     parts = [part for folder in folders for part in sorted(folder.iterdir())]
-    population = Population(states, columns, StateReader(layout), layout, source, files=parts)
+    population = Population(states, columns, StateReader(expected), expected.layout, source, files=parts)
     return collect(out, population, options or ReadOptions())
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -25,7 +26,9 @@ from fastws.version import __version__
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.states import BadState, Like, read_layout
+from fastws.zoo.readers.names import Expected
+from fastws.zoo.readers.reasons import BadState
+from fastws.zoo.readers.states import Like, read_expected
 
 REPORT = "read.json"  # beside zoo.json: how far reading is, and which states were left out
 BATCH = 2**26  # bytes of weights that are written at once
@@ -52,11 +55,11 @@ class ReadOptions:
 
     def __post_init__(self):
         if self.on_bad not in ("drop", "raise"):
-            raise ValueError(f"zoo read: on_bad must be 'drop' or 'raise', got {self.on_bad!r}")
+            raise ValueError(f"zoo read: --on-bad must be 'drop' or 'raise', got {self.on_bad!r}")
         if not self.threshold > 0:
-            raise ValueError(f"zoo read: threshold must be more than 0, got {self.threshold}")
+            raise ValueError(f"zoo read: --threshold must be more than 0, got {self.threshold}")
         if self.threads < 0:
-            raise ValueError(f"zoo read: threads must be at least 0, got {self.threads}")
+            raise ValueError(f"zoo read: --threads must be at least 0, got {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Population:
     Attributes:
         states: Whatever ``fill`` understands, one per state; ``str`` of it names it in messages.
         columns: Properties, a column each, with ``model``.
-        fill: ``fill(state, row)`` writes a state into a row, or raises ``BadState``.
+        fill: ``fill(state, row)`` writes a state into a row and says what of it is not there, or raises ``BadState``.
         layout: What a row means.
         source: What was read, for the provenance: anything that JSON can hold.
         splits: Model ids of each split, if the source has splits.
@@ -75,14 +78,11 @@ class Population:
 
     states: Sequence
     columns: Mapping[str, Sequence]
-    fill: Callable[[object, Tensor], None]
+    fill: Callable[[object, Tensor], Iterable[str]]
     layout: Layout
     source: Mapping
     splits: Mapping[str, Sequence[str]] | None = None
     files: Sequence[str | Path] = ()
-
-
-Places = list[tuple[int, str]]  # of bad states, with the reasons
 
 
 class Bad(NamedTuple):
@@ -91,6 +91,22 @@ class Bad(NamedTuple):
     batch: int
     state: str
     reason: str
+
+
+class Aside(NamedTuple):
+    """What is in the files of some states of a batch, and not in the zoo."""
+
+    batch: int
+    what: str
+    states: int
+
+
+class Found(NamedTuple):
+    """What became of neighbouring states."""
+
+    states: int
+    bad: list[tuple[int, str]]  # places of those that are left out, and the reasons
+    aside: Counter[str]  # what is in their files and not in the zoo, and in how many of them
 
 
 @dataclass
@@ -103,6 +119,7 @@ class Report:
     batches: int = 0  # that are in the zoo, if it has as many states as submitted
     submitted: int = 0
     bad: list[Bad] = field(default_factory=list)
+    aside: list[Aside] = field(default_factory=list)
 
     @classmethod
     def begin(cls, path: Path, digest: str, found: Sequence[str], states: int) -> None:
@@ -123,7 +140,8 @@ class Report:
         # written before the batch itself: a reader that died between the two reads it again
         batches = report.batches if report.submitted == submitted else report.batches - 1
         bad = [Bad(*entry) for entry in report.bad if entry[0] < batches]
-        return cls(digest, found[batches], states, batches, submitted, bad)
+        aside = [Aside(*entry) for entry in report.aside if entry[0] < batches]
+        return cls(digest, found[batches], states, batches, submitted, bad, aside)
 
     def write(self, path: Path) -> None:
         write_json(path / REPORT, self.__dict__)
@@ -133,18 +151,27 @@ class Report:
         what = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         return f"{len(self.bad):,} of {self.states:,} states left out" + (f": {what}" if what else "")
 
+    def told(self) -> list[str]:
+        """What a user should know: which states were left out, and what of the others is not in the zoo."""
+        counts: Counter[str] = Counter()
+        for entry in self.aside:
+            counts[entry.what] += entry.states
+        lines = [f"{count:,} states: {what} are not in the zoo" for what, count in counts.most_common()]
+        return ([str(self)] if self.bad else []) + lines
+
 
 def read_report(path: str | os.PathLike) -> Report:
     """What was left out when a zoo was read, and why."""
     content = read_content(Path(path))
-    return Report(**content | {"bad": [Bad(*entry) for entry in content["bad"]]})
+    bad, aside = ([kind(*entry) for entry in content[name]] for name, kind in (("bad", Bad), ("aside", Aside)))
+    return Report(**content | {"bad": bad, "aside": aside})
 
 
 def read_content(path: Path) -> dict[str, object]:
     names = [part.name for part in fields(Report)]
     file = path / REPORT
     try:
-        content = parse(read_bytes(file), "file")
+        content = {"aside": [], **parse(read_bytes(file), "file")}
         checked = {name: content[name] for name in names}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: file must be that of zoo read, got {error!r}; remove {path}") from error
@@ -161,10 +188,15 @@ def find_wrong(content: Mapping[str, object]) -> str:
     for name in ("states", "batches", "submitted"):
         if type(content[name]) is not int or content[name] < 0:
             return f"{name} that is no whole number from 0"
-    kinds, bad = (int, str, str), content["bad"]
-    if not isinstance(bad, list) or not all(isinstance(entry, list) and (*map(type, entry),) == kinds for entry in bad):
+    if not is_list_of(content["bad"], (int, str, str)):
         return "states left out that are no lists of a batch, a name and a reason"
+    if not is_list_of(content["aside"], (int, str, int)):
+        return "tensors left out that are no lists of a batch, their names and how many states have them"
     return ""
+
+
+def is_list_of(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(x, list) and (*map(type, x),) == kinds for x in value)
 
 
 def collect(out: str | os.PathLike, population: Population, options: ReadOptions) -> Zoo:
@@ -188,19 +220,20 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     Report.begin(out, *read)
     with ZooWriter(out, layout, symmetry, provenance, layout.dtype, splits=splits) as writer:
         report = Report.resume(out, *read, writer.submitted)
-        for number, rows, bad in read_batches(population, options, report.batches):
-            first = number * batch_rows(layout)
+        for number, rows, became in read_batches(population, options, report.batches):
+            first, bad = number * batch_rows(layout), became.bad
             good = torch.ones(len(rows), dtype=torch.bool)
             good[[place - first for place, _ in bad]] = False
             report.bad += [Bad(number, str(population.states[place]), reason) for place, reason in bad]
+            report.aside += [Aside(number, what, count) for what, count in became.aside.items()]
             report.batches, report.submitted = number + 1, writer.submitted + int(good.sum())
             report.source = found[report.batches]
             report.write(out)
             part = table.slice(first, len(rows)).filter(pyarrow.array(good.numpy()))
             columns = {name: part[name].combine_chunks() for name in part.column_names}
             writer.append(rows if not bad else rows[good], columns)
-    if report.bad:
-        warnings.warn(f"{out}: {report}; {REPORT} names them", stacklevel=3)
+    if told := report.told():
+        warnings.warn(f"{out}: {'; '.join(told)}; {REPORT} names them", stacklevel=3)
     zoo = Zoo.open(out)
     if len(zoo) == 0:
         _, state, reason = report.bad[0]
@@ -246,8 +279,8 @@ def batch_rows(layout: Layout) -> int:
     return max(1, min(BATCH // (layout.num_weights * layout.dtype.itemsize), 2**16))
 
 
-def read_batches(population: Population, options: ReadOptions, begun: int) -> Iterator[tuple[int, Tensor, Places]]:
-    """Number, rows and bad places of each batch from ``begun`` on; the next one is read while one is written."""
+def read_batches(population: Population, options: ReadOptions, begun: int) -> Iterator[tuple[int, Tensor, Found]]:
+    """Number and rows of each batch from ``begun`` on, and what was found; the next is read while one is written."""
     count, size = len(population.states), batch_rows(population.layout)
     batches = range(begun, -(-count // size))
     threads = options.threads or os.cpu_count() or 1
@@ -258,12 +291,13 @@ def read_batches(population: Population, options: ReadOptions, begun: int) -> It
         for number in batches:
             rows, pieces = started
             started = start(population, options, number + 1, pool) if number + 1 in batches else None
-            bad = []
+            whole = Found(len(rows), [], Counter())
             for piece in pieces:
-                done, found = piece.result()
-                bad += found
-                bar.update(done)
-            yield number, rows, bad
+                found = piece.result()
+                whole.bad.extend(found.bad)
+                whole.aside.update(found.aside)
+                bar.update(found.states)
+            yield number, rows, whole
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -280,38 +314,42 @@ def start(population: Population, options: ReadOptions, number: int, pool: Execu
     return rows, pieces
 
 
-def read_piece(
-    population: Population, options: ReadOptions, first: int, rows: Tensor
-) -> tuple[int, list[tuple[int, str]]]:
-    """Reads neighbouring states; returns their number, and the places of bad ones with the reasons."""
-    bad = {}
+def read_piece(population: Population, options: ReadOptions, first: int, rows: Tensor) -> Found:
+    """Reads neighbouring states, of which ``first`` is the number of the first."""
+    bad, aside = {}, Counter()
     for place, row in enumerate(rows.unbind(), first):
         try:
-            population.fill(population.states[place], row)
+            notes = population.fill(population.states[place], row)
+            check_values(row, options.threshold)
+            aside.update(notes)
         except BadState as error:
+            if options.on_bad == "raise":
+                what = f"{population.states[place]}: state must be usable, got {error}"
+                raise ValueError(f"{what}; say --on-bad drop to leave such states out") from error
             bad[place] = str(error)
-            row.zero_()
-    largest = rows.abs().amax(1)  # NaN and infinity show in it
-    for index in (~(largest.isfinite() & (largest <= options.threshold))).nonzero().flatten().tolist():
-        value = float(largest[index])
-        bad[first + index] = f"above threshold: {value:.4g}" if value < float("inf") else "not finite"
-    if bad and options.on_bad == "raise":
-        place, reason = min(bad.items())
-        raise ValueError(f"{population.states[place]}: state must be usable, got {reason}; take on_bad='drop'")
-    return len(rows), sorted(bad.items())
+    return Found(len(rows), sorted(bad.items()), aside)
+
+
+def check_values(row: Tensor, threshold: float) -> None:
+    """Raises BadState for a weight that is not finite or too large."""
+    largest = float(row.abs().max())  # NaN and infinity show in it
+    if not math.isfinite(largest):
+        raise BadState("not finite", f"weights must be finite, got {int((~row.isfinite()).sum()):,} that are not")
+    if largest > threshold:
+        raise BadState("above threshold", f"weights must be at most {threshold:.4g} (--threshold), got {largest:.4g}")
 
 
 # --- what readers need
 
 
-def find_layout(states: Sequence[str], like: Like | None) -> Layout:
-    """The layout of ``like``, or of the first checkpoint that can be read."""
+def find_expected(states: Sequence[str], like: Like | None) -> Expected:
+    """The architecture of ``like``, or of the first checkpoint that can be read."""
     if like is not None:
-        return read_layout(like)
+        return read_expected(like)
     first = None
     for state in states:
         try:
-            return read_layout(state)
+            return read_expected(state)
         except (OSError, ValueError) as error:
             first = first or error
     if first is None:

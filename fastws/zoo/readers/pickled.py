@@ -11,11 +11,12 @@ from fastws.files.checkpoints import describe_value
 from fastws.files.limits import room
 from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.files.values import Array, StoredTensor
-from fastws.layout.layout import Layout
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
+from fastws.zoo.readers.names import Expected, check_dtype
 from fastws.zoo.readers.ray import add_columns, add_gap
-from fastws.zoo.readers.states import BadState, Like, check_dtype, fill, make_layout, read_layout
+from fastws.zoo.readers.reasons import BadState
+from fastws.zoo.readers.states import Like, fill, make_layout, read_expected
 
 PARTS = {"trainset": "train", "valset": "val", "testset": "test", "train": "train", "val": "val", "test": "test"}
 LABEL = re.compile(r"(?P<path>.*?)(?:#_#| )epoch[_ ](?P<epoch>\d{1,18})(?:#_#| ).*", re.DOTALL)
@@ -67,15 +68,15 @@ def read_pickle(
     states = [state for name, part in parts.items() for state in unique(read_part(file, name, part))]
     if not states:
         raise ValueError(f"{path}: data sets must hold states, got none")
-    layout = find_layout(file, parts, states, like)
+    expected = find_expected(file, parts, states, like)
     names = dict.fromkeys(name for state in states for name in state.properties)
     models = shorten([state.path for state in states])
     columns = {"model": models, "epoch": [state.epoch for state in states]}
     add_columns(columns, {name: [state.properties.get(name) for state in states] for name in names})
 
-    def fill_row(state: State, row: Tensor) -> None:
+    def fill_row(state: State, row: Tensor) -> list[str]:
         try:
-            fill_state(file, state, row, layout)
+            return fill_state(file, state, row, expected)
         except BadState:
             raise
         except NOT_A_TORCH_FILE as error:
@@ -83,7 +84,7 @@ def read_pickle(
 
     source = {"kind": "pickle", "paths": [str(path)]}
     splits = to_splits(states, models) if len(parts) > 1 else None
-    population = Population(states, add_gap(columns), fill_row, layout, source, splits, [path])
+    population = Population(states, add_gap(columns), fill_row, expected.layout, source, splits, [path])
     return collect(out, population, options or ReadOptions())
 
 
@@ -173,20 +174,21 @@ def read_properties(file: TorchFile, properties: object, count: int) -> dict[str
     return columns
 
 
-def find_layout(file: TorchFile, parts: Mapping, states: Sequence[State], like: Like | None) -> Layout:
+def find_expected(file: TorchFile, parts: Mapping, states: Sequence[State], like: Like | None) -> Expected:
     if like is not None:
-        return read_layout(like)
+        return read_expected(like)
     first = states[0].weights
     if isinstance(first, dict):
-        return make_layout(read_tensors(file, first))
+        return Expected(make_layout(read_tensors(file, first)), f"{states[0]}")
     dataset = next(iter(parts.values()))
     base, layers = dataset.get("checkpoint_base"), dataset.get("layer_lst")
     if not isinstance(base, dict) or not isinstance(layers, list) or not all(map(is_named_layer, layers)):
-        raise ValueError(f"{file.path}: file must hold checkpoints, got vectors; say like=<a checkpoint of their kind>")
+        fix = "say --like <a checkpoint of their kind>"
+        raise ValueError(f"{file.path}: file must hold checkpoints, got vectors; {fix}")
     # a vector holds these tensors in this order
     kinds = ("weight", "bias") if dataset.get("use_bias", True) else ("weight",)
     names = [f"module_list.{layer[0]}.{kind}" for layer in layers for kind in kinds]
-    return make_layout(read_tensors(file, {name: base.get(name) for name in names}))
+    return Expected(make_layout(read_tensors(file, {name: base.get(name) for name in names})), f"{file.path}")
 
 
 def is_named_layer(layer: object) -> bool:
@@ -210,18 +212,20 @@ def is_stored(value: object) -> bool:
     return isinstance(value, StoredTensor)
 
 
-def fill_state(file: TorchFile, state: State, row: Tensor, layout: Layout) -> None:
+def fill_state(file: TorchFile, state: State, row: Tensor, expected: Expected) -> list[str]:
+    layout, source = expected
     if isinstance(state.weights, dict):
-        fill(row, layout, read_tensors(file, state.weights))
-        return
+        return fill(row, expected, read_tensors(file, state.weights))
     if not is_stored(state.weights):
         raise BadState("unreadable", f"a checkpoint or a vector is expected, got {type(state.weights).__name__}")
     vector = file.tensor(state.weights)
     vector = vector if state.row is None else vector[state.row]
     if vector.numel() != layout.num_weights or not vector.is_floating_point():
-        raise BadState("other architecture", f"it has {vector.numel()} weights, not {layout.num_weights}")
-    check_dtype("vector", vector.dtype, layout.dtype)
+        expected_size = f"vector must have {layout.num_weights} weights as in {source}"
+        raise BadState("other architecture", f"{expected_size}, got {vector.numel()} {vector.dtype}")
+    check_dtype("vector", vector.dtype, layout.dtype, source)
     row.copy_(vector.reshape(-1))
+    return []
 
 
 def shorten(paths: Sequence[str]) -> list[str]:

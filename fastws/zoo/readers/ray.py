@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastws.files import json
 from fastws.files.limits import open_regular
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_layout, name_models, unique
+from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_expected, name_models, unique
 from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
@@ -103,11 +103,11 @@ def read_ray(
         if unknown := sorted(wanted - columns.keys()):
             raise ValueError(f"read_ray: properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
         columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
-    layout = find_layout(states, like)
+    expected = find_expected(states, like)
     source = {"kind": "ray", "paths": [str(path) for path in paths]}
     for name, chosen in (("epochs", epochs), ("properties", properties)):
         source[name] = None if chosen is None else list(chosen)
-    return collect(out, Population(states, columns, StateReader(layout), layout, source), options)
+    return collect(out, Population(states, columns, StateReader(expected), expected.layout, source), options)
 
 
 def is_trial(path: Path) -> bool:

@@ -48,9 +48,9 @@ class Config:
 
     def __post_init__(self):
         if not self.paths:
-            raise ValueError("zoo read: paths must name at least one folder or file, got none")
+            raise ValueError("zoo read: --paths must name at least one folder or file, got none")
         if self.architecture is not None and self.like is not None:
-            raise ValueError(f"zoo read: like must be left out where architecture is given, got {self.like!r}")
+            raise ValueError(f"zoo read: --like must be left out where --architecture is given, got {self.like!r}")
         ReadOptions(self.on_bad, self.threshold, self.threads)
 
     def options(self) -> tuple[str | Layout | None, ReadOptions]:
@@ -79,7 +79,7 @@ def read(config: Config) -> Zoo:
     if kind == "hub":
         return read_hub(config.paths, config.out, like=like, options=options)
     if len(config.paths) > 1:
-        raise ValueError(f"zoo read: paths must be one for {kind}, got {len(config.paths)}")
+        raise ValueError(f"zoo read: --paths must be one for {kind}, got {len(config.paths)}")
     if kind == "pickle":
         return read_pickle(config.paths[0], config.out, like=like, options=options)
     return read_unterthiner(config.paths[0], config.out, layout=config.layout, options=options)
@@ -121,8 +121,8 @@ def run(config: Config) -> None:
         zoo = read(config)
     print(f"{zoo.path}: {zoo!r}")
     report = read_report(zoo.path)
-    if report.bad:
-        print(f"{report}; {zoo.path / REPORT} names them")
+    if told := report.told():
+        print(f"{'; '.join(told)}; {zoo.path / REPORT} names them")
     named: dict[str, int] = {}
     for entry in report.bad:
         reason = entry.reason.partition(":")[0]

@@ -63,8 +63,9 @@ def read_unterthiner(
         raise ValueError(f"{path}: {METRICS} must describe {len(weights)} states, got {len(columns['model'])}")
     order = fixed_order() if layout == "fixed" else reference_order()
 
-    def fill(place: int, row: Tensor) -> None:
+    def fill(place: int, row: Tensor) -> tuple[str, ...]:
         row.copy_(torch.from_numpy(weights[place][order]))
+        return ()
 
     source = {"kind": "unterthiner", "paths": [str(path)], "layout": layout}
     known, files = make_layout(DTYPES[weights.dtype.str]), [Path(path, name) for name in (WEIGHTS, METRICS)]

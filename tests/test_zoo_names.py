@@ -1,0 +1,146 @@
+"""Which tensor of a file is which of an architecture: equal rows, or a state that is left out with its reason."""
+
+import collections
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastws.zoo import read_checkpoints
+from fastws.zoo.readers.collect import read_report
+
+
+def save(state, path):
+    path.parent.mkdir(exist_ok=True)
+    save_file(dict(state), path) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+def reasons(zoo):
+    return [entry.reason for entry in read_report(zoo.path).bad]
+
+
+def attention(seed=0):
+    """Four tensors of one shape, in an order that is not the one of their names."""
+    generator = torch.Generator().manual_seed(seed)
+    return collections.OrderedDict((f"attn.{n}_proj.weight", torch.randn(4, 4, generator=generator)) for n in "qkvo")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "model.", "encoder.layers.0."])
+def test_prefix_that_all_names_share_is_set_aside(tmp_path, prefix, suffix):
+    save(attention(), tmp_path / "nets/a.pt")
+    save({prefix + name: tensor for name, tensor in attention().items()}, tmp_path / f"nets/b.{suffix}")
+    for number, like in enumerate((None, tmp_path / f"nets/b.{suffix}")):
+        zoo = read_checkpoints(tmp_path / "nets", tmp_path / f"zoo{number}", like=like)
+        assert len(zoo) == 2 and torch.equal(zoo.weights[0], zoo.weights[1])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_numbers_of_modules_are_ranked(tmp_path, suffix):
+    """Dropout shifts them; in a file that is sorted by name, module 10 stands before module 2."""
+    numbers = {"plain": range(0, 16, 2), "dropout": range(0, 24, 3)}
+    weights = torch.randn(8, 2, 3, 3)
+    for file, name in (("a", "plain"), ("b", "dropout")):
+        state = {f"net.{i}.0.weight": weight[0] for i, weight in zip(numbers[name], weights, strict=True)}
+        state |= {f"net.{i}.{2 + (file == 'b')}.weight": w[1] for i, w in zip(numbers[name], weights, strict=True)}
+        save(state, tmp_path / f"nets/{file}.{suffix}")
+    zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    assert len(zoo) == 2 and torch.equal(zoo.weights[0], zoo.weights[1])
+    assert torch.equal(zoo.checkpoint(1)["net.14.2.weight"], weights[7, 1])
+
+
+def test_names_that_say_no_order_are_refused(tmp_path):
+    save(attention(), tmp_path / "nets/a.pt")
+    renamed = dict(zip(("first", "second", "third", "fourth"), attention().values(), strict=True))
+    save({f"attn.{name}.weight": tensor for name, tensor in renamed.items()}, tmp_path / "nets/b.pt")
+    with pytest.warns(UserWarning, match="1 of 2 states left out: 1 other names"):
+        zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    where = f"{tmp_path}/nets/a.pt"
+    named = "'attn.first.weight' must have the name that it has in"
+    assert reasons(zoo) == [f"other names: {named} {where}, perhaps 'attn.q_proj.weight'"]
+
+
+CHANGES = {  # how another network differs, and what is said of it
+    "shape": ({"fc.weight": torch.ones(3, 5)}, "other architecture: 'fc.weight' must be [3, 2] as in {}, got [3, 5]"),
+    "missing": ({"fc.bias": None}, "tensors missing: 'fc.bias' must be [3] as in {}, got nothing"),
+    "more": ({"fc.scale": torch.ones(7)}, "other architecture: 'fc.scale' must not be there, as in {}, got [7]"),
+    "integers": ({"fc.bias": torch.arange(3)}, "tensors missing: 'fc.bias' must be [3] as in {}, got nothing"),
+    "not finite": ({"fc.bias": torch.full((3,), torch.nan)}, "not finite: weights must be finite, got 3 that are not"),
+    "other dtype": (
+        {"fc.bias": torch.ones(3).double()},
+        "other dtype: 'fc.bias' must be torch.float32 or narrower as in {}, got torch.float64;"
+        " say --like <a checkpoint of wider dtypes>",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, reason", CHANGES.values(), ids=CHANGES)
+def test_reason_says_what_was_expected_what_is_there_and_which_file_says_so(tmp_path, change, reason):
+    state = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3), "out.weight": torch.ones(2, 3)}
+    save(state, tmp_path / "nets/a.pt")
+    save({name: tensor for name, tensor in (state | change).items() if tensor is not None}, tmp_path / "nets/b.pt")
+    with pytest.warns(UserWarning, match="1 of 2 states left out"):
+        zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    assert reasons(zoo) == [reason.format(f"{tmp_path}/nets/a.pt")]
+
+
+# --- tied tensors
+
+
+def tied_network(tie):
+    net = nn.ModuleDict({"embed": nn.Embedding(6, 3), "head": nn.Linear(3, 6, bias=False)})
+    if tie:
+        net["head"].weight = net["embed"].weight
+    return net.state_dict()
+
+
+def test_ties_of_the_first_are_compared(tmp_path):
+    states = [tied_network(True), tied_network(False), {}, {}]
+    states[2] = {name: tensor.clone() for name, tensor in states[0].items()}  # equal, though not one
+    states[3] = {"embed.weight": states[0]["embed.weight"]}  # as safetensors files are saved
+    for number, state in enumerate(states):
+        save(state, tmp_path / f"nets/m{number}.pt")
+    save(states[3], tmp_path / "nets/m4.safetensors")
+    with pytest.warns(UserWarning, match="1 of 5 states left out: 1 ties differ"):
+        zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    assert zoo.properties["file"].to_pylist() == ["m0.pt", "m2.pt", "m3.pt", "m4.safetensors"]
+    where, fix = f"{tmp_path}/nets/m0.pt", "say --like <a checkpoint in which they are two>"
+    expected = f"'head.weight' must be equal to 'embed.weight' as in {where}, got other numbers; {fix}"
+    assert reasons(zoo) == [f"ties differ: {expected}"]
+    assert (zoo.weights == zoo.weights[0]).all()
+    assert zoo.checkpoint(1).keys() == states[0].keys()
+    zoo = read_checkpoints([tmp_path / f"nets/m{i}.pt" for i in (0, 1)], tmp_path / "two", like=tmp_path / "nets/m1.pt")
+    for row, state in enumerate(states[:2]):
+        assert all(torch.equal(zoo.checkpoint(row)[name], tensor) for name, tensor in state.items())
+
+
+def test_second_names_of_what_is_there_are_no_other_architecture(tmp_path):
+    """The first file holds the body alone, under its own names; the second has a tied head outside of the body."""
+    tied = tied_network(True)
+    body = {"wte.weight": tied["embed.weight"], "ln.weight": torch.ones(3)}
+    save(body, tmp_path / "nets/a.safetensors")
+    whole = {f"transformer.{name}": tensor for name, tensor in body.items()}
+    save(whole | {"lm_head.weight": whole["transformer.wte.weight"]}, tmp_path / "nets/b.pt")
+    save(whole | {"lm_head.weight": torch.ones(6, 3)}, tmp_path / "nets/c.pt")
+    with pytest.warns(UserWarning, match="1 of 3 states left out: 1 other architecture"):
+        zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    assert len(zoo) == 2 and torch.equal(zoo.weights[0], zoo.weights[1])
+
+
+# --- variances
+
+
+def test_log_sigma_is_a_parameter_unless_it_has_the_shape_of_a_weight_beside_it(tmp_path):
+    for seed in range(2):  # a policy with a spread of its own
+        state = {"fc.weight": torch.randn(3, 2), "fc.bias": torch.randn(3), "log_sigma": torch.randn(3)}
+        save(state | {"fc.log_sigma": torch.randn(3)}, tmp_path / f"nets/m{seed}.pt")
+    zoo = read_checkpoints(tmp_path / "nets", tmp_path / "zoo")
+    assert zoo.layout.num_weights == 15 and "log_sigma" in zoo.layout.describe()
+    state["fc.log_sigma2"], state["fc.log_sigma2_bias"] = torch.ones(3, 2), torch.ones(1)
+    save(state, tmp_path / "twin/m.pt")
+    with pytest.warns(UserWarning, match="1 states: 2 tensors named log_sigma.* are not in the zoo"):
+        zoo = read_checkpoints(tmp_path / "twin", tmp_path / "twin-zoo")
+    assert zoo.layout.num_weights == 12
+    assert json.loads((zoo.path / "read.json").read_text())["aside"][0][2] == 1
