@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastws.files import json
+from fastws.files.names import unwrap_names
 from fastws.files.safetensors import Header, open_tensors, read_safetensors_header
 from fastws.files.torch_file import TorchFile
 from fastws.files.values import OtherTensor, Refused
@@ -23,7 +24,6 @@ FOLDER_FILES = (  # of transformers and diffusers, the preferred ones first
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -80,8 +80,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU.
 
     safetensors files are memory-mapped. Everything else is read as a torch file, of which nothing is executed; a
-    dictionary that holds the weights under ``state_dict``, ``model`` or the like is unwrapped, and
-    prefixes that DataParallel and torch.compile put before every name are dropped. An index (``*.index.json``) stands
+    dictionary that holds the weights under ``state_dict``, ``model`` or the like is unwrapped. What DataParallel and
+    torch.compile put into names is dropped, whatever the format. An index (``*.index.json``) stands
     for the files it names.
 
     Raises:
@@ -95,7 +95,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         headers = read_headers(path)
         places = read_index(path) if path.suffix == ".json" else dict.fromkeys(headers, path)
         opened = {file: open_tensors(file) for file in dict.fromkeys(places.values())}
-        return {name: opened[file].get_tensor(name) for name, file in places.items()}
+        return dict(unwrap_names({name: opened[file].get_tensor(name) for name, file in places.items()}))
     # names of an index are whole, so prefixes are dropped after its files were put together
     return unwrap(read_shards(path, load_part) if path.name.endswith(".index.json") else load_plain(path), str(path))
 
@@ -137,10 +137,7 @@ def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
             raise ValueError(f"{where}: {shorten(str(name))!r} must be a dense tensor, got a {value.kind} one")
     loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     check_tensors(where, loaded)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in loaded):
-            loaded = {name.removeprefix(prefix): value for name, value in loaded.items()}
-    return loaded
+    return dict(unwrap_names(loaded))
 
 
 def holds_tensors(value: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastws.files.checkpoints import check_tensors, find_checkpoint, is_safetensors, load_checkpoint, read_headers
+from fastws.files.names import unwrap_names
 
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
@@ -19,11 +20,9 @@ def bias_name(name: str) -> str:
 
 
 def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> Mapping[str, Tensor]:
-    if isinstance(source, nn.Module):
-        return source.state_dict(keep_vars=True)
-    if isinstance(source, Mapping):
-        return source
-    return load_checkpoint(source)
+    """The tensors of a checkpoint under plain names, whatever it comes from."""
+    state = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
+    return unwrap_names(state) if isinstance(state, Mapping) else load_checkpoint(state)
 
 
 def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str], dict[str, Role]]:
@@ -31,7 +30,8 @@ def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtyp
     if isinstance(source, str | os.PathLike):
         source = find_checkpoint(source)
     if isinstance(source, Path) and is_safetensors(source):
-        shapes = {name: (header.shape, header.dtype) for name, header in read_headers(Path(source)).items()}
+        headers = unwrap_names(read_headers(source))
+        shapes = {name: (header.shape, header.dtype) for name, header in headers.items()}
         return shapes, {}, infer_roles({name: shape for name, (shape, _) in shapes.items()})
     state = load_state(source)
     shapes, aliases, seen = {}, {}, {}

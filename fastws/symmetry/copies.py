@@ -8,8 +8,9 @@ hides a wrong permutation. Modules that cannot run in float64 run in the dtypes 
 import copy
 import inspect
 import pickle
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -149,6 +150,12 @@ def fresh_example(example: Example, double: bool) -> Example:
     return Example(*tree_map(lambda x: fresh_inputs(x, double), tuple(example)))
 
 
+def uncompiled() -> AbstractContextManager:
+    """Runs what torch.compile has wrapped as it is, for compiled code shows no operations."""
+    # whoever has compiled something has imported this module, which takes a second
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
 def plain_kernels(double: bool) -> Iterator[None]:
     """No library fuses operations, and, if double, all of them are in float64."""
@@ -157,7 +164,7 @@ def plain_kernels(double: bool) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole encoder layer in one operation
     torch.backends.mkldnn.enabled = False  # it hides a recurrent layer
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), uncompiled():
             if not double:
                 yield
                 return

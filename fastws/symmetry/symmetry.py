@@ -9,8 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from fastws.files.names import plain_names, unwrap_names
 from fastws.layout.layout import Layout
-from fastws.layout.roles import storage_key
+from fastws.layout.roles import load_state, storage_key
 from fastws.ops.permute import permute, random_permutations
 from fastws.symmetry.copies import Inputs, example_of
 from fastws.symmetry.rules import PASSING, RULES
@@ -82,7 +83,7 @@ class Symmetry:
         """
         examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
         traced = trace(module, examples, RULES, PASSING)
-        state = {k: v for k, v in module.state_dict(keep_vars=True).items() if k in traced.axes}
+        state = {k: v for k, v in load_state(module).items() if k in traced.axes}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         first: dict[tuple, str] = {}
         tied = {name: first.setdefault(storage_key(name, tensor), name) for name, tensor in state.items()}
@@ -174,12 +175,11 @@ class Symmetry:
 
         Raises ValueError if a tensor is missing, other than one of several that are tied, or has another shape.
         """
-        self._require_tensors("state", {name: tuple(state[name].shape) for name in self.axes if name in state})
+        held = unwrap_names(state)
+        self._require_tensors("state", {name: tuple(held[name].shape) for name in self.axes if name in held})
         row, permuted = self.expand(permutations), dict(state)
-        for name, axes in self.axes.items():
-            if name not in state:
-                continue
-            for axis, segments in enumerate(axes):
+        for name, plain in plain_names(state).items():
+            for axis, segments in enumerate(self.axes.get(plain, ())):
                 if segments is not None:
                     first, units, block = self._place(segments, rows=axis == 0)
                     index = row[first : first + units].long()[:, None] * block + torch.arange(block, device=row.device)

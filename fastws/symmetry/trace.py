@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastws.layout.roles import storage_key
+from fastws.layout.roles import load_state, storage_key
 from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
 
@@ -145,9 +145,9 @@ def freedom(traced: Traced) -> float:
 
 def watch(module: nn.Module, examples: Sequence[Example], tracer: Tracer, double: bool) -> tuple[Traced, list[int]]:
     """What a tracer finds, and the numbers of the grouped convolutions of which nothing moves."""
-    ties = {name: storage_key(name, tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    ties = {name: storage_key(name, tensor) for name, tensor in load_state(module).items()}
     module, examples = fresh(module, double), [fresh_example(example, double) for example in examples]
-    state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point() and v.numel() > 0}
+    state = {k: v for k, v in load_state(module).items() if v.is_floating_point() and v.numel() > 0}
     with torch.inference_mode(), plain_kernels(double):
         parameters = label_parameters(tracer, state, ties)
         for example in examples:

@@ -7,8 +7,9 @@ from pathlib import PurePosixPath
 
 from torch import Tensor
 
-from fastws.files.checkpoints import describe_value
+from fastws.files.checkpoints import check_tensors, describe_value
 from fastws.files.limits import room
+from fastws.files.names import unwrap_names
 from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.files.values import Array, StoredTensor
 from fastws.zoo.format.zoo import Zoo
@@ -202,10 +203,11 @@ def read_tensors(file: TorchFile, stored: Mapping) -> dict[str, Tensor]:
         ValueError: If they take more than the file has room for, or one does not lie in it.
     """
     tensors = {name: file.tensor(value) for name, value in stored.items() if is_stored(value)}
+    check_tensors(f"{file.path}", tensors)
     if sum(tensor.nbytes for tensor in tensors.values()) > room(len(file.buffer)):
         what = f"{len(tensors)} tensors that are many times larger"
         raise ValueError(f"{file.path}: tensors of a state must fit into the file, got {what}")
-    return tensors
+    return dict(unwrap_names(tensors))
 
 
 def is_stored(value: object) -> bool:

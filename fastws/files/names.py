@@ -1,0 +1,35 @@
+"""Names of tensors without what wrappers of modules put into them."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+COMPILED = "_orig_mod"  # how torch.compile calls what it compiled, wherever in a network that is
+PARALLEL = "module."  # how DataParallel and DistributedDataParallel call the network that they hold
+Value = TypeVar("Value")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name and what is left of it without wrappers, in whatever order and however often they were put around.
+
+    Names stay as they are where two would become one.
+    """
+    names = list(names)
+    plain = [without_compiled(name) for name in names]
+    while plain and all(name.startswith(PARALLEL) and name != PARALLEL for name in plain):
+        plain = [name.removeprefix(PARALLEL) for name in plain]
+    return dict(zip(names, plain if len(set(plain)) == len(plain) else names, strict=True))
+
+
+def without_compiled(name: str) -> str:
+    if COMPILED not in name:
+        return name
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module != COMPILED), last])
+
+
+def unwrap_names(entries: Mapping[str, Value]) -> Mapping[str, Value]:
+    """The entries under plain names; the mapping itself if its names are plain."""
+    plain = plain_names(entries)
+    if all(name == old for old, name in plain.items()):
+        return entries
+    return {plain[old]: value for old, value in entries.items()}
