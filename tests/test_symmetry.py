@@ -564,10 +564,10 @@ def test_other_layouts_are_refused():
         symmetry.tensor_table(Layout.from_checkpoint({k: v for k, v in state.items() if k != "11.bias"}))
     module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
     symmetry = Symmetry.trace(module, torch.randn(1, 3))
-    renamed = Layout.from_checkpoint({f"module.{name}": tensor for name, tensor in module.state_dict().items()})
+    renamed = Layout.from_checkpoint({f"network.{name}": tensor for name, tensor in module.state_dict().items()})
     for call in (symmetry.table, lambda x: symmetry.permute(torch.zeros(31), symmetry.identity(), x)):
         with pytest.raises(
-            ValueError, match=r"layout must hold no tensor module.0.weight, got module.0.weight \[4, 3\]"
+            ValueError, match=r"layout must hold no tensor network.0.weight, got network.0.weight \[4, 3\]"
         ):
             call(renamed)
 

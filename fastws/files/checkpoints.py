@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastws.files import json
-from fastws.files.names import unwrap_names
+from fastws.files.names import check_names, unwrap_names
 from fastws.files.safetensors import Header, open_tensors, read_safetensors_header
 from fastws.files.torch_file import TorchFile
 from fastws.files.values import OtherTensor, Refused
@@ -146,9 +146,8 @@ def holds_tensors(value: object) -> bool:
 
 def check_tensors(where: str, state: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless all names are strings and all tensors dense."""
+    check_names(where, state)
     for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{where}: {name!r} must be a dense tensor, got {tensor.layout}")
 

@@ -20,6 +20,13 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(names, plain if len(set(plain)) == len(plain) else names, strict=True))
 
 
+def check_names(where: str, names: Iterable[object]) -> None:
+    """Raises ValueError unless all are strings."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: names of tensors must be strings, got {name!r}")
+
+
 def without_compiled(name: str) -> str:
     if COMPILED not in name:
         return name

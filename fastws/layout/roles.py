@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastws.files.checkpoints import check_tensors, find_checkpoint, is_safetensors, load_checkpoint, read_headers
-from fastws.files.names import unwrap_names
+from fastws.files.names import check_names, unwrap_names
 
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
@@ -22,7 +22,10 @@ def bias_name(name: str) -> str:
 def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint under plain names, whatever it comes from."""
     state = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
-    return unwrap_names(state) if isinstance(state, Mapping) else load_checkpoint(state)
+    if not isinstance(state, Mapping):
+        return load_checkpoint(state)
+    check_names("layout", state)
+    return unwrap_names(state)
 
 
 def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str], dict[str, Role]]:
