@@ -11,23 +11,22 @@ more is to be had without products of lower precision.
 
 Networks are made and matched a few at a time: memory does not grow with their number.
 
-Run: python benchmarks/bench_align.py --threads 2 [--quick]
+Run: fastws bench align --threads 2 [--quick]
 """
 
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from harness import OPTIONS, record
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from zoo import resnet18
 
+from fastws.benchmarks.harness import Options
+from fastws.benchmarks.zoo import resnet18
 from fastws.matching.match import batch_size, match, objective
 
-NETWORKS = 10 if OPTIONS.quick else 100
 KINDS = {"random": 0.0, "noisy": 0.6}  # share of the reference in each network
 
 
@@ -85,13 +84,13 @@ def timed(run: Callable, *args) -> tuple[float, float, Tensor]:
     return time.perf_counter() - begin[0], time.process_time() - begin[1], result
 
 
-def compare(kind: str, share: float) -> None:
+def compare(kind: str, share: float, networks: int) -> Iterator[dict]:
     layout, symmetry = resnet18()
     reference = network(layout, 0)
     reference_state, step = layout.unflatten(reference), batch_size(symmetry)
     times = {"fastws": [], "published loop": []}
-    for first in range(0, NETWORKS, step):
-        seeds = range(first + 1, min(first + step, NETWORKS) + 1)
+    for first in range(0, networks, step):
+        seeds = range(first + 1, min(first + step, networks) + 1)
         flat = torch.stack([share * reference + (1 - share) * network(layout, seed) for seed in seeds])
         flat = symmetry.permute(flat, symmetry.random(len(flat), seed=first), layout)
         *seconds, found = timed(match, flat, reference, symmetry, layout)
@@ -106,9 +105,10 @@ def compare(kind: str, share: float) -> None:
     for name, both in times.items():
         wall, processor = (statistics.median(column) * 1e6 for column in zip(*both, strict=True))
         memory = {"mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3} if name == "fastws" else {}
-        case = f"{NETWORKS} x resnet18, {kind}; per network"
-        record(op="align", implementation=name, case=case, us=wall, processor_us=processor, **memory)
+        case = f"{networks} x resnet18, {kind}; per network"
+        yield {"op": "align", "implementation": name, "case": case, "us": wall, "processor_us": processor} | memory
 
 
-for kind, share in KINDS.items():
-    compare(kind, share)
+def rows(options: Options) -> Iterator[dict]:
+    for kind, share in KINDS.items():
+        yield from compare(kind, share, 10 if options.quick else 100)

@@ -28,18 +28,20 @@ weights 30 us, bound by shared memory (by matrix units 7 us). Forward and backwa
 kernels, 145 us. The published form has about 30 kernels, at 6 us at least 180 us. ResNet-56, h = 320, does not fit:
 58.4 GFLOP, at least 0.9 ms in fp32; Triton without tf32 is expected at a third of that speed.
 
-Run: python benchmarks/bench_coordinate_mlp.py [--full]
+In bfloat16 the authors' own way, float32, is the row of float32.
+
+Run: fastws bench coordinate_mlp [--full]
 """
 
-import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from harness import DEVICE, HAS_BF16, OPTIONS, implementation_name, record, time_all
-from torch import nn
+from torch import Tensor, nn
 
+from fastws.benchmarks.harness import DEVICE, HAS_BF16, Case, Options, kernels
 from fastws.ops.coordinate_mlp import coordinate_mlp_reference, coordinates
-from fastws.testing import implementations
 
 BATCH = 4096
 NETWORKS = {  # blocks per stage of a CIFAR ResNet, and the width of its NeRN
@@ -95,83 +97,107 @@ def prepare(blocks: int, width: int, dtype: torch.dtype):
     return model, axes, torch.tensor(layers, device=DEVICE), embeddings
 
 
-def measure(case: str, runs: dict, flops: float) -> None:
-    for name, seconds in time_all(runs, ()).items():
-        us = statistics.median(seconds) * 1e6
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0, 0, 0]
-        spread = (quartiles[2] - quartiles[0]) * 1e6
-        record(op="coordinate_mlp", implementation=name, case=case, us=us, iqr=spread, gflop_per_s=flops / us / 1e3)
+class Setting(NamedTuple):
+    """A predictor, what its kernels are encoded by, the numbers of those that are asked for, and a gradient of them."""
+
+    model: Published
+    axes: list[Tensor]
+    grid: Tensor
+    embeddings: Tensor
+    rows: Tensor
+    grad: Tensor
 
 
-def ways(with_reference=True) -> dict:
-    """Name: function, of every implementation that can be timed here."""
-    runs = {}
-    for name, function, device in implementations("coordinate_mlp"):
-        if device == DEVICE and not (name == "triton" and DEVICE == "cpu"):
-            runs[implementation_name("coordinate_mlp", name)] = function
-    compiled = torch.compile(coordinate_mlp_reference)
-    return runs | ({"reference": coordinate_mlp_reference, "compiled": compiled} if with_reference else {})
+def make_setting(network: str, dtype: torch.dtype, count: int | None = None) -> tuple[Setting]:
+    """All kernels of a network, or ``count`` of them in random order."""
+    model, axes, grid, embeddings = prepare(*NETWORKS[network], dtype)
+    rows = torch.arange(len(embeddings), device=DEVICE)
+    if count is not None:
+        rows = torch.randperm(len(embeddings), device=DEVICE)[:count]
+    return (Setting(model, axes, grid, embeddings, rows, torch.randn(len(rows), 9, device=DEVICE)),)
 
 
-def published_evaluation(model: Published, embeddings: torch.Tensor) -> torch.Tensor:
-    count = len(embeddings)
-    order, y = torch.randperm(count, device=DEVICE), embeddings.new_zeros(count, 9)
-    rest = embeddings[order]
-    y[order] = torch.vstack([model(rest[i : i + BATCH]) for i in range(0, count, BATCH)])
+@torch.no_grad()
+def evaluate(function: Callable, setting: Setting) -> Tensor:
+    return function(*arguments(setting.model, setting.axes, setting.grid, setting.rows))[0]
+
+
+@torch.no_grad()
+def published_evaluation(setting: Setting) -> Tensor:
+    count = len(setting.embeddings)
+    order, y = torch.randperm(count, device=DEVICE), setting.embeddings.new_zeros(count, 9)
+    rest = setting.embeddings[order]
+    y[order] = torch.vstack([setting.model(rest[i : i + BATCH]) for i in range(0, count, BATCH)])
     return y
 
 
-def forward(network: str, dtype: torch.dtype) -> None:
-    blocks, width = NETWORKS[network]
-    with torch.no_grad():
-        model, axes, grid, embeddings = prepare(blocks, width, dtype)
-        count = len(embeddings)
-        args = arguments(model, axes, grid, torch.arange(count, device=DEVICE))
-        runs = {name: lambda function=function: function(*args)[0] for name, function in ways().items()}
-        runs["published"] = partial(published_evaluation, model, embeddings)
-        if dtype != torch.float32:  # what its authors ran
-            wide, _, _, wide_embeddings = prepare(blocks, width, torch.float32)
-            runs["published in float32"] = partial(published_evaluation, wide, wide_embeddings)
-        expected = runs["published"]().double()
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        for name, run in runs.items():  # no speed without correctness
-            torch.testing.assert_close(run().double(), expected, rtol=0, atol=tolerance, msg=name)
-        measure(f"{network}, {str(dtype)[6:]}", runs, count * 2 * (3 * width**2 + 9 * width))
+def differentiate(function: Callable, setting: Setting) -> tuple[Tensor, ...]:
+    *args, _ = arguments(setting.model, setting.axes, setting.grid, setting.rows)
+    outputs = function(*args, DEVICE == "cpu")[0]
+    return torch.autograd.grad(outputs, list(setting.model.parameters()), setting.grad)
 
 
-def with_gradients(network: str) -> None:
-    blocks, width = NETWORKS[network]
-    model, axes, grid, embeddings = prepare(blocks, width, torch.float32)
-    rows, parameters = torch.randperm(len(embeddings), device=DEVICE)[:BATCH], list(model.parameters())
-    grad = torch.randn(BATCH, 9, device=DEVICE)
-
-    def published():
-        return torch.autograd.grad(model(embeddings[rows]), parameters, grad)
-
-    def autograd(function):
-        *args, _ = arguments(model, axes, grid, rows)
-        return torch.autograd.grad(function(*args, DEVICE == "cpu")[0], parameters, grad)
-
-    def plain(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, weight, bias, *_):
-        layer, f, c = coordinates(grid, rows)
-        x = (layer_table[layer] + filter_table[f] + channel_table[c]).relu()
-        for w, b in zip(hidden_weights, hidden_biases, strict=True):
-            x = nn.functional.linear(x, w, b).relu()
-        return nn.functional.linear(x, weight, bias), None
-
-    functions = ways(with_reference=False) | {"plain autograd": plain, "compiled": torch.compile(plain)}
-    runs = {name: lambda function=function: autograd(function) for name, function in functions.items()}
-    runs["published"] = published
-    for name, run in runs.items():
-        for actual, expected in zip(run(), published(), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item(), msg=name)
-    measure(f"{network}, 4,096 rows, forward and backward", runs, BATCH * 6 * (3 * width**2 + 9 * width))
+def published_gradients(setting: Setting) -> tuple[Tensor, ...]:
+    outputs = setting.model(setting.embeddings[setting.rows])
+    return torch.autograd.grad(outputs, list(setting.model.parameters()), setting.grad)
 
 
-if __name__ == "__main__":
+def plain(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, weight, bias, *_):
+    layer, f, c = coordinates(grid, rows)
+    x = (layer_table[layer] + filter_table[f] + channel_table[c]).relu()
+    for w, b in zip(hidden_weights, hidden_biases, strict=True):
+        x = nn.functional.linear(x, w, b).relu()
+    return nn.functional.linear(x, weight, bias), None
+
+
+def check_values(actual, truth, setting):
+    tolerance = 1e-5 if setting.embeddings.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.double(), truth(setting).double(), rtol=0, atol=tolerance)
+
+
+def check_gradients(actual, truth, setting):
+    for ours, theirs in zip(actual, truth(setting), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def forward(network: str, dtype: torch.dtype) -> Case:
+    width = NETWORKS[network][1]
+    ways = kernels("coordinate_mlp") | {"reference": coordinate_mlp_reference}
+    ways["compiled"] = torch.compile(coordinate_mlp_reference)
+    runs = {name: partial(evaluate, way) for name, way in ways.items()} | {"published": published_evaluation}
+    return Case(
+        op="coordinate_mlp",
+        name=f"{network}, {str(dtype)[6:]}",
+        make_args=partial(make_setting, network, dtype),
+        runs=runs,
+        truth=published_evaluation,
+        check=check_values,
+        rate="gflop_per_s",
+        work=lambda setting: len(setting.rows) * 2 * (3 * width**2 + 9 * width),
+    )
+
+
+def with_gradients(network: str) -> Case:
+    width = NETWORKS[network][1]
+    ways = kernels("coordinate_mlp") | {"plain autograd": plain, "compiled": torch.compile(plain)}
+    runs = {name: partial(differentiate, way) for name, way in ways.items()} | {"published": published_gradients}
+    return Case(
+        op="coordinate_mlp",
+        name=f"{network}, 4,096 rows, forward and backward",
+        runs=runs,
+        truth=published_gradients,
+        make_args=partial(make_setting, network, torch.float32, BATCH),
+        check=check_gradients,
+        rate="gflop_per_s",
+        work=lambda setting: len(setting.rows) * 6 * (3 * width**2 + 9 * width),
+    )
+
+
+def cases(options: Options) -> Iterator[Case]:
     for network in NETWORKS:
-        forward(network, torch.float32)
-    with_gradients("ResNet-20, h = 180")
+        yield forward(network, torch.float32)
+    yield with_gradients("ResNet-20, h = 180")
     # without instructions for bfloat16 the rivals take minutes
-    for network in NETWORKS if OPTIONS.full or HAS_BF16 else list(NETWORKS)[:1]:
-        forward(network, torch.bfloat16)
+    networks = list(NETWORKS) if options.full or HAS_BF16 else [] if options.quick else list(NETWORKS)[:1]
+    for network in networks:
+        yield forward(network, torch.bfloat16)

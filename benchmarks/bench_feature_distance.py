@@ -8,15 +8,15 @@ knows no weights and takes 28 maps, 281 MB: it makes norms, quotients, a differe
 gradients, each a pass, 12 to 16 times as many bytes. On an H200 1,160 MB take 0.3 ms, 95 launches about as long.
 In bfloat16 bytes are half as many, 34 ms, but arithmetic is not, and is no longer hidden.
 
-Run: python benchmarks/bench_feature_distance.py
+Run: fastws bench feature_distance
 """
 
-import statistics
+from collections.abc import Iterator
 
 import torch
-from harness import DEVICE, record, time_all, with_gradients
 
 import fastws
+from fastws.benchmarks.harness import DEVICE, Case, Options, with_gradients
 from fastws.ops.feature_distance import feature_distance_reference
 
 BATCH = 256
@@ -59,25 +59,23 @@ def make_args(dtype):
     return *students, *teachers
 
 
-def check(actual, truth, dtype):
-    rough = dtype == torch.bfloat16  # the published composition also adds up in it
-    for ours, theirs in zip(actual, truth, strict=True):
+def check(actual, truth, *maps):
+    rough = maps[0].dtype == torch.bfloat16  # the published composition also adds up in it
+    for ours, theirs in zip(actual, truth(*maps), strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05 if rough else 1e-4, atol=1e-3 * rough + 1e-7)
 
 
-def race(case, dtype):
-    args = make_args(dtype)
+def cases(options: Options) -> Iterator[Case]:
     runs = {"kernel": whole, "reference": reference, "compiled": torch.compile(reference)}
     runs |= {"published": composition, "compiled published": torch.compile(composition)}
     runs = {name: with_gradients(run) for name, run in runs.items()}
-    truth = runs["reference"](*args)
-    for run in runs.values():
-        check(run(*args), truth, dtype)
-    num_bytes = 5 * dtype.itemsize * BATCH * sum(channels * width**2 for channels, width in STAGES)
-    for name, seconds in time_all(runs, args).items():
-        us = statistics.median(seconds) * 1e6
-        record(op="feature_distance", implementation=name, case=case, us=us, gb_per_s=num_bytes / us / 1e3)
-
-
-race("resnet20", torch.float32)
-race("resnet20 bf16", torch.bfloat16)
+    for name, dtype in {"resnet20": torch.float32, "resnet20 bf16": torch.bfloat16}.items():
+        yield Case(
+            op="feature_distance",
+            name=name,
+            make_args=lambda dtype=dtype: make_args(dtype),
+            runs=runs,
+            truth=runs["reference"],
+            check=check,
+            work=lambda *maps: 2.5 * sum(x.nbytes for x in maps),
+        )

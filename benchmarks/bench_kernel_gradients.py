@@ -7,15 +7,15 @@ need ten loads for nine products. Inputs and gradients, 380 MB, are read once an
 as long, because processors do not foresee its loads, until the kernel asked for them itself; and oneDNN needs more.
 With AVX-512, twice the peak, sums of short rows hardly get faster, oneDNN does: 1.9 times.
 
-Run: python benchmarks/bench_kernel_gradients.py [--threads 2]
+Run: fastws bench kernel_gradients [--threads 2]
 """
 
-import statistics
+from collections.abc import Iterator
 
 import torch
-from harness import DEVICE, record, time_all
 
 from fastws import _native
+from fastws.benchmarks.harness import DEVICE, Case, Options
 from fastws.ops.kernel_gradients import kernel_gradients
 
 IMAGES, SHARE = 256, 4096 / 29_744
@@ -41,15 +41,35 @@ def whole(inputs, grad, kernels, stride):
     return torch.ops.aten.convolution_backward(grad, inputs, weight, None, *geometry, (False, True, False))[1]
 
 
-# without a kernel the operator is the reference, which computes the gradients of all: nothing to race
-runs = {"kernel": some} if _native.server("kernel_gradients", DEVICE) == "compiled" else {}
-runs |= {"all kernels": whole}
-totals = dict.fromkeys(runs, 0.0)
-for *layer, count in LAYERS:
-    args = make_args(*layer)
-    torch.testing.assert_close(some(*args), whole(*args).flatten(0, 1)[args[2]], rtol=1e-3, atol=0.1)
-    for name, seconds in time_all(runs, args).items():
-        totals[name] += count * statistics.median(seconds)
-for name, seconds in totals.items():
-    rate = {"of_all": totals["all kernels"] / seconds}
-    record(op="kernel_gradients", implementation=name, case="resnet20, 4096 kernels", us=seconds * 1e6, **rate)
+def of_all_layers(function):
+    """``function`` of each layer as often as the network has it; one result for each kind."""
+
+    def run(*layers):
+        found = []
+        for args, (*_, count) in zip(layers, LAYERS, strict=True):
+            for _ in range(count):
+                result = function(*args)
+            found.append(result)
+        return found
+
+    return run
+
+
+def check(actual, truth, *layers):
+    for ours, whole, (_, _, kernels, _) in zip(actual, truth(*layers), layers, strict=True):
+        ours = ours.flatten(0, 1)[kernels] if ours.dim() == 4 else ours
+        torch.testing.assert_close(ours, whole.flatten(0, 1)[kernels], rtol=1e-3, atol=0.1)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    # without a kernel the operator is the reference, which computes the gradients of all: nothing to race
+    runs = {"kernel": of_all_layers(some)} if _native.server("kernel_gradients", DEVICE) == "compiled" else {}
+    runs |= {"all kernels": of_all_layers(whole)}
+    yield Case(
+        op="kernel_gradients",
+        name="resnet20, 4096 kernels",
+        runs=runs,
+        truth=runs["all kernels"],
+        check=check,
+        make_args=lambda: tuple(make_args(*layer) for *layer, _ in LAYERS),
+    )

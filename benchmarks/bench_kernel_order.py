@@ -15,20 +15,19 @@ Rows: ``brute force`` is compiled with ``c++ -O3 -march=native``; ``published`` 
 with its lists, for paths up to 4,096 rows; ``resnet18`` orders all layers of a ResNet-18, of random weights, side by
 side on the given threads.
 
-Run: python benchmarks/bench_kernel_order.py [--threads 2]
+Run: fastws bench kernel_order [--threads 2]
 """
 
 import ctypes
-import statistics
 import subprocess
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
-from harness import DEVICE, OPTIONS, record
 
-import fastws
+from fastws.benchmarks.harness import DEVICE, Case, Options
 from fastws.nern.orders import network_orders
 from fastws.ops.kernel_order import kernel_order_reference, unit_rows
 
@@ -75,13 +74,13 @@ extern "C" void walk(const float* rows, int64_t n, int64_t* order) {
   }
 }
 """
-SIZES = [256, 4096, 16_384] + ([] if OPTIONS.quick else [131_072])
+SIZES = 256, 4096, 16_384, 131_072
 PUBLISHED = 4096  # rows; the published search takes minutes for more
 RESNET18 = [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4  # channels of its 3 x 3 convolutions
-ROUNDS = 3
 
 
-def brute_force():
+@cache
+def brute_force() -> Callable:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "walk.cpp"), Path(folder, "walk.so")
         source.write_text(BRUTE_FORCE)
@@ -89,7 +88,7 @@ def brute_force():
         function = ctypes.CDLL(str(library)).walk
 
     def walk(rows):
-        order = torch.empty(len(rows), dtype=torch.int64)
+        rows, order = rows.cpu(), torch.empty(len(rows), dtype=torch.int64)
         function(ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(len(rows)), ctypes.c_void_p(order.data_ptr()))
         return order
 
@@ -97,7 +96,7 @@ def brute_force():
 
 
 def published(rows):
-    x, order, left = rows.numpy(), [0], list(range(1, len(rows)))
+    x, order, left = rows.cpu().numpy(), [0], list(range(1, len(rows)))
     while left:
         candidates = left.copy()
         order.append(candidates[int((x[candidates] @ x[order[-1]]).argmax())])
@@ -109,65 +108,50 @@ def similarity(rows, order):
     return float((rows[order[1:]] * rows[order[:-1]]).sum(1).double().mean())
 
 
-def seconds(function):
-    begin = time.perf_counter()
-    result = function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, result
+def check(actual, truth, rows):
+    """Orders are compared by what they are for, for sums in float32 may tie otherwise; an improved one is better."""
+    rows, found, least = rows.cpu(), actual.cpu(), truth(rows).cpu()
+    if similarity(rows, found) < similarity(rows, least) - 1e-6:
+        raise ValueError(f"kernel_order: mean similarity must be {similarity(rows, least):.6f}, got less")
 
 
-def race(n, walk):
-    """All that can, taking turns; orders are compared by what they are for, for sums in float32 may tie otherwise."""
-    rows = unit_rows(torch.randn(n, 9, generator=torch.Generator().manual_seed(0)))
-    moved = rows.to(DEVICE)
-    runs = {"kernel": lambda: torch.ops.fastws.kernel_order(moved[None], False)[0].cpu()}
-    runs |= {"brute force": lambda: walk(rows)}
-    if n <= PUBLISHED:
-        runs |= {"published": lambda: published(rows)}
-        runs |= {"reference": lambda: kernel_order_reference(moved[None], False)[0].cpu()}
-        runs |= {"kernel, improve": lambda: torch.ops.fastws.kernel_order(rows[None], True)[0]}
-    times, means = {name: [] for name in runs}, {}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            second, order = seconds(run)
-            times[name].append(second)
-            means[name] = similarity(rows, order)
-    for name, values in times.items():
-        greedy = name == "kernel, improve" or abs(means[name] - means["kernel"]) < 1e-6
-        if not greedy or means[name] < means["kernel"] - 1e-6:
-            raise ValueError(f"{name}: mean similarity must be {means['kernel']:.6f}, got {means[name]:.6f}")
-        us = statistics.median(values) * 1e6
-        of = times["brute force"]
-        record(
+def make_rows(count: int) -> tuple[torch.Tensor]:
+    return (unit_rows(torch.randn(count, 9, generator=torch.Generator().manual_seed(0))).to(DEVICE),)
+
+
+def make_weights() -> tuple[list[torch.Tensor]]:
+    generator, inputs = torch.Generator().manual_seed(0), [64, *RESNET18[:-1]]
+    return ([torch.randn(o, i, 3, 3, generator=generator) for o, i in zip(RESNET18, inputs, strict=True)],)
+
+
+def check_network(actual, truth, weights):
+    for order, weight in zip(actual, weights, strict=True):
+        assert torch.equal(order.flatten().sort().values, torch.arange(weight.shape[0] * weight.shape[1]))
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for count in SIZES[:-2] if options.quick else SIZES:
+        runs = {"kernel": lambda rows: torch.ops.fastws.kernel_order(rows[None], False)[0]}
+        runs |= {"brute force": lambda rows: brute_force()(rows)}
+        if count <= PUBLISHED:
+            runs |= {"published": published}
+            runs |= {"reference": lambda rows: kernel_order_reference(rows[None], False)[0]}
+            runs |= {"kernel, improve": lambda rows: torch.ops.fastws.kernel_order(rows[None], True)[0]}
+        yield Case(
             op="kernel_order",
-            implementation=name,
-            case=f"{n} x 9",
-            us=us,
-            iqr=(max(values) - min(values)) * 1e6,
-            of_brute_force=statistics.median(of) * 1e6 / us,
-            mean_similarity=means[name],
+            name=f"{count} x 9",
+            make_args=lambda count=count: make_rows(count),
+            runs=runs,
+            truth=runs["brute force"],
+            check=check,
         )
-
-
-def race_resnet18():
-    generator = torch.Generator().manual_seed(0)
-    inputs = [64, *RESNET18[:-1]]
-    weights = [torch.randn(o, i, 3, 3, generator=generator) for o, i in zip(RESNET18, inputs, strict=True)]
-    times = [seconds(lambda: network_orders(weights, "crossfilter"))[0] for _ in range(ROUNDS)]
-    us = statistics.median(times) * 1e6
-    record(
-        op="kernel_order",
-        implementation="kernel",
-        case="resnet18 crossfilter",
-        us=us,
-        iqr=(max(times) - min(times)) * 1e6,
-    )
-
-
-walk = brute_force()
-fastws.kernel_order(torch.ones(2, 9))  # registers
-for n in SIZES:
-    race(n, walk)
-if not OPTIONS.quick:
-    race_resnet18()
+    if not options.quick:
+        runs = {"kernel": lambda weights: network_orders(weights, "crossfilter")}
+        yield Case(
+            op="kernel_order",
+            name="resnet18 crossfilter",
+            make_args=make_weights,
+            runs=runs,
+            truth=runs["kernel"],
+            check=check_network,
+        )

@@ -6,18 +6,20 @@ histogram and the look-up cost about 1.5 cycles a weight each and the rest half 
 at 2.5 GHz: 17 ms for the 11.2 M weights of a ResNet-18. Of CNN-s 4.9 M weights make 7 ms, and 20,000 segments at 300 ns
 (counting through bins, sorting what was gathered) 6 ms more: 13 ms.
 
-Run: python benchmarks/bench_layer_statistics.py
+Run: fastws bench layer_statistics
 """
+
+from collections.abc import Iterator
 
 import numpy
 import torch
-from harness import race
 
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.nn.resnet import ResNet
 from fastws.ops.layer_statistics import PERCENTS, layer_statistics_reference
 from fastws.zoo.making.architectures import build
 
-CASES = {"cnn-s": (build("cnn-s", (1, 28, 28)), 2000), "resnet18": (ResNet(18), 1)}  # network, how many
+CASES = {"cnn-s": (lambda: build("cnn-s", (1, 28, 28)), 2000), "resnet18": (lambda: ResNet(18), 1)}  # of how many
 
 
 def published(flat, offsets):
@@ -32,14 +34,21 @@ def check(actual, reference, *args):
     torch.testing.assert_close(actual.double(), reference(*args), rtol=1e-4, atol=1e-6)  # numpy adds up in fp32
 
 
-for case, (network, batch) in CASES.items():
-    sizes = torch.tensor([parameter.numel() for parameter in network.parameters()])
-    offsets = torch.stack([sizes.cumsum(0) - sizes, sizes.cumsum(0)], 1)
+def cases(options: Options) -> Iterator[Case]:
+    rivals = {"published": published} if DEVICE == "cpu" else {}
+    for name, (make_network, batch) in CASES.items():
 
-    def make_args(device, sizes=sizes, offsets=offsets, batch=batch):
-        return torch.randn(batch, int(sizes.sum()), device=device), offsets.to(device)
+        def make_args(make_network=make_network, batch=batch):
+            sizes = torch.tensor([parameter.numel() for parameter in make_network().parameters()])
+            offsets = torch.stack([sizes.cumsum(0) - sizes, sizes.cumsum(0)], 1)
+            return torch.randn(batch, int(sizes.sum()), device=DEVICE), offsets.to(DEVICE)
 
-    # what is written is little; the compiled reference loops over segments and would compile for minutes
-    num_bytes = 4 * batch * int(sizes.sum())
-    rivals = {"published": published} if not torch.cuda.is_available() else {}
-    race("layer_statistics", case, layer_statistics_reference, check, make_args, num_bytes, rivals, compiled=False)
+        # the compiled reference loops over segments and would compile for minutes
+        yield operator_case(
+            "layer_statistics", name, layer_statistics_reference, check, make_args, read_bytes, rivals, compiled=False
+        )
+
+
+def read_bytes(flat, offsets):
+    """What is written is little."""
+    return flat.nbytes

@@ -4,15 +4,16 @@ Predicted for 1,000 CNN-s of 2,464 weights in fp32: the forward pass reads 19.7 
 and writes 9.9, which the processor reads before it writes: 59 MB, at 15 GB/s of one core 4 ms. The arithmetic is free.
 The published form copies and divides both vectors and cuts them into slices: some 12 passes forward, as many backward.
 
-Run: python benchmarks/bench_layerwise_mse.py
+Run: fastws bench layerwise_mse
 """
 
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import torch
-from harness import race
 
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.ops.layerwise_mse import layerwise_mse_reference
 
 LAYERS = [(0, 208), (208, 1414), (1414, 1514), (1514, 2254), (2254, 2464)]  # of a CNN-s, biases behind their weights
@@ -53,18 +54,26 @@ def check(actual, reference, *args):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-9)
 
 
-for case, batch in CASES.items():
-
-    def make_args(device, batch=batch):
-        prediction, target = torch.randn(2, batch, LAYERS[-1][1], device=device)
-        share = torch.full((len(LAYERS),), 1 / prediction.numel(), device=device)
-        offsets = torch.tensor(LAYERS, device=device)
-        return prediction.requires_grad_(), target, offsets, torch.tensor(SIGMA, device=device), share, math.inf
-
+def cases(options: Options) -> Iterator[Case]:
     rivals = {"published": published, "fused": fused, "fused, compiled": torch.compile(fused)}
-    num_bytes = 5 * 4 * batch * LAYERS[-1][1]
-    # the reference cuts by values of offsets, which torch.compile cannot follow; the fused formula is its compiled form
-    race(
-        "layerwise_mse", case, layerwise_mse_reference, check, make_args, num_bytes, rivals,
-        gradients=True, compiled=False,
-    )  # fmt: skip
+    for name, batch in CASES.items():
+
+        def make_args(batch=batch):
+            prediction, target = torch.randn(2, batch, LAYERS[-1][1], device=DEVICE)
+            share = torch.full((len(LAYERS),), 1 / prediction.numel(), device=DEVICE)
+            offsets = torch.tensor(LAYERS, device=DEVICE)
+            return prediction.requires_grad_(), target, offsets, torch.tensor(SIGMA, device=DEVICE), share, math.inf
+
+        # the reference cuts by values of offsets, which torch.compile cannot follow; the fused formula is its
+        # compiled form
+        yield operator_case(
+            "layerwise_mse",
+            name,
+            layerwise_mse_reference,
+            check,
+            make_args,
+            lambda prediction, *args: 5 * prediction.nbytes,
+            rivals,
+            gradients=True,
+            compiled=False,
+        )

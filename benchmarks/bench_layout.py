@@ -3,7 +3,7 @@
 Predicted: the header of 300 tensors is 30 kB of JSON, a millisecond to read and check, and the table as much to make;
 nothing of the gigabyte is touched. Each runs in a process of its own, several times.
 
-Run: python benchmarks/bench_layout.py
+Run: fastws bench layout
 """
 
 import json
@@ -13,9 +13,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from harness import record
+from fastws.benchmarks.harness import Options
 
 REPEATS = 9
 IMPORT = """
@@ -60,12 +61,13 @@ def measure(code: str, *args: str) -> list[list[float]]:
     return [list(map(float, column)) for column in zip(*(output.split() for output in outputs), strict=True)]
 
 
-for case, code in (("names", IMPORT), ("and all operators, which are registered at first use", REGISTER)):
-    (us,) = measure(code)
-    record(op="import fastws", implementation="beyond torch", case=case, us=statistics.median(us))
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder, "large.safetensors")
-    write_large(path)
-    us, kilobytes = measure(LAYOUT, str(path))
-    memory = {"mb": statistics.median(kilobytes) / 1e3}
-    record(op="layout", implementation="header only", case="1.07 GB safetensors", us=statistics.median(us), **memory)
+def rows(options: Options) -> Iterator[dict]:
+    for case, code in (("names", IMPORT), ("and all operators, which are registered at first use", REGISTER)):
+        (us,) = measure(code)
+        yield {"op": "import fastws", "implementation": "beyond torch", "case": case, "us": statistics.median(us)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "large.safetensors")
+        write_large(path)
+        us, kilobytes = measure(LAYOUT, str(path))
+    about = {"op": "layout", "implementation": "header only", "case": "1.07 GB safetensors"}
+    yield about | {"us": statistics.median(us), "mb": statistics.median(kilobytes) / 1e3}

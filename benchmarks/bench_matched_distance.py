@@ -5,12 +5,15 @@ of one core, assignments 5 us, most of it that of 20 units; three sweeps, and th
 make 30 us a pair. Weight matching of all references to a query at once batches products and solves assignments by
 scipy's solver in threads, but has its tensors' overheads in every sweep.
 
-Run: python benchmarks/bench_matched_distance.py
+Run: fastws bench matched_distance
 """
 
-import torch
-from harness import race
+from collections.abc import Iterator
+from functools import cache
 
+import torch
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.layout.layout import Layout
 from fastws.matching.match import match
 from fastws.matching.packing import packing_of
@@ -30,28 +33,46 @@ def check(actual, reference, *args):
         raise ValueError(f"matched_distance: 90 % of the distances must be those of the reference, got {near:.0%}")
 
 
-for case, (shape, architecture) in CASES.items():
+@cache
+def make_networks(name: str) -> tuple:
+    """A layout, its symmetry, queries and references."""
+    shape, architecture = CASES[name]
     network = build(architecture, shape, activation="tanh")
     layout, symmetry = Layout.from_checkpoint(network), Symmetry.trace(network, torch.zeros(1, *shape))
+    rng = torch.Generator().manual_seed(0)
+    queries, references = (torch.randn(n, layout.num_weights, generator=rng) for n in (QUERIES, REFERENCES))
+    return layout, symmetry, queries, references
+
+
+def make_args(name: str) -> tuple:
+    layout, symmetry, queries, references = make_networks(name)
     packing = packing_of(symmetry, layout)
-    queries, references = torch.randn(QUERIES, layout.num_weights), torch.randn(REFERENCES, layout.num_weights)
+    candidates = torch.arange(len(references)).repeat(len(queries), 1)
+    marks = [torch.ones(len(x), dtype=torch.bool) for x in (queries, references)]
+    packed = packing.pack(queries), packing.pack(references)
+    tensors = *packed, candidates, *marks, packing.groups, packing.parts, packing.once
+    return tuple(x.to(DEVICE) for x in tensors)
 
-    def make_args(device, packing=packing, queries=queries, references=references):
-        candidates = torch.arange(len(references)).repeat(len(queries), 1)
-        marks = [torch.ones(len(x), dtype=torch.bool) for x in (queries, references)]
-        packed = packing.pack(queries), packing.pack(references)
-        return [x.to(device) for x in (*packed, candidates, *marks, packing.groups, packing.parts, packing.once)]
 
-    def matching(*args, layout=layout, symmetry=symmetry, queries=queries, references=references):
-        """Weight matching of all references to one query after the other."""
-        found = []
-        for query in queries:
-            moved = symmetry.permute(references, match(references, query, symmetry, layout), layout)
-            found.append((moved - query).double().square().sum(1))
-        return torch.stack(found)
+def matching(name: str) -> torch.Tensor:
+    """Weight matching of all references to one query after the other."""
+    layout, symmetry, queries, references = make_networks(name)
+    found = []
+    for query in queries:
+        moved = symmetry.permute(references, match(references, query, symmetry, layout), layout)
+        found.append((moved - query).double().square().sum(1))
+    return torch.stack(found)
 
-    num_bytes = QUERIES * REFERENCES * 4 * packing.index.numel()
-    race(
-        "matched_distance", case, matched_distance_reference, check, make_args, num_bytes,
-        {"weight matching": matching}, compiled=False,
-    )  # fmt: skip
+
+def cases(options: Options) -> Iterator[Case]:
+    for name in CASES:
+        yield operator_case(
+            "matched_distance",
+            name,
+            matched_distance_reference,
+            check,
+            lambda name=name: make_args(name),
+            lambda queries, *args: QUERIES * REFERENCES * queries[0].nbytes,
+            {"weight matching": lambda *args, name=name: matching(name)},
+            compiled=False,
+        )

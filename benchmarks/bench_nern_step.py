@@ -28,20 +28,21 @@ times.
 
 With one thread, times are those of the processor: what else runs on the machine does not count.
 
-Run: python benchmarks/bench_nern_step.py [--threads 2]
+Run: fastws bench nern_step [--threads 2]
 """
 
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from tempfile import TemporaryDirectory
 
 import torch
-from harness import DEVICE, HAS_BF16, OPTIONS, record
 from torch import nn
 
+from fastws.benchmarks.harness import DEVICE, HAS_BF16, Options
 from fastws.nern.optimizer import Ranger
 from fastws.nn.nern import NeRN, encode_axis
 from fastws.nn.resnet import CIFARResNet
@@ -49,10 +50,7 @@ from fastws.train import loop
 from fastws.train.nern import train as nern
 
 HIDDEN, IMAGES, KERNELS = 180, 256, 4096
-ROUNDS = 3 if OPTIONS.quick else 7
 JOINT, RECONSTRUCTION = (1.0, 1e-4, 1e-4), (1.0, 0.0, 0.0)  # weights of the losses
-BF16 = HAS_BF16 or OPTIONS.full  # emulated it takes eleven times as long as float32
-torch.backends.cudnn.allow_tf32 = False  # float32 is what it says, or gradients would differ by more than is allowed
 TOLERANCES = {"fastws": (1e-4, 1e-3), "fastws bf16": (2e-2, 0.1)}  # of the loss and of gradients
 
 
@@ -142,9 +140,16 @@ def normalise(maps):
 
 def build(folder):
     config = nern.Config(
-        out=folder, weights="given", architecture="cifar-resnet20-a", data_free=True, hidden=HIDDEN,
-        batch_size=IMAGES, kernel_batch=KERNELS, maps="doubled", device=DEVICE,
-    )  # fmt: skip
+        out=folder,
+        weights="given",
+        architecture="cifar-resnet20-a",
+        data_free=True,
+        hidden=HIDDEN,
+        batch_size=IMAGES,
+        kernel_batch=KERNELS,
+        maps="doubled",
+        device=DEVICE,
+    )
     torch.manual_seed(0)
     teacher = CIFARResNet(20, "a").to(DEVICE).eval().requires_grad_(False)
     job = nern.make_job(config, teacher, None, torch.device(DEVICE))
@@ -178,8 +183,8 @@ def check(step, published, models, weights, loss_error, gradient_error):
             raise ValueError(f"nern_step: gradients must be those of the published step, got {error:.2g} from them")
 
 
-def seconds(run, *args):
-    clock = time.thread_time if OPTIONS.threads == 1 and DEVICE == "cpu" else time.perf_counter
+def seconds(run, *args, threads):
+    clock = time.thread_time if threads == 1 and DEVICE == "cpu" else time.perf_counter
     begin = clock()
     run(*args)
     if DEVICE == "cuda":
@@ -187,24 +192,28 @@ def seconds(run, *args):
     return clock() - begin
 
 
-for case, weights in (("joint", JOINT), ("reconstruction only", RECONSTRUCTION)):
+def time_steps(weights, options: Options) -> dict[str, list[float]]:
+    torch.backends.cudnn.allow_tf32 = False  # or gradients would differ by more than is allowed
     with TemporaryDirectory() as folder:
         step, published, models = build(folder)
-        runs = {"fastws": step} | ({"fastws bf16": partial(step, bf16=True)} if BF16 else {})
+        # emulated, bfloat16 takes eleven times as long as float32
+        runs = {"fastws": step} | ({"fastws bf16": partial(step, bf16=True)} if HAS_BF16 or options.full else {})
         for name, run in runs.items():
             check(run, published, models, weights, *TOLERANCES[name])
         times = {name: [] for name in (*runs, "published")}
-        for number in range(ROUNDS):
+        for number in range(3 if options.quick else 7):
             for name, run in runs.items():
-                times[name] += [seconds(run, weights, number) for _ in range(1 if weights[1] else 5)]
-            times["published"].append(seconds(published, weights))
-        medians = {name: statistics.median(values) for name, values in times.items()}
+                repeats = range(1 if weights[1] else 5)
+                times[name] += [seconds(run, weights, number, threads=options.threads) for _ in repeats]
+            times["published"].append(seconds(published, weights, threads=options.threads))
+    return times
+
+
+def rows(options: Options) -> Iterator[dict]:
+    for case, weights in (("joint", JOINT), ("reconstruction only", RECONSTRUCTION)):
+        times = time_steps(weights, options)
+        published = statistics.median(times["published"])
         for name, values in times.items():
-            record(
-                op="nern_step",
-                implementation=name,
-                case=f"ResNet-20, h {HIDDEN}, {case}",
-                us=medians[name] * 1e6,
-                iqr=(max(values) - min(values)) * 1e6,
-                of_published=medians["published"] / medians[name],
-            )
+            about = {"op": "nern_step", "implementation": name, "case": f"ResNet-20, h {HIDDEN}, {case}"}
+            about |= {"us": statistics.median(values) * 1e6, "iqr": (max(values) - min(values)) * 1e6}
+            yield about | {"of_published": published / statistics.median(values)}

@@ -5,12 +5,14 @@ again and their product with the embeddings in the backward pass: 250 MFLOP, and
 instructions on 8 lanes. At 32 FLOPs per cycle and 3.4 GHz that is 2.3 + 0.5 ms on one core; 0.6 MB are moved.
 The published form writes [2B, 2B, E], 200 MB, several times: 200 MB * 20 / 10 GB/s = 400 ms.
 
-Run: python benchmarks/bench_nt_xent.py
+Run: fastws bench nt_xent
 """
 
-import torch
-from harness import race
+from collections.abc import Iterator
 
+import torch
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.ops.nt_xent import nt_xent_reference
 
 CASES = {"window": (32, 30), "batch": (500, 50)}  # B, E
@@ -34,10 +36,20 @@ def check(actual, reference, *args):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-7)
 
 
-for case, (B, E) in CASES.items():
+def cases(options: Options) -> Iterator[Case]:
+    for name, (B, E) in CASES.items():
 
-    def make_args(device, B=B, E=E):
-        z_i, z_j = torch.randn(2, B, E, device=device)
-        return z_i.clone().requires_grad_(), z_j.clone().requires_grad_(), 0.1
+        def make_args(B=B, E=E):
+            z_i, z_j = torch.randn(2, B, E, device=DEVICE)
+            return z_i.clone().requires_grad_(), z_j.clone().requires_grad_(), 0.1
 
-    race("nt_xent", case, nt_xent_reference, check, make_args, 12 * 2 * B * E, {"published": published}, gradients=True)
+        yield operator_case(
+            "nt_xent",
+            name,
+            nt_xent_reference,
+            check,
+            make_args,
+            lambda z_i, z_j, _: 3 * (z_i.nbytes + z_j.nbytes),
+            {"published": published},
+            gradients=True,
+        )

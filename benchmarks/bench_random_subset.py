@@ -6,24 +6,26 @@ ms. Of all numbers random_subset draws 1.4 times as many, 2 ns each with their b
 some 3 passes over 20 MB: 15 ms, no better than randperm; only who needs the same numbers on every device needs it. The
 complement of 4,096 reads the bits and writes 9.7 MB: 0.3 ms at 30 GB/s of the third cache, 0.6 with new pages.
 
-Run: python benchmarks/bench_random_subset.py
+Run: fastws bench random_subset
 """
 
-import torch
-from harness import race
+from collections.abc import Iterator
 
+import torch
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.ops.random_subset import complement_reference, random_subset_reference
 from fastws.testing import assert_equal
 
 KERNELS, BATCH = 1_220_608, 4096
 
 
-def make_subset(device, count):
-    return torch.empty(0, dtype=torch.int64, device=device), KERNELS, count, 1, 2
+def make_subset(count=BATCH):
+    return torch.empty(0, dtype=torch.int64, device=DEVICE), KERNELS, count, 1, 2
 
 
-def make_indices(device):
-    return torch.ops.fastws.random_subset(*make_subset(device, BATCH)), KERNELS
+def make_indices():
+    return torch.ops.fastws.random_subset(*make_subset()), KERNELS
 
 
 def randperm(place, population, count, seed, offset):
@@ -39,24 +41,25 @@ def published(indices, population):
     return torch.Tensor(list(rest)).to(indices.device).long()
 
 
-for case, count in {"4,096 of resnet18": BATCH, "all of resnet18": KERNELS}.items():
-    race(
-        "random_subset",
-        case,
-        random_subset_reference,
-        check,
-        lambda device, count=count: make_subset(device, count),
-        8 * count,
-        {"torch.randperm": randperm},
+def cases(options: Options) -> Iterator[Case]:
+    for name, size in {"4,096 of resnet18": BATCH, "all of resnet18": KERNELS}.items():
+        yield operator_case(
+            "random_subset",
+            name,
+            random_subset_reference,
+            check,
+            lambda size=size: make_subset(size),
+            lambda place, population, count, *args: 8 * count,
+            {"torch.randperm": randperm},
+            compiled=False,
+        )
+    yield operator_case(
+        "complement",
+        "of 4,096 of resnet18",
+        complement_reference,
+        assert_equal,
+        make_indices,
+        lambda indices, population: 8 * population,
+        {"published": published},
         compiled=False,
     )
-race(
-    "complement",
-    "of 4,096 of resnet18",
-    complement_reference,
-    assert_equal,
-    make_indices,
-    8 * KERNELS,
-    {"published": published},
-    compiled=False,
-)

@@ -14,19 +14,20 @@ hide each other's latency: 0.8 us at 1.7 GHz on 132 multiprocessors, 12 TFLOP/s,
 
 Every row is one network and one step; the others train fewer networks where they would take too long.
 
-Run: python benchmarks/bench_small_cnn_step.py
+Run: fastws bench small_cnn_step
 """
 
-import statistics
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from harness import DEVICE, record, time_all
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fastws
 from fastws import _native
+from fastws.benchmarks.harness import DEVICE, Case, Options
 from fastws.ops.small_cnn_step import small_cnn_step_reference
 from fastws.small_cnn.table import CONVOLUTION, POOLING, rows_of
 from fastws.zoo.making.architectures import build, initialize
@@ -34,8 +35,6 @@ from fastws.zoo.making.architectures import build, initialize
 NETWORKS = 64 if DEVICE == "cpu" else 1000
 STEPS, BATCH, ALONE, LR = 10, 10, 4, 1e-3
 SHAPES = {"cnn-s": (1, 28, 28), "cnn-l": (3, 32, 32), "mlp": (1, 28, 28)}
-
-torch.backends.cudnn.allow_tf32 = False  # all in fp32
 
 
 def make_networks(name, weights):
@@ -45,9 +44,9 @@ def make_networks(name, weights):
     return networks
 
 
-def one_by_one(weights, first, second, images, labels, batches, *rest):
+def one_by_one(name, weights, first, second, images, labels, batches, *rest):
     """Networks one after the other, as one process per core trains them; their weights."""
-    networks = make_networks(NAME, weights[:ALONE])
+    networks = make_networks(name, weights[:ALONE])
     for network, batch in zip(networks, batches.long(), strict=False):
         optimizer = torch.optim.Adam(network.parameters(), LR)
         for rows in batch:
@@ -57,9 +56,9 @@ def one_by_one(weights, first, second, images, labels, batches, *rest):
     return torch.stack([parameters_to_vector(network.parameters()).detach() for network in networks])
 
 
-def by_vmap(weights, first, second, images, labels, batches, *rest):
+def by_vmap(name, weights, first, second, images, labels, batches, *rest):
     """Stacked weights; gradients by torch.func, one Adam for the stack, which treats every number on its own."""
-    networks = make_networks(NAME, weights)
+    networks = make_networks(name, weights)
     template = networks[0]
     parameters, _ = stack_module_state(networks)
     optimizer = torch.optim.Adam(parameters.values(), LR)
@@ -69,14 +68,15 @@ def by_vmap(weights, first, second, images, labels, batches, *rest):
 
     gradients = vmap(grad(loss))
     for batch in batches.long().unbind(1):
-        found = gradients({name: x.detach() for name, x in parameters.items()}, images[batch], labels[batch])
-        for name, x in parameters.items():
-            x.grad = found[name]
+        found = gradients({key: x.detach() for key, x in parameters.items()}, images[batch], labels[batch])
+        for key, x in parameters.items():
+            x.grad = found[key]
         optimizer.step()
-    return torch.cat([parameters[name].detach().flatten(1) for name, _ in template.named_parameters()], 1)
+    return torch.cat([parameters[key].detach().flatten(1) for key, _ in template.named_parameters()], 1)
 
 
 def make_args(name):
+    torch.backends.cudnn.allow_tf32 = False  # all in fp32
     rng = torch.Generator().manual_seed(0)
     network = build(name, SHAPES[name])
     weights = []
@@ -92,7 +92,7 @@ def make_args(name):
     return *(x.to(DEVICE) for x in (weights, *moments, images, labels, batches, layers, *recipe)), 0
 
 
-def flop(layers):
+def flop(layers: torch.Tensor) -> int:
     """Of a network and step."""
     rows, total = rows_of(layers), 0
     for number, row in enumerate(rows):
@@ -105,19 +105,27 @@ def flop(layers):
     return BATCH * total
 
 
-for NAME in SHAPES:
-    args = make_args(NAME)
-    runs = {"reference": small_cnn_step_reference, "torch.func": by_vmap, "one by one": one_by_one}
-    if _native.server("small_cnn_step", DEVICE) == "compiled":
-        runs = {"kernel": torch.ops.fastws.small_cnn_step} | runs
-    expected = small_cnn_step_reference(*args)[0]
-    for run in runs.values():  # no speed without correctness
-        outputs = run(*args)
-        weights = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        # rounding may decide which of two almost equal entries a pooling takes: rarely, one network goes elsewhere
-        error = (weights - expected[: len(weights)]).abs().amax(1)
-        assert error.median() < 1e-5 and error.max() < 0.02, error
-    for name, seconds in time_all(runs, args).items():
-        us = statistics.median(seconds) * 1e6 / STEPS / (ALONE if name == "one by one" else NETWORKS)
-        rate = flop(args[6]) / us / 1e3
-        record(op="small_cnn_step", implementation=name, case=f"{NAME} per network and step", us=us, gflop_per_s=rate)
+def check(actual, truth, *args):
+    weights, expected = (x if isinstance(x, torch.Tensor) else x[0] for x in (actual, truth(*args)))
+    # rounding may decide which of two almost equal entries a pooling takes: rarely, one network goes elsewhere
+    error = (weights - expected[: len(weights)]).abs().amax(1)
+    assert error.median() < 1e-5 and error.max() < 0.02, error
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for name in SHAPES:
+        runs = {"reference": small_cnn_step_reference}
+        runs |= {"torch.func": partial(by_vmap, name), "one by one": partial(one_by_one, name)}
+        if _native.server("small_cnn_step", DEVICE) == "compiled":
+            runs = {"kernel": torch.ops.fastws.small_cnn_step} | runs
+        yield Case(
+            op="small_cnn_step",
+            name=f"{name} per network and step",
+            make_args=partial(make_args, name),
+            runs=runs,
+            truth=small_cnn_step_reference,
+            check=check,
+            units={"": STEPS * NETWORKS, "one by one": STEPS * ALONE},
+            work=lambda *args: STEPS * NETWORKS * flop(args[6]),
+            rate="gflop_per_s",
+        )

@@ -5,57 +5,71 @@ are gathered in random order, two or three moves each, 380,000 of them: 1 ms, wh
 million normals, 0.4 ns for the word and 0.7 for logarithm, sine and cosine on 8 lanes: 3.8 ms more. The published way
 permutes and tokenizes 64 whole networks, 120 ms each.
 
-Run: python benchmarks/bench_token_views.py
+Run: fastws bench token_views
 """
 
-import torch
-from harness import DEVICE, race
-from zoo import MODELS, TOKEN_SIZE, VIEWS, WINDOW, published_views, resnet18
+from collections.abc import Iterator
+from functools import cache
 
-import fastws
+import torch
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
+from fastws.benchmarks.zoo import MODELS, TOKEN_SIZE, VIEWS, WINDOW, published_views, resnet18
 from fastws.ops.token_views import token_views_reference
 
-layout, symmetry = resnet18()
-zoo = torch.randn(MODELS, layout.num_weights)
-rng = torch.Generator().manual_seed(0)
-model = torch.randint(0, MODELS, (VIEWS,), generator=rng)
-start = torch.randint(0, layout.num_tokens - WINDOW + 1, (VIEWS,), generator=rng)
-permutations = symmetry.random(VIEWS, seed=1)
-table = symmetry.table(layout)
-lengths = fastws.token_views(zoo, table, TOKEN_SIZE, model, start, WINDOW).lengths
-num_bytes = 4 * (int(lengths.sum()) + VIEWS * WINDOW * TOKEN_SIZE)
+network = cache(resnet18)
 
 
-def published(*args):
-    return (published_views(layout, symmetry, zoo, model, start, permutations),)
+def make_args(dtype: torch.dtype, noise: float) -> tuple:
+    layout, symmetry = network()
+    rng = torch.Generator().manual_seed(0)
+    zoo = torch.randn(MODELS, layout.num_weights, generator=rng).to(dtype)
+    model = torch.randint(0, MODELS, (VIEWS,), generator=rng)
+    start = torch.randint(0, layout.num_tokens - WINDOW + 1, (VIEWS,), generator=rng)
+    layers = torch.tensor([[0, len(layout.table)]]).expand(VIEWS, 2)
+    permutations, nothing = symmetry.random(VIEWS, seed=1), torch.empty(0)
+    tensors = zoo, symmetry.table(layout), model * layout.num_weights, layers, start, permutations, nothing, nothing
+    return *[x.to(DEVICE) for x in tensors], TOKEN_SIZE, WINDOW, noise, 0, 1, 2, dtype
 
 
-def copy_slices(weights, *args):
+def num_bytes(zoo, table, base, layers, start, *args):
+    """Weights that are read, and tokens, padding included, that are written."""
+    lengths = network()[0].lengths
+    read = sum(int(lengths[first : first + WINDOW].sum()) for first in start.tolist())
+    return zoo.itemsize * (read + VIEWS * WINDOW * TOKEN_SIZE)
+
+
+def published(zoo, table, base, layers, start, permutations, *args):
+    return (published_views(*network(), zoo, base // zoo.shape[1], start, permutations),)
+
+
+def copy_slices(zoo, table, base, layers, start, *args):
     """As many bytes from the same places, cut but neither permuted nor padded."""
-    begin, size = (
-        layout.table[:, 0].repeat_interleave(layout.table[:, 2] * layout.table[:, 6])[start],
-        WINDOW * TOKEN_SIZE,
-    )
-    begin = begin.clamp(max=layout.num_weights - size).tolist()
-    return torch.stack([weights[m, b : b + size] for m, b in zip(model.tolist(), begin, strict=True)])
+    layout, size = network()[0], WINDOW * TOKEN_SIZE
+    places = layout.table[:, 0].repeat_interleave(layout.table[:, 2] * layout.table[:, 6])[start.cpu()]
+    places = places.clamp(max=layout.num_weights - size).tolist()
+    models = (base // zoo.shape[1]).tolist()
+    return torch.stack([zoo[model, place : place + size] for model, place in zip(models, places, strict=True)])
 
 
-for dtype in (torch.float32, torch.bfloat16):
-    for noise in (0.0, 0.1):
+def check(actual, reference, zoo, *args):
+    accuracy = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[zoo.dtype]
+    for x, y in zip(actual, reference(zoo, *args), strict=False):
+        torch.testing.assert_close(x, y, rtol=accuracy, atol=accuracy)
 
-        def make_args(device, dtype=dtype, noise=noise):
-            nothing = torch.empty(0)
-            layers = torch.tensor([[0, len(table)]]).expand(VIEWS, 2)
-            tensors = zoo.to(dtype), table, model * layout.num_weights, layers, start, permutations, nothing, nothing
-            return *[x.to(device) for x in tensors], TOKEN_SIZE, WINDOW, noise, 0, 1, 2, dtype
 
-        def check(actual, reference, *args):
-            accuracy = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[args[0].dtype]
-            for x, y in zip(actual, reference(*args), strict=False):
-                torch.testing.assert_close(x, y, rtol=accuracy, atol=accuracy)
-
-        rivals = {"copy slices": copy_slices}
-        if DEVICE == "cpu" and dtype == torch.float32 and noise == 0:
-            rivals["published"] = published
-        case = f"resnet18 {str(dtype)[6:]} noise={noise}"
-        race("token_views", case, token_views_reference, check, make_args, num_bytes * dtype.itemsize // 4, rivals)
+def cases(options: Options) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for noise in (0.0, 0.1):
+            rivals = {"copy slices": copy_slices}
+            if DEVICE == "cpu" and dtype == torch.float32 and noise == 0:
+                rivals["published"] = published
+            yield operator_case(
+                "token_views",
+                f"resnet18 {str(dtype)[6:]} noise={noise}",
+                token_views_reference,
+                check,
+                lambda dtype=dtype, noise=noise: make_args(dtype, noise),
+                num_bytes,
+                rivals,
+            )

@@ -5,31 +5,45 @@ Predicted: 44.7 MB of weights are read, 61.7 (norm layers kept, mostly padding) 
 clears page by page; in pages of 4 KiB that takes five times as long as the copy, in pages of 2 MiB, which the kernel
 asks for, about as long. So about 11 ms, twice as fast as ``clone`` or better.
 
-Run: python benchmarks/bench_tokenize.py
+Run: fastws bench tokenize
 """
 
-import torch
-from harness import race
-from zoo import TOKEN_SIZE, resnet18
+from collections.abc import Iterator
+from functools import cache
 
+import torch
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
+from fastws.benchmarks.zoo import TOKEN_SIZE, resnet18
 from fastws.ops.tokenize import detokenize_reference, tokenize_reference
 from fastws.testing import assert_equal
 
-for norm in ("keep", "skip"):
-    layout, _ = resnet18(norm)
-    num_bytes = 4 * (int(layout.lengths.sum()) + layout.num_tokens * TOKEN_SIZE)
 
-    def make_flat(device, layout=layout):
-        return torch.randn(1, layout.num_weights, device=device), layout.table.to(device), TOKEN_SIZE, layout.num_tokens
+def cases(options: Options) -> Iterator[Case]:
+    for norm in ("keep", "skip"):
 
-    def make_tokens(device, layout=layout):
-        tokens = torch.randn(1, layout.num_tokens, TOKEN_SIZE, device=device)
-        return tokens, layout.table.to(device), layout.num_weights
+        def make_flat(norm=norm):
+            layout = layout_of(norm)
+            flat = torch.randn(1, layout.num_weights, device=DEVICE)
+            return flat, layout.table.to(DEVICE), TOKEN_SIZE, layout.num_tokens
 
-    # the references loop over layers; of 81 the compiler makes a program of minutes, of 41 one of seconds
-    compiled = norm == "skip"
-    for op, reference, make_args in (
-        ("tokenize", tokenize_reference, make_flat),
-        ("detokenize", detokenize_reference, make_tokens),
-    ):
-        race(op, f"resnet18 norm={norm}", reference, assert_equal, make_args, num_bytes, compiled=compiled)
+        def make_tokens(norm=norm):
+            layout = layout_of(norm)
+            tokens = torch.randn(1, layout.num_tokens, TOKEN_SIZE, device=DEVICE)
+            return tokens, layout.table.to(DEVICE), layout.num_weights
+
+        def num_bytes(*args, norm=norm):
+            return 4 * (int(layout_of(norm).lengths.sum()) + layout_of(norm).num_tokens * TOKEN_SIZE)
+
+        for op, reference, make_args in (
+            ("tokenize", tokenize_reference, make_flat),
+            ("detokenize", detokenize_reference, make_tokens),
+        ):
+            # the references loop over layers; of 81 the compiler makes a program of minutes, of 41 one of seconds
+            compiled, name = norm == "skip", f"resnet18 norm={norm}"
+            yield operator_case(op, name, reference, assert_equal, make_args, num_bytes, compiled=compiled)
+
+
+@cache
+def layout_of(norm: str):
+    return resnet18(norm)[0]

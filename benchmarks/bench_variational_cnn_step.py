@@ -10,18 +10,19 @@ Predicted for an H200 and 1,000 networks, never run: 2.2 times the 160,000 cycle
 thread some 110 instructions, because only two of the eight of a Philox block are neighbours in a row, 43,000 cycles:
 400,000 in all, 1.8 us on 132 multiprocessors at 1.7 GHz.
 
-Run: python benchmarks/bench_variational_cnn_step.py
+Run: fastws bench variational_cnn_step
 """
 
-import statistics
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from harness import DEVICE, record, time_all
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, linear
 
 import fastws
 from fastws import _native
+from fastws.benchmarks.harness import DEVICE, Case, Options
 from fastws.ops.variational_cnn_step import INITIAL_LOG_SIGMA, variational_cnn_step_reference
 from fastws.small_cnn.table import CONVOLUTION, rows_of
 from fastws.zoo.making.architectures import build, initialize
@@ -30,8 +31,6 @@ NETWORKS = 64 if DEVICE == "cpu" else 1000
 STEPS, BATCH, ALONE = 5, 10, 4
 SHAPES = {"cnn-s": (1, 28, 28), "cnn-l": (3, 32, 32)}
 KL_WEIGHT = 0.004
-
-torch.backends.cudnn.allow_tf32 = False  # all in fp32
 
 
 class Published(nn.Module):
@@ -64,10 +63,10 @@ class Published(nn.Module):
         return total
 
 
-def published(weights, first, second, images, labels, batches, *rest):
+def published(name, weights, first, second, images, labels, batches, *rest):
     """A few networks, one after the other, each by its own Adam."""
     for batch in batches[:ALONE].long():
-        network = build(NAME, SHAPES[NAME])
+        network = build(name, SHAPES[name])
         layers = [Published(x) if isinstance(x, nn.Conv2d | nn.Linear) else x for x in network.module_list]
         network = nn.Sequential(*layers).to(DEVICE)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
@@ -80,6 +79,7 @@ def published(weights, first, second, images, labels, batches, *rest):
 
 
 def make_args(name):
+    torch.backends.cudnn.allow_tf32 = False  # all in fp32
     rng = torch.Generator().manual_seed(0)
     network = build(name, SHAPES[name])
     layers = fastws.layer_table(network, SHAPES[name])
@@ -108,21 +108,36 @@ def flops(layers):
     return 2 * BATCH * total
 
 
-for NAME in SHAPES:
-    args = make_args(NAME)
-    dense = [args[0][:, 0].contiguous(), *(torch.zeros_like(args[0][:, 0]) for _ in range(2)), *args[3:13]]
-    runs = {"reference": variational_cnn_step_reference}
-    if _native.server("variational_cnn_step", DEVICE) == "compiled":
-        runs["kernel"] = torch.ops.fastws.variational_cnn_step
-        expected = variational_cnn_step_reference(*args)
-        for place, (actual, wanted) in enumerate(zip(runs["kernel"](*args), expected, strict=True)):
-            if place < 3:  # where a gradient is nearly zero, Adam's steps go either way
-                assert (actual - wanted).abs().mean() < 1e-6 * wanted.abs().mean().clamp(min=1)
-            else:
-                torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)  # no speed without correctness
-        runs["dense kernel"] = lambda *args: torch.ops.fastws.small_cnn_step(*dense, 0)  # noqa: B023
-    runs["published"] = published
-    for name, seconds in time_all(runs, args).items():
-        us = statistics.median(seconds) * 1e6 / STEPS / (ALONE if name == "published" else NETWORKS)
-        rate = {} if name == "dense kernel" else {"gflop_per_s": flops(args[6]) / us / 1e3}
-        record(op="variational_cnn_step", implementation=name, case=f"{NAME} per network and step", us=us, **rate)
+def dense_step(weights, first, second, *args):
+    """One network in place of a mean and a variance."""
+    plain = [x[:, 0].contiguous() for x in (weights, first, second)]
+    return torch.ops.fastws.small_cnn_step(*plain, *args[:-2], 0)
+
+
+def check(actual, truth, *args):
+    if actual is None:  # the published way draws noise of its own
+        return
+    for place, (ours, wanted) in enumerate(zip(actual, truth(*args), strict=True)):
+        if place < 3:  # where a gradient is nearly zero, Adam's steps go either way
+            assert (ours - wanted).abs().mean() < 1e-6 * wanted.abs().mean().clamp(min=1)
+        else:
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for name in SHAPES:
+        runs = {"reference": variational_cnn_step_reference}
+        if _native.server("variational_cnn_step", DEVICE) == "compiled":
+            runs |= {"kernel": torch.ops.fastws.variational_cnn_step, "dense kernel": dense_step}
+        runs["published"] = partial(published, name)
+        yield Case(
+            op="variational_cnn_step",
+            name=f"{name} per network and step",
+            make_args=partial(make_args, name),
+            runs=runs,
+            truth=variational_cnn_step_reference,
+            check=check,
+            units={"": STEPS * NETWORKS, "published": STEPS * ALONE},
+            work=lambda *args: STEPS * NETWORKS * flops(args[6]),
+            rate="gflop_per_s",
+        )

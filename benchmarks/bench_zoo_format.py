@@ -7,7 +7,7 @@ each, 10 ms each, 6 s. To open it is to read zoo.json, which lists 20,000 names 
 because each is the first in its page: a page fault of 4 to 5 us. A state of a CNN-s is 9,856 bytes; five random float32
 properties 20 bytes and repeated ones nearly none, 0.2 %.
 
-Run: python benchmarks/bench_zoo_format.py
+Run: fastws bench zoo_format
 """
 
 import json
@@ -16,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import OPTIONS, record
 from torch import nn
 
+from fastws.benchmarks.harness import Options
 from fastws.layout.layout import Layout
 from fastws.zoo import Zoo, ZooWriter
 
-STATES = 100_000 if OPTIONS.quick else 1_000_000
 EPOCHS, APPEND, ROWS = 50, 10_000, 256
 CNN_S = 2464  # weights
 OPEN = """
@@ -67,23 +67,21 @@ def opened(path: Path) -> dict:
     return {key: statistics.median(answer[key] for answer in answers) for key in ("us", "mb")}
 
 
-def main() -> None:
+def rows(options: Options) -> Iterator[dict]:
+    states = 100_000 if options.quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
-        path, case = Path(folder) / "zoo", f"{STATES:,} states of 97 weights"
-        record(op="zoo", implementation="write", case=case, us=write(path, 97, STATES) * 1e6)
-        record(op="zoo", implementation="open", case=case, **opened(path))
+        path, about = Path(folder) / "zoo", {"op": "zoo", "case": f"{states:,} states of 97 weights"}
+        yield about | {"implementation": "write", "us": write(path, 97, states) * 1e6}
+        yield about | {"implementation": "open"} | opened(path)
         zoo, times = Zoo.open(path), []
         for seed in range(20):
-            rows = torch.randint(STATES, (ROWS,), generator=torch.Generator().manual_seed(seed))
+            numbers = torch.randint(states, (ROWS,), generator=torch.Generator().manual_seed(seed))
             begin = time.perf_counter()
-            zoo.rows(rows)
+            zoo.rows(numbers)
             times.append((time.perf_counter() - begin) * 1e6)
-        record(op="zoo", implementation=f"{ROWS} random rows", case=case, us=statistics.median(times))
+        yield about | {"implementation": f"{ROWS} random rows", "us": statistics.median(times)}
     with tempfile.TemporaryDirectory() as folder:
-        path, states = Path(folder) / "zoo", STATES // 50
+        path, states = Path(folder) / "zoo", states // 50
         us = write(path, CNN_S, states) * 1e6
-        ratio = bytes_per_weight_byte(path, CNN_S, states)
-        record(op="zoo", implementation="write", case=f"{states:,} states of CNN-s", us=us, bytes_of_weights=ratio)
-
-
-main()
+        about = {"op": "zoo", "implementation": "write", "case": f"{states:,} states of CNN-s", "us": us}
+        yield about | {"bytes_of_weights": bytes_per_weight_byte(path, CNN_S, states)}

@@ -16,7 +16,7 @@ checkout of ModelZoos/ModelZooDataset (``--reference``) with Ray replaced by pla
 all files and writes the matrix, no more. ``cold`` drops the files from the page cache first. The rivals read a share of
 the networks; what they return is compared first. ``--full`` reads 1,000 networks.
 
-Run: python benchmarks/bench_zoo_read.py [--full] [--reference PATH]
+Run: fastws bench zoo_read [--full] [--reference PATH]
 """
 
 import copy
@@ -32,24 +32,24 @@ import tempfile
 import time
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import OPTIONS, record
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastws.benchmarks.harness import Options
 from fastws.zoo import ReadOptions, Zoo, read_ray, sequence_pairs
 
-NETWORKS = 1000 if OPTIONS.full else 20 if OPTIONS.quick else 100
-SHARE = min(NETWORKS, 20)  # networks that the rivals read
+SHARE = 20  # networks that the rivals read
 STATES, ROUNDS = 51, 3
 NOT_FINITE = 1, 7  # network and epoch
 LAYERS = [(0, "conv2d"), (3, "conv2d"), (6, "conv2d"), (9, "fc"), (11, "fc")]
 PROPERTIES = {"result_keys": ["test_acc", "training_iteration", "ggap"], "config_keys": ["optim::lr", "model::nlin"]}
 
 
-def make_raw_zoo(root: Path) -> None:
+def make_raw_zoo(root: Path, networks: int) -> None:
     """Networks of the published size with the files of the published generator; its lines hold 40 settings each."""
     modules = (nn.Conv2d(1, 8, 5), nn.Conv2d(8, 6, 5), nn.Conv2d(6, 4, 2), nn.Linear(36, 20), nn.Linear(20, 10))
     shapes = [(f"module_list.{layer}.{name}", p.shape) for (layer, _), module in zip(LAYERS, modules, strict=True)
@@ -57,7 +57,7 @@ def make_raw_zoo(root: Path) -> None:
     config = {"model::nlin": "tanh", "model::dropout": 0.0, "optim::optimizer": "adam", "optim::lr": 3e-4}
     config |= {f"setting::{number}": number / 7 for number in range(36)}
     generator = torch.Generator().manual_seed(0)
-    for number in tqdm(range(NETWORKS), desc="making"):
+    for number in tqdm(range(networks), desc="making"):
         folder = root / f"NN_tune_trainable_97ebe_{number:05}_{number}_seed={number + 1}_2021-07-26_17-33-32"
         folder.mkdir(parents=True)
         with open(folder / "result.json", "w") as file:
@@ -160,8 +160,8 @@ def copy_bytes(root: Path, out: Path) -> None:
         os.fsync(target.fileno())
 
 
-def check(zoo: Zoo, rivals: dict) -> None:
-    assert len(zoo) == NETWORKS * STATES - 1
+def check(zoo: Zoo, rivals: dict, networks: int) -> None:
+    assert len(zoo) == networks * STATES - 1
     for name, rival in rivals.items():
         weights, accuracy = rival()
         order = [place for _, place in sorted(zip(published_order(weights, zoo), range(len(weights)), strict=True))]
@@ -192,21 +192,33 @@ def measure(function, *args) -> float:
     return time.perf_counter() - begin
 
 
-with tempfile.TemporaryDirectory() as temporary:
-    root, share, out = Path(temporary, "raw"), Path(temporary, "share"), Path(temporary, "zoo")
-    make_raw_zoo(root)
+def rows(options: Options) -> Iterator[dict]:
+    networks = 1000 if options.full else SHARE if options.quick else 100
+    with tempfile.TemporaryDirectory() as temporary:
+        times = time_readers(Path(temporary), networks, options)
+    kernel = statistics.median(times["kernel"])
+    for name, seconds in times.items():
+        about = {"op": "zoo read", "implementation": name, "case": f"{networks} x {STATES} states of 2464 weights"}
+        second = statistics.median(seconds)
+        yield about | {"us": second * 1e6, "times_kernel": second / kernel, "states_per_s": 1 / second}
+
+
+def time_readers(folder: Path, networks: int, options: Options) -> dict[str, list[float]]:
+    """Seconds per state, of several rounds."""
+    root, share, out = folder / "raw", folder / "share", folder / "zoo"
+    make_raw_zoo(root, networks)
     os.sync()
     folders = sorted(root.iterdir())[:SHARE]
     share.mkdir()
-    for folder in folders:
-        (share / folder.name).symlink_to(folder)
-    options = ReadOptions(threads=OPTIONS.threads)
+    for path in folders:
+        (share / path.name).symlink_to(path)
+    reading = ReadOptions(threads=options.threads)
     rivals = {"published work": lambda: published_work(folders)}
-    if OPTIONS.reference:
-        dataset_class = import_published(Path(OPTIONS.reference))
+    if options.reference:
+        dataset_class = import_published(options.reference)
         rivals["published code"] = lambda: published_code(dataset_class, share, SHARE)
-    check(read_ray(root, out, options=options), rivals)
-    if OPTIONS.reference:
+    check(read_ray(root, out, options=reading), rivals, networks)
+    if options.reference:
         check_pairs(Zoo.open(out), dataset_class, share)
     times = {name: [] for name in ("kernel", "copy", "kernel, cold", "copy, cold", *rivals)}
     for _ in range(ROUNDS):
@@ -217,11 +229,7 @@ with tempfile.TemporaryDirectory() as temporary:
             if name in rivals:
                 times[name].append(measure(rivals[name]) / (SHARE * STATES))
             elif name.startswith("copy"):
-                times[name].append(measure(copy_bytes, root, out) / (NETWORKS * STATES))
+                times[name].append(measure(copy_bytes, root, out) / (networks * STATES))
             else:
-                times[name].append(measure(lambda: read_ray(root, out, options=options)) / (NETWORKS * STATES))
-    case = f"{NETWORKS} x {STATES} states of 2464 weights"
-    for name, seconds in times.items():
-        us = statistics.median(seconds) * 1e6
-        ratio = us / (statistics.median(times["kernel"]) * 1e6)
-        record(op="zoo read", implementation=name, case=case, us=us, times_kernel=ratio, states_per_s=1e6 / us)
+                times[name].append(measure(lambda: read_ray(root, out, options=reading)) / (networks * STATES))
+    return times

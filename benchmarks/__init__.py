@@ -1,0 +1,1 @@
+"""Benchmarks, installed as fastws.benchmarks; ``fastws bench`` runs them, and so does ``pytest benchmarks``."""

@@ -1,0 +1,23 @@
+"""``fastws bench``, in a file of its own: what runs benchmarks works without the library of the command line, too."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from fastws.benchmarks.harness import Options
+from fastws.benchmarks.run import run as run_benchmarks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Times operators and what is made of them against their references, compiled references and published ways.
+
+    For example: fastws bench token_views --quick
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of operators; all benchmarks if none is given
+
+
+def run(config: Config) -> None:
+    run_benchmarks(config.names, config)
