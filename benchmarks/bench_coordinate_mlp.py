@@ -194,10 +194,12 @@ def with_gradients(network: str) -> Case:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for network in NETWORKS:
+    for network in options.pick(NETWORKS):
         yield forward(network, torch.float32)
     yield with_gradients("ResNet-20, h = 180")
     # without instructions for bfloat16 the rivals take minutes
-    networks = list(NETWORKS) if options.full or HAS_BF16 else [] if options.quick else list(NETWORKS)[:1]
+    networks = (
+        list(NETWORKS) if options.full or HAS_BF16 else [] if options.quick or options.small else list(NETWORKS)[:1]
+    )
     for network in networks:
         yield forward(network, torch.bfloat16)

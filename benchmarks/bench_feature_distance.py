@@ -12,6 +12,7 @@ Run: fastws bench feature_distance
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -42,7 +43,7 @@ def reference(*maps):
     """The reference of the operator, in the place of its kernel."""
     loss = 0
     for student, teacher, weight in zip(maps[: len(WEIGHTS)], maps[len(WEIGHTS) :], WEIGHTS, strict=True):
-        loss = loss + feature_distance_reference(student.flatten(1), teacher.flatten(1), weight / BATCH)[0]
+        loss = loss + feature_distance_reference(student.flatten(1), teacher.flatten(1), weight / len(teacher))[0]
     return loss
 
 
@@ -50,10 +51,10 @@ def whole(*maps):
     return fastws.feature_distance(maps[: len(WEIGHTS)], maps[len(WEIGHTS) :], WEIGHTS)
 
 
-def make_args(dtype):
+def make_args(dtype, batch):
     students, teachers = [], []
     for channels, width in STAGES:
-        teacher = torch.randn(BATCH, channels, width, width, device=DEVICE, dtype=dtype)
+        teacher = torch.randn(batch, channels, width, width, device=DEVICE, dtype=dtype)
         teachers.append(teacher)
         students.append((teacher + 0.3 * torch.randn_like(teacher)).requires_grad_())
     return *students, *teachers
@@ -73,7 +74,7 @@ def cases(options: Options) -> Iterator[Case]:
         yield Case(
             op="feature_distance",
             name=name,
-            make_args=lambda dtype=dtype: make_args(dtype),
+            make_args=partial(make_args, dtype, 8 if options.small else BATCH),
             runs=runs,
             truth=runs["reference"],
             check=check,

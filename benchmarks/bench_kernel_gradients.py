@@ -23,9 +23,9 @@ IMAGES, SHARE = 256, 4096 / 29_744
 LAYERS = [(16, 16, 32, 1, 6), (16, 32, 32, 2, 1), (32, 32, 16, 1, 5), (32, 64, 16, 2, 1), (64, 64, 8, 1, 5)]
 
 
-def make_args(channels, filters, width, stride):
+def make_args(images, channels, filters, width, stride):
     def image(count, size):
-        return torch.randn(IMAGES, count, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        return torch.randn(images, count, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
     chosen = torch.randperm(filters * channels, device=DEVICE)[: int(SHARE * filters * channels)].sort().values
     return image(channels, width), image(filters, width // stride), chosen, stride
@@ -71,5 +71,5 @@ def cases(options: Options) -> Iterator[Case]:
         runs=runs,
         truth=runs["all kernels"],
         check=check,
-        make_args=lambda: tuple(make_args(*layer) for *layer, _ in LAYERS),
+        make_args=lambda: tuple(make_args(8 if options.small else IMAGES, *layer) for *layer, _ in LAYERS),
     )

@@ -36,7 +36,7 @@ def check(actual, reference, *args):
 
 def cases(options: Options) -> Iterator[Case]:
     rivals = {"published": published} if DEVICE == "cpu" else {}
-    for name, (make_network, batch) in CASES.items():
+    for name, (make_network, batch) in options.pick(CASES).items():
 
         def make_args(make_network=make_network, batch=batch):
             sizes = torch.tensor([parameter.numel() for parameter in make_network().parameters()])

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from fastws.benchmarks.harness import Options
 
-REPEATS = 9
 IMPORT = """
 import time, torch
 begin = time.perf_counter()
@@ -52,22 +51,23 @@ def write_large(path: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def measure(code: str, *args: str) -> list[list[float]]:
+def measure(repeats: int, code: str, *args: str) -> list[list[float]]:
     command = [sys.executable, "-c", code, *args]
     # an installed package comes with its bytecode
     with_bytecode = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     options = {"env": with_bytecode, "capture_output": True, "text": True, "check": True}
-    outputs = [subprocess.run(command, **options).stdout for _ in range(REPEATS)]
+    outputs = [subprocess.run(command, **options).stdout for _ in range(repeats)]
     return [list(map(float, column)) for column in zip(*(output.split() for output in outputs), strict=True)]
 
 
 def rows(options: Options) -> Iterator[dict]:
+    repeats = 1 if options.small else 9
     for case, code in (("names", IMPORT), ("and all operators, which are registered at first use", REGISTER)):
-        (us,) = measure(code)
+        (us,) = measure(repeats, code)
         yield {"op": "import fastws", "implementation": "beyond torch", "case": case, "us": statistics.median(us)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "large.safetensors")
         write_large(path)
-        us, kilobytes = measure(LAYOUT, str(path))
+        us, kilobytes = measure(repeats, LAYOUT, str(path))
     about = {"op": "layout", "implementation": "header only", "case": "1.07 GB safetensors"}
     yield about | {"us": statistics.median(us), "mb": statistics.median(kilobytes) / 1e3}

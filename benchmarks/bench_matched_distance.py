@@ -21,7 +21,7 @@ from fastws.ops.matched_distance import matched_distance_reference
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.making.architectures import build
 
-CASES = {"cnn-s": ((1, 28, 28), "cnn-s"), "digits-cnn": ((1, 8, 8), "digits-cnn")}  # image, architecture
+CASES = {"digits-cnn": ((1, 8, 8), "digits-cnn"), "cnn-s": ((1, 28, 28), "cnn-s")}  # image, architecture
 QUERIES, REFERENCES = 2, 20
 
 
@@ -65,7 +65,7 @@ def matching(name: str) -> torch.Tensor:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for name in CASES:
+    for name in options.pick(CASES):
         yield operator_case(
             "matched_distance",
             name,

@@ -138,14 +138,14 @@ def normalise(maps):
     return maps / (torch.norm(maps.flatten(1), dim=1).view(-1, 1, 1, 1) + 1e-3)
 
 
-def build(folder):
+def build(folder, count):
     config = nern.Config(
         out=folder,
         weights="given",
         architecture="cifar-resnet20-a",
         data_free=True,
         hidden=HIDDEN,
-        batch_size=IMAGES,
+        batch_size=count,
         kernel_batch=KERNELS,
         maps="doubled",
         device=DEVICE,
@@ -158,7 +158,7 @@ def build(folder):
         for parameter in model.final_linear_layer.parameters():
             parameter.mul_(0.05)  # or maps of this teacher, which nobody trained, would overflow
     published, optimizer = PublishedStep(model, teacher, job), Ranger(model.parameters())
-    images = torch.randn(IMAGES, 3, 32, 32, device=DEVICE)
+    images = torch.randn(count, 3, 32, 32, device=DEVICE)
 
     def step(weights, number, chosen=None, bf16=False):
         drawn = job.kernels.draw(number) if chosen is None else chosen
@@ -195,13 +195,13 @@ def seconds(run, *args, threads):
 def time_steps(weights, options: Options) -> dict[str, list[float]]:
     torch.backends.cudnn.allow_tf32 = False  # or gradients would differ by more than is allowed
     with TemporaryDirectory() as folder:
-        step, published, models = build(folder)
+        step, published, models = build(folder, 8 if options.small else IMAGES)
         # emulated, bfloat16 takes eleven times as long as float32
         runs = {"fastws": step} | ({"fastws bf16": partial(step, bf16=True)} if HAS_BF16 or options.full else {})
         for name, run in runs.items():
             check(run, published, models, weights, *TOLERANCES[name])
         times = {name: [] for name in (*runs, "published")}
-        for number in range(3 if options.quick else 7):
+        for number in range(1 if options.small else 3 if options.quick else 7):
             for name, run in runs.items():
                 repeats = range(1 if weights[1] else 5)
                 times[name] += [seconds(run, weights, number, threads=options.threads) for _ in repeats]

@@ -37,7 +37,7 @@ def check(actual, reference, *args):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for name, (B, E) in CASES.items():
+    for name, (B, E) in options.pick(CASES).items():
 
         def make_args(B=B, E=E):
             z_i, z_j = torch.randn(2, B, E, device=DEVICE)

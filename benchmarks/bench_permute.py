@@ -8,7 +8,7 @@ Run: fastws bench permute
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 
 import torch
 
@@ -17,18 +17,16 @@ from fastws.benchmarks.zoo import VIEWS, resnet18
 from fastws.ops.permute import permute_reference, random_permutations_reference
 from fastws.testing import assert_equal
 
-network = cache(resnet18)
-
 
 def make_flat():
-    layout, symmetry = network()
+    layout, symmetry = resnet18()
     flat = torch.randn(1, layout.num_weights, device=DEVICE)
     return flat, symmetry.tensor_table(layout).to(DEVICE), symmetry.random(1, seed=1).to(DEVICE)
 
 
-def make_starts():
-    starts = torch.tensor([0, *torch.tensor(network()[1].sizes).cumsum(0)], device=DEVICE)
-    return starts, int(starts[-1]), VIEWS, 1, 2
+def make_starts(batch: int):
+    starts = torch.tensor([0, *torch.tensor(resnet18()[1].sizes).cumsum(0)], device=DEVICE)
+    return starts, int(starts[-1]), batch, 1, 2
 
 
 def randperm(starts, total, batch, seed, offset):
@@ -57,7 +55,7 @@ def cases(options: Options) -> Iterator[Case]:
         "64 x resnet18",
         random_permutations_reference,
         check_draws,
-        make_starts,
+        partial(make_starts, 2 if options.small else VIEWS),
         lambda starts, total, batch, *args: 4 * batch * total,
         {"torch.randperm": randperm},
         compiled=False,

@@ -75,19 +75,19 @@ def by_vmap(name, weights, first, second, images, labels, batches, *rest):
     return torch.cat([parameters[key].detach().flatten(1) for key, _ in template.named_parameters()], 1)
 
 
-def make_args(name):
+def make_args(name, count):
     torch.backends.cudnn.allow_tf32 = False  # all in fp32
     rng = torch.Generator().manual_seed(0)
     network = build(name, SHAPES[name])
     weights = []
-    for seed in range(NETWORKS):
+    for seed in range(count):
         initialize(network, "kaiming_uniform", seed)
         weights.append(parameters_to_vector(network.parameters()).detach())
     weights, layers = torch.stack(weights), fastws.layer_table(network, SHAPES[name])
     images, labels = torch.randn(1000, *SHAPES[name], generator=rng), torch.randint(10, (1000,), generator=rng)
-    batches = torch.randint(1000, (NETWORKS, STEPS, BATCH), generator=rng, dtype=torch.int32)
-    zeros = torch.zeros(NETWORKS, dtype=torch.float64)
-    recipe = zeros.int(), zeros, zeros.int() + 2, zeros + LR, zeros, torch.arange(NETWORKS)
+    batches = torch.randint(1000, (count, STEPS, BATCH), generator=rng, dtype=torch.int32)
+    zeros = torch.zeros(count, dtype=torch.float64)
+    recipe = zeros.int(), zeros, zeros.int() + 2, zeros + LR, zeros, torch.arange(count)
     moments = torch.zeros_like(weights), torch.zeros_like(weights)
     return *(x.to(DEVICE) for x in (weights, *moments, images, labels, batches, layers, *recipe)), 0
 
@@ -113,7 +113,8 @@ def check(actual, truth, *args):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for name in SHAPES:
+    count = ALONE if options.small else NETWORKS
+    for name in options.pick(SHAPES):
         runs = {"reference": small_cnn_step_reference}
         runs |= {"torch.func": partial(by_vmap, name), "one by one": partial(one_by_one, name)}
         if _native.server("small_cnn_step", DEVICE) == "compiled":
@@ -121,11 +122,11 @@ def cases(options: Options) -> Iterator[Case]:
         yield Case(
             op="small_cnn_step",
             name=f"{name} per network and step",
-            make_args=partial(make_args, name),
+            make_args=partial(make_args, name, count),
             runs=runs,
             truth=small_cnn_step_reference,
             check=check,
-            units={"": STEPS * NETWORKS, "one by one": STEPS * ALONE},
-            work=lambda *args: STEPS * NETWORKS * flop(args[6]),
+            units={"": STEPS * count, "one by one": STEPS * ALONE},
+            work=lambda *args: STEPS * count * flop(args[6]),
             rate="gflop_per_s",
         )

@@ -9,7 +9,7 @@ Run: fastws bench token_views
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 
 import torch
 
@@ -17,35 +17,33 @@ from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.benchmarks.zoo import MODELS, TOKEN_SIZE, VIEWS, WINDOW, published_views, resnet18
 from fastws.ops.token_views import token_views_reference
 
-network = cache(resnet18)
 
-
-def make_args(dtype: torch.dtype, noise: float) -> tuple:
-    layout, symmetry = network()
+def make_args(dtype: torch.dtype, noise: float, models: int, views: int) -> tuple:
+    layout, symmetry = resnet18()
     rng = torch.Generator().manual_seed(0)
-    zoo = torch.randn(MODELS, layout.num_weights, generator=rng).to(dtype)
-    model = torch.randint(0, MODELS, (VIEWS,), generator=rng)
-    start = torch.randint(0, layout.num_tokens - WINDOW + 1, (VIEWS,), generator=rng)
-    layers = torch.tensor([[0, len(layout.table)]]).expand(VIEWS, 2)
-    permutations, nothing = symmetry.random(VIEWS, seed=1), torch.empty(0)
+    zoo = torch.randn(models, layout.num_weights, generator=rng).to(dtype)
+    model = torch.randint(0, models, (views,), generator=rng)
+    start = torch.randint(0, layout.num_tokens - WINDOW + 1, (views,), generator=rng)
+    layers = torch.tensor([[0, len(layout.table)]]).expand(views, 2)
+    permutations, nothing = symmetry.random(views, seed=1), torch.empty(0)
     tensors = zoo, symmetry.table(layout), model * layout.num_weights, layers, start, permutations, nothing, nothing
     return *[x.to(DEVICE) for x in tensors], TOKEN_SIZE, WINDOW, noise, 0, 1, 2, dtype
 
 
 def num_bytes(zoo, table, base, layers, start, *args):
     """Weights that are read, and tokens, padding included, that are written."""
-    lengths = network()[0].lengths
+    lengths = resnet18()[0].lengths
     read = sum(int(lengths[first : first + WINDOW].sum()) for first in start.tolist())
-    return zoo.itemsize * (read + VIEWS * WINDOW * TOKEN_SIZE)
+    return zoo.itemsize * (read + len(start) * WINDOW * TOKEN_SIZE)
 
 
 def published(zoo, table, base, layers, start, permutations, *args):
-    return (published_views(*network(), zoo, base // zoo.shape[1], start, permutations),)
+    return (published_views(*resnet18(), zoo, base // zoo.shape[1], start, permutations),)
 
 
 def copy_slices(zoo, table, base, layers, start, *args):
     """As many bytes from the same places, cut but neither permuted nor padded."""
-    layout, size = network()[0], WINDOW * TOKEN_SIZE
+    layout, size = resnet18()[0], WINDOW * TOKEN_SIZE
     places = layout.table[:, 0].repeat_interleave(layout.table[:, 2] * layout.table[:, 6])[start.cpu()]
     places = places.clamp(max=layout.num_weights - size).tolist()
     models = (base // zoo.shape[1]).tolist()
@@ -59,6 +57,7 @@ def check(actual, reference, zoo, *args):
 
 
 def cases(options: Options) -> Iterator[Case]:
+    sizes = (2, 4) if options.small else (MODELS, VIEWS)
     for dtype in (torch.float32, torch.bfloat16):
         for noise in (0.0, 0.1):
             rivals = {"copy slices": copy_slices}
@@ -69,7 +68,7 @@ def cases(options: Options) -> Iterator[Case]:
                 f"resnet18 {str(dtype)[6:]} noise={noise}",
                 token_views_reference,
                 check,
-                lambda dtype=dtype, noise=noise: make_args(dtype, noise),
+                partial(make_args, dtype, noise, *sizes),
                 num_bytes,
                 rivals,
             )

@@ -9,12 +9,11 @@ Run: fastws bench tokenize
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 
 from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
-from fastws.benchmarks.zoo import TOKEN_SIZE, resnet18
+from fastws.benchmarks.zoo import TOKEN_SIZE, resnet18_layout
 from fastws.ops.tokenize import detokenize_reference, tokenize_reference
 from fastws.testing import assert_equal
 
@@ -23,17 +22,17 @@ def cases(options: Options) -> Iterator[Case]:
     for norm in ("keep", "skip"):
 
         def make_flat(norm=norm):
-            layout = layout_of(norm)
+            layout = resnet18_layout(norm)
             flat = torch.randn(1, layout.num_weights, device=DEVICE)
             return flat, layout.table.to(DEVICE), TOKEN_SIZE, layout.num_tokens
 
         def make_tokens(norm=norm):
-            layout = layout_of(norm)
+            layout = resnet18_layout(norm)
             tokens = torch.randn(1, layout.num_tokens, TOKEN_SIZE, device=DEVICE)
             return tokens, layout.table.to(DEVICE), layout.num_weights
 
         def num_bytes(*args, norm=norm):
-            return 4 * (int(layout_of(norm).lengths.sum()) + layout_of(norm).num_tokens * TOKEN_SIZE)
+            return 4 * (int(resnet18_layout(norm).lengths.sum()) + resnet18_layout(norm).num_tokens * TOKEN_SIZE)
 
         for op, reference, make_args in (
             ("tokenize", tokenize_reference, make_flat),
@@ -42,8 +41,3 @@ def cases(options: Options) -> Iterator[Case]:
             # the references loop over layers; of 81 the compiler makes a program of minutes, of 41 one of seconds
             compiled, name = norm == "skip", f"resnet18 norm={norm}"
             yield operator_case(op, name, reference, assert_equal, make_args, num_bytes, compiled=compiled)
-
-
-@cache
-def layout_of(norm: str):
-    return resnet18(norm)[0]

@@ -78,21 +78,21 @@ def published(name, weights, first, second, images, labels, batches, *rest):
             optimizer.step()
 
 
-def make_args(name):
+def make_args(name, count):
     torch.backends.cudnn.allow_tf32 = False  # all in fp32
     rng = torch.Generator().manual_seed(0)
     network = build(name, SHAPES[name])
     layers = fastws.layer_table(network, SHAPES[name])
     theta = []
-    for _ in range(NETWORKS):
+    for _ in range(count):
         initialize(network, "kaiming_uniform", rng)
         theta.append(nn.utils.parameters_to_vector(network.parameters()).detach())
     theta = torch.stack(theta)
     weights = torch.stack([theta, torch.full_like(theta, INITIAL_LOG_SIGMA)], 1)
     images, labels = torch.randn(1000, *SHAPES[name], generator=rng), torch.randint(10, (1000,), generator=rng)
-    batches = torch.randint(1000, (NETWORKS, STEPS, BATCH), generator=rng, dtype=torch.int32)
-    zeros = torch.zeros(NETWORKS, dtype=torch.float64)
-    recipe = zeros.int(), zeros, zeros.int() + 2, zeros + 1e-3, zeros, torch.arange(NETWORKS)
+    batches = torch.randint(1000, (count, STEPS, BATCH), generator=rng, dtype=torch.int32)
+    zeros = torch.zeros(count, dtype=torch.float64)
+    recipe = zeros.int(), zeros, zeros.int() + 2, zeros + 1e-3, zeros, torch.arange(count)
     tensors = weights, torch.zeros_like(weights), torch.zeros_like(weights), images, labels, batches, layers, *recipe
     return *(x.to(DEVICE) for x in tensors), KL_WEIGHT, 0
 
@@ -125,7 +125,8 @@ def check(actual, truth, *args):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for name in SHAPES:
+    count = ALONE if options.small else NETWORKS
+    for name in options.pick(SHAPES):
         runs = {"reference": variational_cnn_step_reference}
         if _native.server("variational_cnn_step", DEVICE) == "compiled":
             runs |= {"kernel": torch.ops.fastws.variational_cnn_step, "dense kernel": dense_step}
@@ -133,11 +134,11 @@ def cases(options: Options) -> Iterator[Case]:
         yield Case(
             op="variational_cnn_step",
             name=f"{name} per network and step",
-            make_args=partial(make_args, name),
+            make_args=partial(make_args, name, count),
             runs=runs,
             truth=variational_cnn_step_reference,
             check=check,
-            units={"": STEPS * NETWORKS, "published": STEPS * ALONE},
-            work=lambda *args: STEPS * NETWORKS * flops(args[6]),
+            units={"": STEPS * count, "published": STEPS * ALONE},
+            work=lambda *args: STEPS * count * flops(args[6]),
             rate="gflop_per_s",
         )

@@ -60,19 +60,19 @@ def bytes_per_weight_byte(path: Path, weights: int, states: int) -> float:
     return sum(file.stat().st_size for file in path.iterdir()) / (4 * weights * states)
 
 
-def opened(path: Path) -> dict:
+def opened(path: Path, repeats: int) -> dict:
     """Medians of processes of their own."""
-    runs = [subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True) for _ in range(5)]
+    runs = [subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True) for _ in range(repeats)]
     answers = [json.loads(run.stdout) for run in runs]
     return {key: statistics.median(answer[key] for answer in answers) for key in ("us", "mb")}
 
 
 def rows(options: Options) -> Iterator[dict]:
-    states = 100_000 if options.quick else 1_000_000
+    states = 5000 if options.small else 100_000 if options.quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         path, about = Path(folder) / "zoo", {"op": "zoo", "case": f"{states:,} states of 97 weights"}
         yield about | {"implementation": "write", "us": write(path, 97, states) * 1e6}
-        yield about | {"implementation": "open"} | opened(path)
+        yield about | {"implementation": "open"} | opened(path, 1 if options.small else 5)
         zoo, times = Zoo.open(path), []
         for seed in range(20):
             numbers = torch.randint(states, (ROWS,), generator=torch.Generator().manual_seed(seed))

@@ -193,7 +193,7 @@ def measure(function, *args) -> float:
 
 
 def rows(options: Options) -> Iterator[dict]:
-    networks = 1000 if options.full else SHARE if options.quick else 100
+    networks = 1000 if options.full else 2 if options.small else SHARE if options.quick else 100
     with tempfile.TemporaryDirectory() as temporary:
         times = time_readers(Path(temporary), networks, options)
     kernel = statistics.median(times["kernel"])
@@ -227,7 +227,7 @@ def time_readers(folder: Path, networks: int, options: Options) -> dict[str, lis
             if name.endswith("cold"):
                 drop_from_cache(root)
             if name in rivals:
-                times[name].append(measure(rivals[name]) / (SHARE * STATES))
+                times[name].append(measure(rivals[name]) / (len(folders) * STATES))
             elif name.startswith("copy"):
                 times[name].append(measure(copy_bytes, root, out) / (networks * STATES))
             else:

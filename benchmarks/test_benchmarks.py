@@ -1,9 +1,10 @@
 """Every case of every operator under pytest-benchmark: correctness first, a group for each operator and case.
 
     pytest benchmarks --benchmark-only -k token_views
-    pytest benchmarks --benchmark-disable    once, without timing: none may rot
+    pytest benchmarks --benchmark-disable    once, small and without timing: none may rot
 
-Times are of the threads that torch uses, OMP_NUM_THREADS. ``cold`` are those with nothing in the caches.
+Times are of the threads that torch uses, OMP_NUM_THREADS. Those of ``cold`` calls, groups of their own, are with
+nothing in the caches.
 """
 
 from functools import lru_cache
@@ -18,14 +19,14 @@ COLD_ROUNDS = 20
 
 
 def pytest_generate_tests(metafunc):
-    once = metafunc.config.getoption("benchmark_disable", default=True)
-    if "run" in metafunc.fixturenames:
+    once = metafunc.config.getoption("benchmark_disable")
+    if "case" in metafunc.fixturenames:
         found = [
             pytest.param(case, run, cold, id=f"{case.op}: {case.name}: {run}" + ", cold" * cold)
             for module in map(load, NAMES)
-            for case in getattr(module, "cases", lambda options: ())(Options(quick=once))
-            for run in case.runs
+            for case in getattr(module, "cases", lambda options: ())(Options(small=once))
             for cold in (False, True)
+            for run in case.runs
             if not (once and (cold or "compiled" in run))  # cold caches change no result, compilers take minutes
         ]
         metafunc.parametrize("case, run, cold", found)
@@ -34,15 +35,15 @@ def pytest_generate_tests(metafunc):
 
 
 @lru_cache(maxsize=1)
-def arguments(case_id: int, make_args) -> tuple:
-    """Of the last case: the next test is mostly of the same one."""
+def arguments(number: int, make_args) -> tuple:
+    """Of the last case, which most likely is that of the next test."""
     return make_args()
 
 
 def test_case(benchmark, case: Case, run: str, cold: bool):
     args = arguments(id(case), case.make_args)
     case.verify(run, args)
-    benchmark.group = f"{case.op}: {case.name}"
+    benchmark.group = f"{case.op}: {case.name}" + ", cold" * cold
     if case.work:
         benchmark.extra_info[case.rate.split("_per")[0]] = case.work(*args) / 1e9
 
@@ -52,13 +53,12 @@ def test_case(benchmark, case: Case, run: str, cold: bool):
             torch.cuda.synchronize()
 
     if cold:
-        touch = make_touch()
-        benchmark.pedantic(call, setup=lambda: touch() and None, rounds=COLD_ROUNDS)
+        benchmark.pedantic(call, setup=make_touch(), rounds=COLD_ROUNDS)
     else:
         benchmark(call)
 
 
 def test_rows(name: str):
-    """What does not race operators: each is timed by itself, and here once, in its small size."""
-    found = list(rows(load(name), Options(quick=True)))
+    """What does not race operators times itself: here once, in its small size."""
+    found = list(rows(load(name), Options(small=True)))
     assert found and all(row["us"] > 0 for row in found)

@@ -1,5 +1,7 @@
 """What the token benchmarks work on: ResNet-18 of the CIFAR-10 zoos, and the published way to cut views of it."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,14 @@ from fastws.nn.resnet import ResNet
 TOKEN_SIZE, WINDOW, VIEWS, MODELS = 288, 256, 64, 32
 
 
-def resnet18(norm: str = "keep") -> tuple[fastws.Layout, fastws.Symmetry]:
-    network = ResNet(18)
-    layout = fastws.Layout.from_checkpoint(network, TOKEN_SIZE, norm)
-    return layout, fastws.Symmetry.trace(network, torch.randn(1, 3, 8, 8))
+@cache
+def resnet18() -> tuple[fastws.Layout, fastws.Symmetry]:
+    return resnet18_layout(), fastws.Symmetry.trace(ResNet(18), torch.randn(1, 3, 8, 8))
+
+
+@cache
+def resnet18_layout(norm: str = "keep") -> fastws.Layout:
+    return fastws.Layout.from_checkpoint(ResNet(18), TOKEN_SIZE, norm)
 
 
 def published_views(
