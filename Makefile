@@ -1,6 +1,6 @@
 # Every target works in a fresh clone: it makes its own .venv first.
 #   make demo    trains a zoo of small networks and SANE on it, and writes runs/quickstart/report.html
-#   make test    all tests: native kernels, references alone, Triton interpreted, CUDA compiled
+#   make test    all tests: native kernels, references alone, Triton interpreted, CUDA compiled; every benchmark once
 #   make bench   all benchmarks of this machine, rows to benchmarks/results
 #   make fuzz    50,000 damaged files for all readers, in minutes
 #   make lint    ruff and clang-format
@@ -28,13 +28,14 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 	FASTWS_NATIVE=0 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/test_house.py $(OP_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal benchmarks --benchmark-disable
 
 # what a machine without compilers runs: the references
 OP_TESTS = $(patsubst fastws/ops/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard fastws/ops/*.py)))
 
 bench: install
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/fastws bench --out benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --mutants 50000

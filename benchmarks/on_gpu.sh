@@ -63,11 +63,15 @@ CHECK
   exit $failed
 }
 
+# `fastws bench NAME --quick --no-compile --out benchmarks/results`, which needs the library of the command line
+BENCH='from pathlib import Path; from sys import argv; from fastws.benchmarks import harness, run'
+BENCH+='; options = harness.Options(quick=True, compile=False, out=Path("benchmarks/results")); run.run(argv[1:], options)'
+
 fast() {
   local failed=0 first="token_views small_cnn_step nern_step coordinate_mlp" name rest
   rest=$(ls benchmarks | sed -n 's/^bench_\(.*\)\.py$/\1/p')
   for name in $first $(for name in $rest; do [[ " $first " == *" $name "* ]] || echo "$name"; done); do
-    limited 60 "bench_$name" $PYTHON "benchmarks/bench_$name.py" --quick --no-compile || failed=1
+    limited 60 "bench_$name" $PYTHON -c "$BENCH" "$name" || failed=1
   done
   [ -n "${OUT:-}" ] && cp benchmarks/results/*.jsonl "$OUT"
   exit $failed

@@ -1,6 +1,7 @@
 """Runs benchmarks: ``bench_<name>.py`` has ``cases(options)`` or, where no cases race, ``rows(options)``."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ def run(names: Sequence[str], options: Options) -> None:
     about = machine()
     for name in names or NAMES:
         for row in rows(load(name), options):
+            row = row | {"load": os.getloadavg()[0]}
             rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
             print(*(f"{key}={value}" for key, value in (rounded | about).items() if key not in HIDDEN), flush=True)
             if options.out is not None:

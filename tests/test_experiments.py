@@ -54,7 +54,7 @@ def test_hyperrep_digits(experiment, tmp_path, capsys):
     assert set(found["verdicts"]) == set(module.SMOKE) <= set(found["sets"])
     assert all(0 <= found["sets"][name]["epoch 1"] <= 1 for name in module.SMOKE)
     assert "kde-independent" in capsys.readouterr().out
-    assert "novelty" in experiment("report").hyperrep(found)
+    assert "novelty" in experiment("tables").hyperrep(found)
 
 
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
@@ -104,16 +104,16 @@ def test_imagenet_without_images(experiment, tmp_path):
 
 
 def test_kept_results_have_no_paths_of_a_machine(experiment):
-    report = experiment("report")
+    tables = experiment("tables")
     found = '{"out": "/home/me/runs/q0", "command": "x --out /a/b/q0 --data data/mnist", "rate": "1/2 a / b"}'
     kept = '{"out": "q0", "command": "x --out q0 --data data/mnist", "rate": "1/2 a / b"}'
-    assert report.without_machine(found) == kept
+    assert tables.without_machine(found) == kept
     for path in (EXPERIMENTS / "results").glob("*.json"):
-        assert report.without_machine(path.read_text()) == path.read_text(), path
+        assert tables.without_machine(path.read_text()) == path.read_text(), path
 
 
 def test_table_of_results_is_what_the_files_say(experiment):
-    assert experiment("report").table() in (EXPERIMENTS / "README.md").read_text()
+    assert experiment("tables").table() in (EXPERIMENTS / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["zoo_probes.py", "zoo_sparse.py"])

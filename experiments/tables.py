@@ -1,7 +1,7 @@
 """Turns results/*.json into the table of README.md, between its marks. No number there is typed by hand.
 
-python experiments/report.py                                             # writes the table anew
-python experiments/report.py --add quickstart-0 runs/quickstart/results.json   # first keeps the results of a run
+python experiments/tables.py                                             # writes the table anew
+python experiments/tables.py --add quickstart-0 runs/quickstart/results.json   # first keeps the results of a run
 
 A name begins with the kind of its experiment (KINDS). Long lists, which are only for plots, are not kept, and of
 absolute paths only the last part: the rest is of one machine.
@@ -107,7 +107,7 @@ KINDS = {
 def kind(name: str) -> str:
     found = name.partition("-")[0]
     if found not in KINDS:
-        sys.exit(f"report: name must begin with one of {', '.join(KINDS)}, got {name!r}")
+        sys.exit(f"tables: name must begin with one of {', '.join(KINDS)}, got {name!r}")
     return found
 
 
