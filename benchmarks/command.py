@@ -13,10 +13,13 @@ from fastws.benchmarks.run import run as run_benchmarks
 class Config(Options):
     """Times operators and what is made of them against their references, compiled references and published ways.
 
-    For example: fastws bench token_views --quick
+    fastws bench token_views --quick
+    fastws bench --threads 2 --out benchmarks/results
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of operators; all benchmarks if none is given
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional
+    ] = ()  # benchmarks to run, named after operators; all if none is given
 
 
 def run(config: Config) -> None:
