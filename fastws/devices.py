@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def find_device(name: str | None) -> torch.device:
@@ -26,6 +27,13 @@ def find_device(name: str | None) -> torch.device:
         must = "cpu, or cuda where torch and the machine have it"
         raise ValueError(f"device: name must be {must}, got {name!r}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host to a device. A GPU is not waited for: it reads pinned memory when it gets there."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def processor_name() -> str:

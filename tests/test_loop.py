@@ -18,6 +18,7 @@ import torch
 from running import one_thread, run_two_processes
 from torch import nn
 
+from fastws.nern.optimizer import make_optimizer
 from fastws.random.philox import philox_reference
 from fastws.runs import log, processes, rates
 from fastws.terminal import Stopped
@@ -94,6 +95,45 @@ def test_loop_trains_and_logs(reference):
     validation = [record for record in records if "val/loss" in record]
     assert [record["step"] for record in validation] == [10, 20, 30, 40]
     assert all(record["steps_per_second"] > 0 for record in records) and "train/gradient_norm" in records[0]
+
+
+def test_batches_are_drawn_ahead_of_what_waits(tmp_path, monkeypatch):
+    events, write = [], loop.Recorder.write
+
+    def watched(recorder, split, metrics):
+        events.append((split, recorder.done))
+        write(recorder, split, metrics)
+
+    monkeypatch.setattr(loop.Recorder, "write", watched)
+    train(replace(CONFIG, out=str(tmp_path), steps=3, eval_every=2), lambda step: events.append(("batch", step)))
+    expected = [("batch", 0), ("batch", 1), ("train", 1), ("batch", 2), ("train", 2), ("val", 2)]
+    assert events == [*expected, ("train", 3), ("val", 3)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "ranger"])
+def test_steps_that_are_skipped_change_nothing(name):
+    models = [build(), build()]
+    optimizers = [make_optimizer(name, model.parameters(), lr=0.1) for model in models]
+
+    def step(number, skipped=None):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loop.differentiate(losses(model, draw(CONFIG, number))["loss"], model, None)
+            if model is models[0]:
+                optimizer.step()
+            elif skipped is not None:
+                model[0].weight.grad[0, 0] = torch.nan if skipped else model[0].weight.grad[0, 0]
+                loop.step_unless(torch.tensor(skipped), optimizer, model)
+
+    step(0, False)
+    step(1, False)
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
+    before = [x.clone() for x in models[1].parameters()]
+    moments = [x.clone() for state in optimizers[1].state.values() for x in state.values() if x is not None]
+    step(2, True)
+    after = [x for state in optimizers[1].state.values() for x in state.values() if x is not None]
+    assert all(torch.equal(*pair) for pair in zip(before, models[1].parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(moments, after, strict=True))
+    assert not torch.equal(before[0], models[0][0].weight)
 
 
 def test_checkpoint_is_plain(reference):

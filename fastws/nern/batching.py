@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastws.devices import to_device
 from fastws.ops.random_subset import random_subset
 from fastws.ops.weighted_sample import AliasTable, weighted_sample
 from fastws.random.philox import philox_reference
@@ -37,26 +38,36 @@ class KernelBatches:
         kernels: Number of kernels of each layer.
         norms: Of the original kernels, ``[N]``, by which random_weighted_batch draws them, over all layers.
         seed: Names the stream of random numbers.
+        device: Of what is drawn. The CPU draws it: how many draws a sample takes would have to be asked of a GPU.
 
     Raises:
         ValueError: If the size is not positive, or no kernel has a norm.
     """
 
-    def __init__(self, method: Method, size: int, kernels: Sequence[int], norms: Tensor, seed: int):
+    def __init__(
+        self,
+        method: Method,
+        size: int,
+        kernels: Sequence[int],
+        norms: Tensor,
+        seed: int,
+        device: torch.device = CPU,
+    ):
         if size < 1:
             raise ValueError(f"nern: kernel_batch must be at least 1, got {size}")
         self.method, self.kernels, self.seed = method, list(kernels), seed
         self.total = sum(kernels)
         self.size = min(size, self.total)
-        self.table = AliasTable(norms) if method == "random_weighted_batch" else None
-        self.device = norms.device
-        self.order = -1, norms.new_empty(0)  # of random_batch_without_replacement: an epoch and all its kernels
+        self.table = AliasTable(norms.cpu()) if method == "random_weighted_batch" else None
+        self.device = device
+        self.order = -1, torch.empty(0)  # of random_batch_without_replacement: an epoch and all its kernels
 
     def draw(self, step: int) -> Tensor | None:
         """Numbers of kernels, ``[n]`` int64, possibly some of them several times; None for all."""
+        return None if self.method == "all" else to_device(self.numbers(step), self.device)
+
+    def numbers(self, step: int) -> Tensor:
         match self.method:
-            case "all":
-                return None
             case "sequential_layer":
                 return self.layer(step % len(self.kernels))
             case "random_layer":
@@ -64,7 +75,7 @@ class KernelBatches:
             case "random_batch_without_replacement":
                 return self.turn(step)
         if self.method == "random_batch" or self.word(step) < UNIFORM_SHARE * 2**32:
-            return random_subset(self.total, self.size, self.seed, SUBSET + step, device=self.device)
+            return random_subset(self.total, self.size, self.seed, SUBSET + step)
         return weighted_sample(self.table, self.size, seed=self.seed, offset=WEIGHTED + step)
 
     def word(self, step: int) -> int:
@@ -72,13 +83,13 @@ class KernelBatches:
 
     def layer(self, number: int) -> Tensor:
         first = sum(self.kernels[:number])
-        return torch.arange(first, first + self.kernels[number], device=self.device)
+        return torch.arange(first, first + self.kernels[number])
 
     def turn(self, step: int) -> Tensor:
         """A part of one order of all kernels, which each epoch draws anew; the last part may be shorter."""
         epoch, part = divmod(step, -(-self.total // self.size))
         if self.order[0] != epoch:
-            self.order = epoch, random_subset(self.total, self.total, self.seed, SUBSET + epoch, device=self.device)
+            self.order = epoch, random_subset(self.total, self.total, self.seed, SUBSET + epoch)
         return self.order[1][part * self.size : (part + 1) * self.size]
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from fastws.data import encoded
 from fastws.data.images import SPLIT_SEED, read, spaced, white_of
+from fastws.devices import to_device
 from fastws.files.limits import read_bytes
 from fastws.nern.augment import DRAWS, mix, randaugment
 from fastws.random.integers import epoch_rows
@@ -69,6 +70,7 @@ class ImageSet:
     ):
         self.parts, self.shape, self.augment = parts, shape, augment
         self.mean, self.std = (torch.tensor(values)[:, None, None] * white for values in (mean, std))
+        self.scales: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std on each device
         self.num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
 
     def batch(self, size: int, seed: int, step: int, device: torch.device = CPU) -> Tensor:
@@ -94,18 +96,20 @@ class ImageSet:
             images = decode(chosen.paths, self.shape[1], words)
         else:
             images = flip_and_crop(chosen.images, words)
-        return self.normalise(images, device), chosen.labels.to(device)
+        return self.normalise(images, device), to_device(chosen.labels, device)
 
     def batches(self, part: str, size: int, device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """Images ``[<= size, C, H, W]`` of a part as they are, normalised, and their labels, in order."""
         for rows in torch.arange(len(self.parts[part].labels)).split(size):
             chosen = take(self.parts[part], rows)
             images = decode(chosen.paths, self.shape[1]) if isinstance(chosen, Files) else chosen.images
-            yield self.normalise(images, device), chosen.labels.to(device)
+            yield self.normalise(images, device), to_device(chosen.labels, device)
 
     def normalise(self, images: Tensor, device: torch.device) -> Tensor:
-        mean, std = self.mean.to(device), self.std.to(device)
-        return (images.to(device, torch.float32) - mean) / std
+        if device not in self.scales:
+            self.scales[device] = to_device(self.mean, device), to_device(self.std, device)
+        mean, std = self.scales[device]
+        return (to_device(images, device).float() - mean) / std
 
 
 def open_images(
@@ -157,7 +161,7 @@ def uniform_images(shape: tuple[int, int, int], size: int, seed: int, step: int,
     """Images of a step that need no data: ``[size, *shape]`` float32, uniform in [-2, 2) (arXiv 2212.13554, 4.4)."""
     low, high = philox_reference(seed, UNIFORM + step, 2, CPU).tolist()
     generator = torch.Generator().manual_seed(low << 31 ^ high)
-    return (torch.rand(size, *shape, generator=generator) * 4 - 2).to(device)
+    return to_device(torch.rand(size, *shape, generator=generator) * 4 - 2, device)
 
 
 def default(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

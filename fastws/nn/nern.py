@@ -112,7 +112,11 @@ class NeRN(nn.Module):
             if self.config.encoding == "ffn":  # no sum of three axes: each row is a layer of one kernel
                 first = F.linear(encode_rows(self.constants, self.grid, rows).to(weight.dtype), weight, bias)
                 nothing = first.new_zeros(1, first.shape[1])
-                return [first, nothing, nothing], rows.new_ones(len(rows), 2), torch.arange(len(rows)).to(rows)
+                return (
+                    [first, nothing, nothing],
+                    rows.new_ones(len(rows), 2),
+                    torch.arange(len(rows), device=rows.device),
+                )
             parts = weight.split(2 * self.config.levels, 1) if self.config.fusion == "concat" else [weight] * AXES
             encodings = [self.constants[:size].to(weight.dtype) for size in self.sizes]
             layer, filters, channels = (F.linear(x, part) for x, part in zip(encodings, parts, strict=True))

@@ -1,6 +1,7 @@
 """Permute: neuron permutations of flat checkpoints, and the random permutations themselves."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.checks import check_permutations, check_table
+from fastws.devices import to_device
 from fastws.random.philox import check_stream, philox_reference
 
 
@@ -84,8 +86,15 @@ def random_permutations(
         got = f"{batch} and {smallest}"
         raise ValueError(f"random_permutations: batch must be at least 0 and sizes at least 1, got {got}")
     check_stream("random_permutations", seed, offset)
-    starts = torch.tensor([0, *accumulate(group_sizes)], device=device)
+    starts = group_starts(tuple(group_sizes), torch.empty(0, device=device).device)
     return torch.ops.fastws.random_permutations(starts, sum(group_sizes), batch, seed, offset)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def group_starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where groups begin in a row, and where the last one ends, ``[G + 1]``; kept, so that no draw copies them anew."""
+    return to_device(torch.tensor([0, *accumulate(sizes)]), device)
 
 
 def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:

@@ -98,7 +98,7 @@ def token_views(
             check_permutations("token_views", permutations[own], int(own.sum()), table[first:last])
     if base is None:
         begin = model * weights.shape[1]
-        rows = torch.tensor([[0, len(table)]], device=model.device).expand(len(model), 2)
+        rows = (torch.arange(2, device=model.device) * len(table)).expand(len(model), 2)
     else:
         begin, rows = base[model], layers[model]
     nothing = torch.empty(0, device=model.device)

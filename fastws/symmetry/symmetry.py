@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from fastws.devices import to_device
 from fastws.files.names import plain_names, unwrap_names
 from fastws.layout.layout import Layout
 from fastws.layout.roles import load_state, storage_key
@@ -109,8 +110,8 @@ class Symmetry:
 
     def identity(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """The permutations that move nothing, int32 ``[B, S]``."""
-        row = [unit for size in self.sizes for unit in range(size)]
-        return self.expand(torch.tensor(row, dtype=torch.int32, device=device).repeat(batch, 1))
+        *_, unit = indices_on(self, torch.empty(0, device=device).device)
+        return self.expand(unit.repeat(batch, 1))
 
     def expand(self, groups: Tensor) -> Tensor:
         """Appends the composite permutations to those of the groups: int32 ``[.., sum(sizes)]`` -> ``[.., S]``."""
@@ -347,7 +348,9 @@ def indices_on(symmetry: Symmetry, device: torch.device) -> tuple[Tensor, ...]:
         first = torch.tensor(symmetry.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
         unit = (torch.arange(symmetry.starts[-1]) - first).int()
         made = symmetry._composites
-        symmetry._devices[device] = tuple(x.to(device) for x in (made.source, made.base, made.lookup, first, unit))
+        symmetry._devices[device] = tuple(
+            to_device(x, device) for x in (made.source, made.base, made.lookup, first, unit)
+        )
     return symmetry._devices[device]
 
 
@@ -356,5 +359,5 @@ def table_on(symmetry: Symmetry, layout: Layout, device: torch.device) -> Tensor
     """``tensor_table`` on a device; that of the last layout is kept, because it takes longer than permuting."""
     kept = symmetry._tables.get(device)
     if kept is None or kept[0] is not layout:
-        kept = symmetry._tables[device] = layout, symmetry.tensor_table(layout).to(device)
+        kept = symmetry._tables[device] = layout, to_device(symmetry.tensor_table(layout), device)
     return kept[1]

@@ -3,6 +3,10 @@
 A run holds no state but the model, the optimizer, the number of steps done and what a trainer asks to be kept: rates
 are functions of the step, and batches are drawn from the seed and the step. So a run that was killed continues as if
 nothing had happened, bit for bit on a CPU.
+
+Between two lines of the log no step waits for the device, so that it never waits for the host: what a step needs of the
+host is on its way before that. Lines of the log, evaluations and checkpoints wait; several processes also where they
+agree to stop.
 """
 
 from collections.abc import Callable
@@ -70,7 +74,7 @@ def train(
     carried: dict[str, Tensor] | None = None,
     set_rates: Callable[[torch.optim.Optimizer, Config, int], None] | None = None,
     evaluate_now: Callable[[int, Metrics], bool] | None = None,
-    skip: Callable[[Metrics], bool] | None = None,
+    skip: Callable[[Metrics], Tensor] | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` in place and returns its last metrics.
 
@@ -87,8 +91,8 @@ def train(
         set_rates: Sets the rates of a step in the optimizer; ``set_one_cycle`` by default.
         evaluate_now: Whether to evaluate after a step, from the number of steps done and its metrics, beside those
             that ``eval_every`` asks for; the same in all processes.
-        skip: Whether to leave model, optimizer and log as they are in a step, from its metrics, once its gradients
-            are there; the same in all processes.
+        skip: Whether a step is to change nothing and not to be logged, from its metrics, once its gradients are
+            there: bool ``[]`` on the device, the same in all processes.
 
     Raises:
         Stopped: If SIGINT or SIGTERM asked to stop; the run can be resumed.
@@ -105,22 +109,27 @@ def train(
         model.compile()  # in place: the names in checkpoints stay as they are
     parallel = DistributedDataParallel(model) if processes.world() > 1 else model
     with processes.stop_requests() as stop, Recorder(folder, config, done, device) as recorder:
+        drawn = batch(done) if done < config.steps else None
         while done < config.steps:
             set_rates(optimizer, config, done)
             with autocast:
-                metrics = loss(parallel, batch(done))
+                metrics = loss(parallel, drawn)
             metrics |= differentiate(metrics["loss"], model, config.clip)
-            skipped = skip is not None and skip(metrics)
-            if not skipped:
+            skipped = None if skip is None else skip(metrics)
+            if skipped is None:
                 optimizer.step()
+            else:
+                step_unless(skipped, optimizer, model)
             done += 1
             last = done == config.steps
             stopping = processes.agree_to_stop(stop.is_set(), done, device)
             saving = last or stopping or done % config.save_every == 0
             recorder.step(done)
-            if not skipped and (saving or done % config.log_every == 0):
+            # drawn ahead, while the device is busy with the step: what follows may wait for it
+            drawn = None if last or stopping else batch(done)
+            if (saving or done % config.log_every == 0) and not (skipped is not None and skipped):
                 recorder.write("train", metrics)
-            wanted = evaluate_now is not None and not skipped and evaluate_now(done, metrics)
+            wanted = evaluate_now is not None and evaluate_now(done, metrics)
             evaluating = evaluate and (last or wanted or done % config.eval_every == 0)
             if saving or evaluating:
                 require_finite(model, done)
@@ -144,10 +153,29 @@ def differentiate(loss: Tensor, model: nn.Module, clip: float | None) -> Metrics
     return {} if clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
 
 
+@torch.no_grad()
+def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Takes a step that changes nothing where ``skipped``, bool ``[]``, without asking the device whether it is.
+
+    Optimizers that count their steps on the host count this one all the same.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in parameters:  # nothing that is not finite may reach the optimizer
+        parameter.grad = torch.where(skipped, 0, parameter.grad)
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    changed = [x for x in (*parameters, *moments) if x.device == skipped.device]
+    before = [x.clone() for x in changed]
+    optimizer.step()
+    for x, old in zip(changed, before, strict=True):
+        x.copy_(torch.where(skipped, old, x))
+
+
 def require_finite(model: nn.Module, done: int) -> None:
     """Raises FloatingPointError for weights that a gradient spoilt although the loss was finite."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+    weights = dict(model.named_parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
+    for name, fine in zip(weights, finite, strict=True):
+        if not fine:
             got = f"NaN or infinity in {name} after step {done}"
             raise FloatingPointError(f"train: weights must be finite, got {got}; lower lr or set clip")
 

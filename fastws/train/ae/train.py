@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import fastws
+from fastws.devices import to_device
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.nn.hyper_representation import HyperRepresentation, HyperRepresentationConfig, rows_of
 from fastws.nn.perceptron import linear_widths
@@ -218,7 +219,7 @@ class Objective:
         if config.code_noise > 0:
             count = 2 * config.batch_size * config.latent
             noise = normal_reference(config.seed, CODE + step, count, torch.device("cpu")).view(-1, config.latent)
-            noise = (noise * config.code_noise).to(views.device, non_blocking=True)
+            noise = to_device(noise * config.code_noise, views.device)
         target = clean if config.target == "clean" else views
         return Batch(self.own(views), self.own(target), None if noise is None else self.own(noise))
 

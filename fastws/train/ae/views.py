@@ -1,11 +1,13 @@
 """What an autoencoder of whole networks sees: their weights, with neurons permuted, noise added, and parts erased."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastws
+from fastws.devices import to_device
 from fastws.layout.layout import Layout
 from fastws.random.integers import epoch_rows
 from fastws.random.philox import philox_reference
@@ -56,7 +58,7 @@ def view(source: Source, model: Tensor, augmentation: Augmentation, seed: int, s
     Both are functions of ``seed`` and ``step``. The weights of a permuted network are in the order that the permutation
     gives them, and blocks are counted in that order.
     """
-    flat = source.weights[model.to(source.weights.device)].repeat(2, 1)
+    flat = source.weights[to_device(model, source.weights.device)].repeat(2, 1)
     if augmentation.permute:
         permutations = source.symmetry.random(len(flat), seed, PERMUTATION + step, device=flat.device)
         flat = source.symmetry.permute(flat, permutations, source.layout)
@@ -74,9 +76,14 @@ def view(source: Source, model: Tensor, augmentation: Augmentation, seed: int, s
 def whole(flat: Tensor, **options: float) -> Tensor:
     """Vectors ``[B, P]`` with the noise of ``fastws.token_views``, each vector one token."""
     batch, size = flat.shape
-    table = torch.tensor([[0, -1, 1, size, 1, size, 1, 0, -1, -1, -1]], device=flat.device)
-    numbers = torch.arange(batch, device=flat.device)
+    table, numbers = one_token(size, flat.device), torch.arange(batch, device=flat.device)
     return fastws.token_views(flat, table, size, numbers, torch.zeros_like(numbers), 1, **options).values[:, 0]
+
+
+@lru_cache(maxsize=4)
+def one_token(size: int, device: torch.device) -> Tensor:
+    """The table of vectors that are one token each; kept on the device."""
+    return to_device(torch.tensor([[0, -1, 1, size, 1, size, 1, 0, -1, -1, -1]]), device)
 
 
 def erase_blocks(flat: Tensor, probability: float, seed: int, offset: int) -> Tensor:
@@ -96,5 +103,5 @@ def erase_blocks(flat: Tensor, probability: float, seed: int, offset: int) -> Te
     start = starts.gather(1, first)
     end = torch.where(erased, start + lengths.gather(1, first), start)
     place = torch.arange(size, device=flat.device)
-    inside = (place >= start.to(flat.device)) & (place < end.to(flat.device))
+    inside = (place >= to_device(start, flat.device)) & (place < to_device(end, flat.device))
     return flat.masked_fill(inside, 0)

@@ -46,10 +46,8 @@ def make_job(config: Config, teacher: nn.Module, images: ImageSet | None, device
     folded, factors = fold(teacher)
     format = fast_format(teacher)
     folded = folded.to(device, memory_format=format)
-    norms = stored.norms(teacher).to(device)
-    kernels = KernelBatches(
-        config.batching, config.kernel_batch, [layer.kernels for layer in layers], norms, config.seed
-    )
+    norms, counts = stored.norms(teacher), [layer.kernels for layer in layers]
+    kernels = KernelBatches(config.batching, config.kernel_batch, counts, norms, config.seed, device)
     size = config.image_size or 32
     channels = next((module.in_channels for module in teacher.modules() if isinstance(module, nn.Conv2d)), 3)
     shape = images.shape if images is not None else (channels, size, size)

@@ -7,6 +7,7 @@ from those of the original, the teacher, on a batch of images. Labels are for ev
 
 from copy import deepcopy
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def train(
         carried=watch.carried,
         set_rates=set_rate,
         evaluate_now=watch.improves,
-        skip=partial(watch.skips, model=model),
+        skip=partial(watch.skips, model=model) if config.data_free else None,
     )
     report(config, job, model, device)
     return model, metrics
@@ -196,9 +197,10 @@ class Watch:
             "best": torch.tensor(-torch.inf, dtype=torch.float64),
             "window": torch.full((config.greedy_window,), torch.inf),
             "seen": torch.tensor(0),
-            "skipped": torch.tensor(0),  # batches, in all
-            "skipped_in_a_row": torch.tensor(0),
+            "skipped": torch.zeros((), dtype=torch.int64, device=device),  # batches, in all
+            "skipped_in_a_row": torch.zeros((), dtype=torch.int64, device=device),
         }
+        self.steps = 0  # since the run was begun or resumed
 
     def keep(self, found: loop.Metrics, *, model: nn.Module, extra: dict[str, Any]) -> None:
         """Writes best.pt if no evaluation before was as good: by accuracy, without images by the error of weights.
@@ -214,25 +216,30 @@ class Watch:
                 files.save(Path(self.config.out) / "best.pt", state)
 
     def improves(self, done: int, metrics: loop.Metrics) -> bool:
-        """Whether distillation is at most what it was at the last times, by which the published code evaluates."""
+        """Whether distillation is at most what it was at the last times, by which the published code evaluates.
+
+        Waits for the device, every ``greedy_every`` steps: what comes next depends on it.
+        """
         window, seen = self.carried["window"], self.carried["seen"]
         if not len(window) or (done - 1) % self.config.greedy_every or "distillation" not in metrics:
             return False
         terms = processes.average({name: metrics[name] for name in ("features", "distillation") if name in metrics})
+        if not isfinite(sum(terms.values())):  # of a batch that was left out
+            return False
         window[int(seen) % len(window)] = sum(terms.values())
         seen += 1
         return bool(seen >= len(window) and sum(terms.values()) <= window.min())
 
-    def skips(self, metrics: loop.Metrics, *, model: nn.Module) -> bool:
-        """Whether a batch of noise is to be left out because its loss or a gradient is not finite."""
-        if not self.config.data_free:
-            return False
+    def skips(self, metrics: loop.Metrics, *, model: nn.Module) -> Tensor:
+        """Whether a batch of noise is to be left out because its loss or a gradient is not finite: bool, ``[]``."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         finite = torch.stack([x.isfinite().all() for x in (metrics["loss"], *gradients)]).all()
-        bad = bool(processes.total((~finite).float()))
+        bad = processes.total((~finite).float()) > 0
         self.carried["skipped"] += bad
         self.carried["skipped_in_a_row"].copy_((self.carried["skipped_in_a_row"] + 1) * bad)
-        if self.carried["skipped_in_a_row"] >= MOST_SKIPPED:
+        self.steps += 1
+        # only now and then, because asking waits for the device
+        if self.steps % MOST_SKIPPED == 0 and self.carried["skipped_in_a_row"] >= MOST_SKIPPED:
             got = f"{MOST_SKIPPED} batches in a row where they are not"
             raise FloatingPointError(f"train nern: loss and gradients must be finite, got {got}; lower lr")
         return bad

@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastws.devices import to_device
 from fastws.layout.layout import Layout
 from fastws.ops.small_cnn_step import small_cnn_logits, small_cnn_step
 from fastws.small_cnn.steps import OPTIMIZERS
@@ -67,7 +68,7 @@ class SideBySide:
         loss, correct = torch.zeros(2, len(members), dtype=torch.float64, device=self.device)
         options = self._options(members)
         for batches in minibatches(orders, self.plan.batch_size):
-            batches = batches.to(self.device, torch.int32)
+            batches = to_device(batches.int(), self.device)  # the device works on the steps before
             current, losses, right = self.make_steps(current, batches, options, step, epoch)
             step += batches.shape[1]
             loss += losses.double().sum(1) * batches.shape[2]
