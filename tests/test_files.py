@@ -2,17 +2,19 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 import fastws
-from fastws.files.checkpoints import load_checkpoint
+from fastws.cli import main
+from fastws.files.checkpoints import load_checkpoint, open_checkpoint
 from fastws.files.names import plain_names
 from fastws.nern.teachers import load_teacher, make_architecture
-from fastws.zoo import read_checkpoints
+from fastws.zoo import Zoo, read_checkpoints
 
 
 def network():
@@ -101,3 +103,202 @@ def test_teachers_may_be_saved_with_wrappers(tmp_path, suffix):
     assert load_checkpoint(path).keys() == state.keys()
     loaded = load_teacher("cifar-resnet20-a", path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+# --- keys
+
+WEIGHTS, AVERAGE = {"fc.weight": torch.ones(2, 3)}, {"fc.weight": torch.zeros(2, 3)}
+STATES = {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(2, 3)}}  # of an optimizer
+KEYS = {  # what a file holds, and the keys of the network that is taken and of the others
+    "alone": (WEIGHTS, "", ()),
+    "usual": ({"state_dict": WEIGHTS, "epoch": torch.tensor(3), "optimizer": {"state": STATES}}, "state_dict", ()),
+    "the only one": ({"weights": WEIGHTS, "loss": 0.5, "scale": torch.tensor(2.0)}, "weights", ()),
+    "key in key": ({"checkpoint": {"student": {"model": WEIGHTS}}}, "checkpoint.student.model", ()),
+    "average": ({"ema": AVERAGE, "model": WEIGHTS}, "model", ("ema",)),
+    "average of unusual names": ({"params_ema": AVERAGE, "params": WEIGHTS}, "params", ("params_ema",)),
+    "average in it": ({"ema": {"model": AVERAGE}, "model": WEIGHTS}, "model", ("ema.model",)),
+    "average beside": (WEIGHTS | {"ema": AVERAGE}, "", ("ema",)),
+    "losses": ({"losses": torch.ones(100), "model": WEIGHTS}, "model", ("",)),
+    "named optimizer": ({"model": WEIGHTS, "optimizer": {"fc.weight": {"exp_avg": torch.ones(2, 3)}}}, "model", ()),
+    "extra state": (WEIGHTS | {"fc._extra_state": {"amax": torch.ones(3)}}, "", ()),
+    "two usual ones": ({"net": AVERAGE, "state_dict": WEIGHTS}, "state_dict", ("net",)),
+}
+
+
+@pytest.mark.parametrize("content, key, others", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_key_of_the_network_is_found(tmp_path, content, key, others, legacy):
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    state = open_checkpoint(tmp_path / "a.pt")
+    assert (state.key, set(state.others)) == (key, set(others))
+    assert state.tensors.keys() == WEIGHTS.keys() and torch.equal(state.tensors["fc.weight"], WEIGHTS["fc.weight"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_checkpoint(tmp_path / "a.pt"), load_checkpoint(tmp_path / "a.pt", key)
+    told = [f"{tmp_path}/a.pt: file holds several networks; that under {key!r} was taken"] if others else []
+    assert [str(warning.message).partition(", not ")[0] for warning in caught] == told
+    for other in others:
+        assert other == "" or torch.equal(load_checkpoint(tmp_path / "a.pt", other)["fc.weight"], AVERAGE["fc.weight"])
+
+
+def test_key_that_is_wrong_or_wanted_is_told(tmp_path):
+    save({"student": WEIGHTS, "teacher": AVERAGE}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must hold one network, got several under 'student', 'teacher'; say"):
+        load_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="--key must name a network .*, got 'x' where there are networks under 'st"):
+        load_checkpoint(tmp_path / "a.pt", "x")
+    save(WEIGHTS, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="--key must be left out for a safetensors file, which has none, got 'x'"):
+        load_checkpoint(tmp_path / "a.safetensors", "x")
+    main(["layout", str(tmp_path / "a.pt"), "--key", "teacher"])
+
+
+def test_zoo_read_takes_a_key_and_says_which_it_took(tmp_path):
+    for number in range(2):
+        content = {"model": {"fc.weight": torch.full((2, 3), number)}, "ema": {"fc.weight": torch.full((2, 3), 7.0)}}
+        content["model"]["fc.weight"] = content["model"]["fc.weight"].float()
+        save(content, tmp_path / f"{number}.pt")
+    command = ["zoo", "read", "--paths", str(tmp_path / "0.pt"), str(tmp_path / "1.pt"), "--out"]
+    with pytest.warns(
+        UserWarning, match="with further networks under 'ema' beside the one under 'model' .see --key., .*: 2"
+    ):
+        main([*command, str(tmp_path / "zoo")])
+    assert Zoo.open(tmp_path / "zoo").weights[:, 0].tolist() == [0, 1]
+    with pytest.warns(UserWarning, match="with further networks under 'model' beside the one under 'ema'"):
+        main([*command, str(tmp_path / "average"), "--key", "ema"])
+    assert (Zoo.open(tmp_path / "average").weights == 7).all()
+
+
+# --- tied names
+
+
+def tied_module():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.embed = nn.Linear(3, 6, bias=False), nn.Embedding(6, 3)
+            self.head.weight = self.embed.weight
+
+    return Tied()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_tied_names_come_back(tmp_path, suffix):
+    net = tied_module()
+    file = tmp_path / f"a.{suffix}"
+    save_model(net, file) if suffix == "safetensors" else torch.save(net.state_dict(), file)
+    layout = fastws.Layout.from_checkpoint(file)
+    assert layout.num_weights == 18 and layout.aliases
+    state = layout.unflatten(layout.flatten(file))
+    net.load_state_dict(state)
+    assert torch.equal(layout.flatten(net), layout.flatten(file))
+    zoo = read_checkpoints(file, tmp_path / "zoo")
+    assert zoo.checkpoint(0).keys() == net.state_dict().keys()
+
+
+# --- dtypes, and what is no tensor of numbers
+
+EXACT = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_small_floats_are_read_exactly(tmp_path, dtype):
+    dtype = getattr(torch, dtype)
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = numbers.float().nan_to_num(1, 1, 1).to(dtype).view(16, 16)
+    state = {"w": numbers, "b": torch.ones(3)}
+    for suffix in ("pt", "safetensors"):
+        file = save(state, tmp_path / f"a.{suffix}")
+        layout = fastws.Layout.from_checkpoint(file)
+        assert layout.dtype == torch.float32 and layout.entries[0].dtype == dtype or layout.entries[1].dtype == dtype
+        back = layout.unflatten(layout.flatten(file))["w"]
+        assert back.dtype == dtype and torch.equal(back.view(torch.uint8), numbers.view(torch.uint8))
+        zoo = read_checkpoints(file, tmp_path / suffix)
+        assert torch.equal(zoo.checkpoint(0)["w"].view(torch.uint8), numbers.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype, bits", [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_dtypes_that_torch_has_not_are_named(tmp_path, dtype, bits):
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, 4 * bits]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * bits))
+    for read in (fastws.Layout.from_checkpoint, load_checkpoint):
+        with pytest.raises(ValueError, match=f"'w' must be of a dtype that torch converts, got {dtype}; dequantise it"):
+            read(tmp_path / "a.safetensors")
+
+
+class Extra(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3))
+
+    def get_extra_state(self):
+        return {"amax": torch.ones(3)}
+
+    def set_extra_state(self, state):
+        self.amax = state["amax"]
+
+
+def test_extra_states_are_kept_aside_and_counted(tmp_path, recwarn):
+    net = Extra()
+    file = save(net.state_dict(), tmp_path / "a.pt")
+    for source in (net, net.state_dict(), file):
+        layout = fastws.Layout.from_checkpoint(source)
+        assert layout.num_weights == 9 and layout.aside == {"_extra_state": 3} and layout.lost == 0
+        assert "1 tensors, kept aside: 1 (3 numbers)" in layout.describe()
+    assert not recwarn.list
+    assert layout == fastws.Layout.from_checkpoint({"w": net.w})
+    net.load_state_dict(layout.unflatten(torch.ones(9), like=net))
+    assert (net.w == 1).all() and (net.amax == 1).all()
+    assert fastws.Symmetry.trace(ExtraRun(), torch.ones(1, 3)).sizes == ()
+    with pytest.warns(
+        UserWarning, match="values that are no tensors of numbers .1: '_extra_state', with 3 numbers., .*: 1"
+    ):
+        read_checkpoints(file, tmp_path / "zoo")
+
+
+class ExtraRun(Extra):
+    def forward(self, x):
+        return x @ self.w
+
+
+def test_quantised_networks_say_how_many_numbers_are_not_in_the_layout(tmp_path):
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has other plans for quantisation
+        net = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
+        file = save(net.state_dict(), tmp_path / "a.pt")
+    for source in (net, file):
+        with pytest.warns(UserWarning, match="layout: 67 numbers of the checkpoint are not in it, in '0._pack"):
+            layout = fastws.Layout.from_checkpoint(source)
+        assert layout.lost == 67
+    quantised = torch.quantize_per_tensor(torch.ones(4, 5), 0.1, 0, torch.qint8)
+    state = {"fc.weight": quantised, "fc.bias": torch.ones(4)}
+    for source in (state, save(state, tmp_path / "b.pt")):
+        with pytest.warns(UserWarning, match="layout: 20 numbers"):
+            assert fastws.Layout.from_checkpoint(source).num_weights == 4
+
+
+def nested_tensor():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+NOT_DENSE = {
+    "nested": (nested_tensor, "must be a dense tensor, got a nested one"),
+    "sparse": (lambda: torch.eye(2).to_sparse(), "must be a dense tensor, got "),
+    "meta": (lambda: torch.ones(2, 2, device="meta"), "must (be a dense|hold numbers).*got a meta"),
+}
+
+
+@pytest.mark.parametrize("make, sentence", NOT_DENSE.values(), ids=NOT_DENSE)
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, make, sentence):
+    state = {"a": make(), "b": torch.ones(3)}
+    layout = fastws.Layout.from_checkpoint({"a": torch.ones(2, 2), "b": torch.ones(3)})
+    file = save(state, tmp_path / "a.pt")
+    for call in (lambda: load_checkpoint(file), lambda: layout.flatten(state), lambda: layout.flatten(file)):
+        with pytest.raises(ValueError, match=f"'a' {sentence}"):
+            call()
+    save({"a": torch.ones(2, 2), "b": torch.ones(3)}, tmp_path / "b.pt")
+    with pytest.warns(UserWarning, match="1 of 2 states left out: 1 unreadable"):
+        read_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "zoo")

@@ -283,7 +283,7 @@ def test_bad_arguments_get_one_sentence():
         Layout.from_checkpoint(small_checkpoint(), norm="drop")
     with pytest.raises(ValueError, match="layout: checkpoint must hold a floating tensor"):
         Layout.from_checkpoint({"a": torch.arange(3)})
-    with pytest.raises(ValueError, match="layout: 'a' must be a tensor, got int"):
+    with pytest.raises(ValueError, match="layout: checkpoint must hold a floating tensor"):
         Layout.from_checkpoint({"a": 3})
     layout = Layout.from_checkpoint(small_checkpoint())
     integers = small_checkpoint() | {"fc.weight": torch.zeros(6, 16, dtype=torch.int32)}

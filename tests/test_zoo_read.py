@@ -225,7 +225,7 @@ def test_sparse_twins(tmp_path):
         torch.save(state, folder / f"checkpoint_{epoch:06}/checkpoints")
     lines = [{"training_iteration": epoch, "test_acc": 0.5, "sparsity_ratio": epoch / 4} for epoch in (1, 2)]
     (folder / "result.json").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.warns(UserWarning, match="2 states: 6 tensors named log_sigma.* are not in the zoo"):
+    with pytest.warns(UserWarning, match="states with 6 tensors named log_sigma.* are not in the zoo: 2"):
         zoo = read_ray(tmp_path / "raw", tmp_path / "zoo")
     assert torch.equal(zoo.weights, torch.stack([to_row(make_state(epoch)) for epoch in (1, 2)]))
     assert zoo.properties["sparsity_ratio"].to_pylist() == [0.25, 0.5]
@@ -683,14 +683,15 @@ def test_files_that_hold_more_than_tensors(tmp_path):
     folder.mkdir()
     torch.save({number: torch.zeros(2) for number in range(3)}, folder / "a.pt")
     torch.save({"weight": torch.eye(2).to_sparse()}, folder / "b.pt")
-    torch.save({"encoder": make_state(1), "temperature": torch.tensor(0.1)}, folder / "b2.pt")
+    torch.save({"encoder": make_state(1), "decoder": make_state(2)}, folder / "b2.pt")
+    torch.save({"encoder": make_state(3), "temperature": torch.tensor(0.1)}, folder / "b3.pt")
     torch.save(make_state(1) | {"epoch": 3, "note": "x", "model": {"name": "a"}}, folder / "c.pt")
     torch.save({"epoch": 3, "state_dict": make_state(2), "best_acc1": torch.tensor(0.9)}, folder / "d.pt")
     zoo = read_quietly(read_checkpoints, folder, tmp_path / "zoo")
-    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (1, 2)]))
+    assert torch.equal(zoo.weights, torch.stack([to_row(make_state(seed)) for seed in (3, 1, 2)]))
     reasons = [entry.reason for entry in read_report(zoo.path).bad]
     assert "names of tensors must be strings, got 0" in reasons[0] and "must be a dense tensor" in reasons[1]
-    assert "'encoder' must be a tensor, got a dictionary of tensors" in reasons[2]
+    assert "checkpoint must hold one network, got several under 'encoder', 'decoder'; say which" in reasons[2]
 
 
 def test_paths_may_be_mixed_and_named_twice(tmp_path, monkeypatch):

@@ -1,20 +1,20 @@
 """Checkpoint files: what tensors they hold, without loading them, and their tensors, without unpickling anything."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from fastws.files import json
-from fastws.files.names import check_names, unwrap_names
-from fastws.files.safetensors import Header, open_tensors, read_safetensors_header
+from fastws.files.names import unwrap_names
+from fastws.files.safetensors import Header, open_tensors, read_safetensors_header, read_ties
+from fastws.files.state_dict import State, describe_value, find_state, holds_tensors
 from fastws.files.torch_file import TorchFile
-from fastws.files.values import OtherTensor, Refused
+from fastws.files.values import Refused
 from fastws.terminal import shorten
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 Entry = TypeVar("Entry")  # what a file holds under a name
 FOLDER_FILES = (  # of transformers and diffusers, the preferred ones first
     "model.safetensors",
@@ -39,9 +39,12 @@ def read_index(path: Path) -> dict[str, Path]:
     return {name: path.parent / file for name, file in names.items()}
 
 
-def read_headers(path: Path) -> dict[str, Header]:
-    """The tensors of one safetensors file or of a sharded one, by its index."""
-    return read_shards(path, read_safetensors_header) if path.suffix == ".json" else read_safetensors_header(path)
+def read_headers(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
+    """The tensors of one safetensors file or of a sharded one, by its index; and names that are tied to them."""
+    headers = read_shards(path, read_safetensors_header) if path.suffix == ".json" else read_safetensors_header(path)
+    files = dict.fromkeys(read_index(path).values()) if path.suffix == ".json" else [path]
+    ties = {name: kept for file in files for name, kept in read_ties(file).items()}
+    return headers, {name: kept for name, kept in ties.items() if kept in headers and name not in headers}
 
 
 def read_shards(path: Path, read: Callable[[Path], Mapping[str, Entry]]) -> dict[str, Entry]:
@@ -70,34 +73,69 @@ def load_plain(path: str | Path) -> object:
         OSError: If the file cannot be read.
         ValueError: If it holds anything else, which is named, or is damaged.
     """
+    return open_plain(path).load()
+
+
+def open_plain(path: str | Path) -> TorchFile:
     try:
-        return TorchFile(path).load()
+        return TorchFile(path)
     except Refused as error:
         raise ValueError(f"{error}; save the state_dict of the network alone") from None
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU.
 
-    safetensors files are memory-mapped. Everything else is read as a torch file, of which nothing is executed; a
-    dictionary that holds the weights under ``state_dict``, ``model`` or the like is unwrapped. What DataParallel and
-    torch.compile put into names is dropped, whatever the format. An index (``*.index.json``) stands
-    for the files it names.
+    safetensors files are memory-mapped. Everything else is read as a torch file, of which nothing is executed and only
+    the tensors of the network are loaded. What DataParallel and torch.compile put into names is dropped, whatever the
+    format. Tensors that are tied have all their names, also where a safetensors file keeps one of them in its metadata.
+    An index (``*.index.json``) stands for the files it names.
+
+    Args:
+        path: The file, or a folder that ``save_pretrained`` of transformers or diffusers wrote.
+        key: Under which a torch file holds the network, ``"ema.model"`` for a key in a key. By default the one network
+            that it holds, or of several the one under ``state_dict``, ``model`` or the like, with a warning.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, holds something else than tensors, or would have to be unpickled.
     """
+    state = open_checkpoint(path, key)
+    if key is None:
+        tell_others(path, state)
+    return state.tensors
+
+
+def tell_others(path: str | Path, state: State) -> None:
+    """Warns where a file holds several networks."""
+    if state.others:
+        taken = f"that under {shorten(state.key)!r} was taken, not {', '.join(map(repr, map(shorten, state.others)))}"
+        warnings.warn(f"{path}: file holds several networks; {taken}; key= and --key name another", stacklevel=4)
+
+
+def open_checkpoint(path: str | Path, key: str | None = None) -> State:
+    """The same with all else that the file holds under the names of the network."""
     path = find_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: checkpoint must be a file, got nothing")
     if is_safetensors(path):
-        headers = read_headers(path)
-        places = read_index(path) if path.suffix == ".json" else dict.fromkeys(headers, path)
-        opened = {file: open_tensors(file) for file in dict.fromkeys(places.values())}
-        return dict(unwrap_names({name: opened[file].get_tensor(name) for name, file in places.items()}))
-    # names of an index are whole, so prefixes are dropped after its files were put together
-    return unwrap(read_shards(path, load_part) if path.name.endswith(".index.json") else load_plain(path), str(path))
+        if key is not None:
+            raise ValueError(f"{path}: --key must be left out for a safetensors file, which has none, got {key!r}")
+        return State(dict(unwrap_names(load_safetensors(path))), {})
+    if path.name.endswith(".index.json"):
+        # names of an index are whole, so prefixes are dropped after its files were put together
+        return find_state(read_shards(path, load_part), str(path), key)
+    file = open_plain(path)
+    state = find_state(file.content, str(path), key)
+    return state._replace(tensors=file.load(state.tensors))
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    headers, ties = read_headers(path)
+    places = read_index(path) if path.suffix == ".json" else dict.fromkeys(headers, path)
+    opened = {file: open_tensors(file) for file in dict.fromkeys(places.values())}
+    tensors = {name: opened[file].get_tensor(name) for name, file in places.items()}
+    return tensors | {name: tensors[kept] for name, kept in ties.items()}
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -121,38 +159,3 @@ def load_part(path: Path) -> Mapping[str, Tensor]:
     if not holds_tensors(loaded):
         raise ValueError(f"{path}: part of a checkpoint must be a dictionary of tensors, got {describe_value(loaded)}")
     return loaded
-
-
-def unwrap(loaded: object, where: str) -> dict[str, Tensor]:
-    """The state dict in what a training script saved."""
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in WRAPPERS if holds_tensors(loaded.get(key))), loaded)
-    if not holds_tensors(loaded):
-        raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(loaded)}")
-    nested = next((name for name, value in loaded.items() if holds_tensors(value)), None)
-    if nested is not None:
-        raise ValueError(f"{where}: {nested!r} must be a tensor, got a dictionary of tensors; save that one alone")
-    for name, value in loaded.items():
-        if isinstance(value, OtherTensor) and value.kind != "quantised":
-            raise ValueError(f"{where}: {shorten(str(name))!r} must be a dense tensor, got a {value.kind} one")
-    loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    check_tensors(where, loaded)
-    return dict(unwrap_names(loaded))
-
-
-def holds_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(entry, Tensor | OtherTensor) for entry in value.values())
-
-
-def check_tensors(where: str, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless all names are strings and all tensors dense."""
-    check_names(where, state)
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{where}: {name!r} must be a dense tensor, got {tensor.layout}")
-
-
-def describe_value(value: object) -> str:
-    if not isinstance(value, Mapping):
-        return type(value).__name__
-    return f"a dictionary of {', '.join(repr(shorten(str(key))) for key in list(value)[:5])}"

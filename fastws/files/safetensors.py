@@ -26,12 +26,16 @@ DTYPES = {  # safetensors name: dtype
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # of less than a byte: torch has none of them, or cannot convert it
 MAX_HEADER = 100_000_000  # bytes, the limit of the format
 
 
@@ -52,6 +56,22 @@ def read_safetensors_header(path: str | Path) -> dict[str, Header]:
             not there.
     """
     path = Path(path)
+    described, data, size = read_description(path)
+    described.pop("__metadata__", None)
+    headers = {name: parse_tensor(f"{path}: {shorten(name)!r}", entry, data) for name, entry in described.items()}
+    check_places(path, headers, data, size)
+    return headers
+
+
+def read_ties(path: Path) -> dict[str, str]:
+    """What ``safetensors.torch.save_model`` notes of tied tensors: names that it left out, and those that it kept."""
+    metadata = read_description(path)[0].get("__metadata__")
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return {name: kept for name, kept in pairs if isinstance(kept, str)}
+
+
+def read_description(path: Path) -> tuple[dict, int, int]:
+    """The header, where the numbers begin, and the size of the file."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -61,10 +81,7 @@ def read_safetensors_header(path: str | Path) -> dict[str, Header]:
     described = json.parse(text, f"{path}: header")
     if not isinstance(described, dict):
         raise ValueError(f"{path}: header must be that of a safetensors file, got a {type(described).__name__}")
-    described.pop("__metadata__", None)
-    headers = {name: parse_tensor(f"{path}: {shorten(name)!r}", entry, 8 + length) for name, entry in described.items()}
-    check_places(path, headers, 8 + length, size)
-    return headers
+    return described, 8 + length, size
 
 
 def parse_tensor(where: str, entry: object, data: int) -> Header:
@@ -75,6 +92,9 @@ def parse_tensor(where: str, entry: object, data: int) -> Header:
         raise ValueError(f"{where} must have lists for shape and data_offsets in the header, got others")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *places)):
         raise ValueError(f"{where} must have whole numbers from 0 for shape and data_offsets, got others")
+    if entry["dtype"] in PACKED:
+        fix = "dequantise it where it was made"
+        raise ValueError(f"{where} must be of a dtype that torch converts, got {entry['dtype']}; {fix}")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"{where} must have a dtype of {', '.join(DTYPES)}, got {shorten(str(entry['dtype']))!r}")
     return Header(tuple(shape), DTYPES[entry["dtype"]], data + places[0], data + places[1])

@@ -112,15 +112,15 @@ class TorchFile:
             self.compared.add(key)
         return torch.frombuffer(self.buffer, dtype=torch.uint8, count=place.size, offset=place.begin)
 
-    def load(self) -> object:
-        """The content with tensors in memory; those that share a storage in the file share it again.
+    def load(self, part: object = None) -> object:
+        """The content, or a part of it, with tensors in memory; those that share a storage in the file share it again.
 
         Raises:
             ValueError: If containers are nested too deep, a tensor does not fit into its storage, or all together claim
                 to be much larger than the file.
         """
         try:
-            return replace_tensors(self.content, Loader(self).tensor, self.path)
+            return replace_tensors(self.content if part is None else part, Loader(self).tensor, self.path)
         except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for a shape or dtype that it has not
             raise ValueError(f"{self.path}: tensors must be of a kind that torch has, got {in_words(error)}") from error
 

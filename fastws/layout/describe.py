@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastws.files.checkpoints import load_checkpoint
 from fastws.layout.layout import Layout
 from fastws.runs.begun import former_names
 
@@ -24,11 +25,13 @@ class Config:
 
     token_size: int | None = None  # entries per token; by default the longest row
     norm: Literal["keep", "skip"] = "keep"  # whether norm layers have tokens
+    key: str | None = None  # under which a torch file holds the network; by default the only or the usual one
     out: str | None = None  # JSON file to write, which Layout.load reads
 
 
 def run(config: Config) -> None:
-    layout = Layout.from_checkpoint(config.path, config.token_size, config.norm)
+    source = config.path if config.key is None else load_checkpoint(config.path, config.key)
+    layout = Layout.from_checkpoint(source, config.token_size, config.norm)
     print(layout.describe())
     if config.out is not None:
         layout.save(config.out)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from fastws.files.atomic import write_file
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
+from fastws.files.state_dict import EXTRA
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
-from fastws.layout.roles import describe_source, load_state
+from fastws.layout.roles import describe_source, load_parts, load_state
 from fastws.ops.tokenize import detokenize, tokenize
 from fastws.tokens import Tokens
 
@@ -35,6 +37,8 @@ class Layout:
         entries: The tensors of a checkpoint, in order.
         aliases: Names of tied tensors, and the entry that each is tied to.
         token_size: Entries per token, ``T``.
+        aside: Names in the checkpoint of what is no tensor of numbers (``_extra_state``, packed weights), and how many
+            numbers each holds; of no account for what a layout is equal to.
         norm: ``"keep"`` tokenizes norm layers, ``"skip"`` leaves their weights, biases and statistics out.
         num_weights: Length of the flat vector, ``P``.
         num_tokens: Tokens per checkpoint, ``N``.
@@ -48,6 +52,7 @@ class Layout:
     aliases: dict[str, str]
     token_size: int
     norm: Literal["keep", "skip"] = "keep"
+    aside: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_checkpoint(
@@ -79,7 +84,7 @@ class Layout:
             (8, 2, 4)
         """
         check_norm(norm)
-        shapes, aliases, roles = describe_source(source)
+        shapes, aliases, roles, aside = describe_source(source)
         entries, offset = [], 0
         for name, (shape, dtype) in shapes.items():
             if dtype.is_complex:
@@ -89,7 +94,12 @@ class Layout:
                 offset += math.prod(shape)
             else:
                 entries.append(Entry(name, shape, dtype, "other", -1))
-        layout = cls(tuple(entries), aliases, 1, norm)
+        layout = cls(tuple(entries), aliases, 1, norm, aside)
+        if lost := layout.lost:
+            what = f"{lost:,} numbers of the checkpoint are not in it, in {', '.join(map(repr, aside))}"
+            warnings.warn(
+                f"layout: {what}; quantised networks are dequantised by the library that made them", stacklevel=2
+            )
         return layout.with_tokens(token_size, norm)
 
     def with_tokens(self, token_size: int | None = None, norm: Literal["keep", "skip"] | None = None) -> "Layout":
@@ -159,6 +169,10 @@ class Layout:
             if entry.offset < 0:
                 continue
             tensor = state.get(entry.name)
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(
+                    f"flatten: {entry.name!r} must hold numbers, got a meta tensor; load its weights first"
+                )
             if tensor is None or tuple(tensor.shape) != entry.shape:
                 got = "nothing" if tensor is None else list(tensor.shape)
                 raise ValueError(f"flatten: {entry.name!r} must be a tensor {list(entry.shape)}, got {got}")
@@ -183,14 +197,14 @@ class Layout:
 
         Args:
             flat: ``[.., P]``, floating point.
-            like: Where to take tensors from that are not in the flat vector (integers, flags). Without it step
-                counters are zero and the others are left out.
+            like: Where to take from what is not in the flat vector (integers, flags, extra states). Without it step
+                counters are zero and all else is left out.
 
         Raises:
             ValueError: If ``flat`` has another length or dtype, or ``like`` lacks a tensor.
         """
         self._check_flat("unflatten", flat)
-        aside = None if like is None else load_state(like)
+        aside, others = (None, {}) if like is None else load_parts(like)
         state = {}
         for entry in self.entries:
             if entry.offset >= 0:
@@ -203,7 +217,7 @@ class Layout:
                 state[entry.name] = aside[entry.name]
             elif entry.name.endswith("num_batches_tracked"):
                 state[entry.name] = torch.zeros(entry.shape, dtype=entry.dtype, device=flat.device)
-        return state | {alias: state[name] for alias, name in self.aliases.items() if name in state}
+        return state | {alias: state[name] for alias, name in self.aliases.items() if name in state} | others
 
     def tokenize(self, flat: Tensor) -> Tokens:
         """The tokens of flat checkpoints: values ``[.., N, T]``, lengths ``[N]``, positions ``[N, 3]``.
@@ -258,6 +272,11 @@ class Layout:
 
     # --- identity
 
+    @property
+    def lost(self) -> int:
+        """Numbers of a quantised network that are not in the layout."""
+        return sum(count for name, count in self.aside.items() if not name.endswith(EXTRA))
+
     @cached_property
     def fingerprint(self) -> str:
         """Names an architecture: equal for checkpoints with the same shapes and roles in the same order."""
@@ -285,7 +304,8 @@ class Layout:
 
     def __repr__(self) -> str:
         sizes = f"{self.num_weights:,} weights, {self.num_tokens:,} tokens of {self.token_size}"
-        return f"Layout({sizes}, norm={self.norm!r}, {len(self.entries)} tensors)"
+        aside = f", kept aside: {len(self.aside)} ({sum(self.aside.values()):,} numbers)" if self.aside else ""
+        return f"Layout({sizes}, norm={self.norm!r}, {len(self.entries)} tensors{aside})"
 
     def describe(self) -> str:
         """Every tensor with its role, its place in the flat vector and its tokens, line by line."""
@@ -303,7 +323,9 @@ class Layout:
             place = f"flat {entry.offset}" if entry.offset >= 0 else "not in flat"
             dtype = str(entry.dtype).removeprefix("torch.")
             lines.append(f"{entry.name}  {list(entry.shape)} {dtype}  {entry.role}  {place}  {tokens}")
-        return "\n".join(lines + [f"{alias}  tied to {name}" for alias, name in self.aliases.items()])
+        lines += [f"{alias}  tied to {name}" for alias, name in self.aliases.items()]
+        lines += [f"{name}  no tensor, {count:,} numbers  kept aside" for name, count in self.aside.items()]
+        return "\n".join(lines)
 
     # --- files
 

@@ -3,13 +3,21 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastws.files.checkpoints import check_tensors, find_checkpoint, is_safetensors, load_checkpoint, read_headers
-from fastws.files.names import check_names, unwrap_names
+from fastws.files.checkpoints import (
+    find_checkpoint,
+    is_safetensors,
+    load_checkpoint,
+    open_checkpoint,
+    read_headers,
+    tell_others,
+)
+from fastws.files.names import plain_names
+from fastws.files.state_dict import count_numbers, split
 
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
@@ -21,36 +29,54 @@ def bias_name(name: str) -> str:
 
 def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint under plain names, whatever it comes from."""
-    state = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
-    if not isinstance(state, Mapping):
-        return load_checkpoint(state)
-    check_names("layout", state)
-    return unwrap_names(state)
+    if isinstance(source, str | os.PathLike):
+        return load_checkpoint(source)
+    return load_parts(source)[0]
 
 
-def describe_source(source) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str], dict[str, Role]]:
-    """Shapes and dtypes, tied names, and roles of what a layout is made from."""
+def load_parts(source: Mapping[str, Tensor] | nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors, and what is no tensor of numbers: extra states, packed weights."""
+    return split("layout", source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source)
+
+
+class Described(NamedTuple):
+    """What a layout is made from."""
+
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    aliases: dict[str, str]  # names of tied tensors, and those that they are tied to
+    roles: dict[str, Role]
+    aside: dict[str, int]  # names of what is no tensor of numbers, and how many numbers it holds
+
+
+def describe_source(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> Described:
+    """Shapes and dtypes, tied names and roles of a checkpoint."""
     if isinstance(source, str | os.PathLike):
         source = find_checkpoint(source)
-    if isinstance(source, Path) and is_safetensors(source):
-        headers = unwrap_names(read_headers(source))
-        shapes = {name: (header.shape, header.dtype) for name, header in headers.items()}
-        return shapes, {}, infer_roles({name: shape for name, (shape, _) in shapes.items()})
-    state = load_state(source)
+        if is_safetensors(source):
+            return describe_safetensors(source)
+        state = open_checkpoint(source)
+        tell_others(source, state)
+        tensors, values = state.tensors, state.aside
+    else:
+        tensors, values = load_parts(source)
     shapes, aliases, seen = {}, {}, {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"layout: {name!r} must be a tensor, got {type(tensor).__name__}")
-    check_tensors("layout", state)
-    for name, tensor in state.items():
+    for name, tensor in tensors.items():
         key = storage_key(name, tensor)
         if key in seen:
             aliases[name] = seen[key]
         else:
             seen[key] = name
             shapes[name] = (tuple(tensor.shape), tensor.dtype)
-    roles = infer_roles({name: shape for name, (shape, _) in shapes.items()})
-    return shapes, aliases, roles
+    aside = {name: count_numbers(value) for name, value in values.items()}
+    return Described(shapes, aliases, infer_roles({name: shape for name, (shape, _) in shapes.items()}), aside)
+
+
+def describe_safetensors(path: Path) -> Described:
+    headers, ties = read_headers(path)
+    plain = plain_names([*headers, *ties])
+    shapes = {plain[name]: (header.shape, header.dtype) for name, header in headers.items()}
+    aliases = {plain[name]: plain[kept] for name, kept in ties.items()}
+    return Described(shapes, aliases, infer_roles({name: shape for name, (shape, _) in shapes.items()}), {})
 
 
 def storage_key(name: str, tensor: Tensor) -> tuple:

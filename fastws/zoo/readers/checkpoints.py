@@ -55,6 +55,7 @@ def read_checkpoints(
     if model not in ("file", "folder"):
         raise ValueError(f"read_checkpoints: model must be 'file' or 'folder', got {model!r}")
     check_new(out)
+    options = options or ReadOptions()
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = unique(file for path in paths for file in find_checkpoints(Path(path)))
     names = name_models([file.parent if model == "folder" else file for file in files])
@@ -63,10 +64,10 @@ def read_checkpoints(
         numbers = [NUMBER.findall(file.stem) for file in files]
         columns["epoch"] = [int(number[-1]) if number else None for number in numbers]
     states = [str(file) for file in files]
-    expected = find_expected(states, like)
+    expected = find_expected(states, like, options.key)
     source = {"kind": "checkpoints", "paths": [str(path) for path in paths], "model": model}
-    population = Population(states, columns, StateReader(expected), expected.layout, source)
-    return collect(out, population, options or ReadOptions())
+    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source)
+    return collect(out, population, options)
 
 
 def read_hub(
@@ -95,6 +96,7 @@ def read_hub(
         ValueError: If there is nothing to read, or as ``options`` say.
     """
     check_new(out)
+    options = options or ReadOptions()
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     folders = unique(folder for path in paths for folder in find_repositories(Path(path)))
     files = [(folder, file) for folder in folders for file in find_weights(folder)]
@@ -106,11 +108,11 @@ def read_hub(
     keys = dict.fromkeys(key for properties in described.values() for key in properties)
     columns = {key: [described[folder].get(key) for folder, _ in files] for key in keys}
     states = [str(file) for _, file in files]
-    expected = find_expected(states, like)
+    expected = find_expected(states, like, options.key)
     source = {"kind": "hub", "paths": [str(path) for path in paths]}
     parts = [part for folder in folders for part in sorted(folder.iterdir())]
-    population = Population(states, columns, StateReader(expected), expected.layout, source, files=parts)
-    return collect(out, population, options or ReadOptions())
+    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source, files=parts)
+    return collect(out, population, options)
 
 
 def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -45,6 +45,7 @@ class ReadOptions:
         threads: That read; 0 takes one per processor core.
         splits: Model ids of each split; by default networks are dealt 70/15/15.
         symmetry: Of the architecture, which ``zoo align`` needs; kept with the zoo.
+        key: Under which torch files hold the network; by default the only or the usual one.
     """
 
     on_bad: Literal["drop", "raise"] = "drop"
@@ -52,6 +53,7 @@ class ReadOptions:
     threads: int = 0
     splits: Mapping[str, Sequence[str]] | None = None
     symmetry: Symmetry | None = None
+    key: str | None = None
 
     def __post_init__(self):
         if self.on_bad not in ("drop", "raise"):
@@ -156,7 +158,7 @@ class Report:
         counts: Counter[str] = Counter()
         for entry in self.aside:
             counts[entry.what] += entry.states
-        lines = [f"{count:,} states: {what} are not in the zoo" for what, count in counts.most_common()]
+        lines = [f"states with {what}, which are not in the zoo: {count:,}" for what, count in counts.most_common()]
         return ([str(self)] if self.bad else []) + lines
 
 
@@ -244,7 +246,7 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
 def digest(population: Population, options: ReadOptions) -> str:
     """Equal for two calls that ask for the same."""
     symmetry = options.symmetry and options.symmetry.to_dict()
-    what = [dict(population.source), options.threshold, symmetry]
+    what = [dict(population.source), options.threshold, symmetry, options.key]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
 
 
@@ -342,14 +344,14 @@ def check_values(row: Tensor, threshold: float) -> None:
 # --- what readers need
 
 
-def find_expected(states: Sequence[str], like: Like | None) -> Expected:
+def find_expected(states: Sequence[str], like: Like | None, key: str | None = None) -> Expected:
     """The architecture of ``like``, or of the first checkpoint that can be read."""
     if like is not None:
-        return read_expected(like)
+        return read_expected(like, key)
     first = None
     for state in states:
         try:
-            return read_expected(state)
+            return read_expected(state, key)
         except (OSError, ValueError) as error:
             first = first or error
     if first is None:

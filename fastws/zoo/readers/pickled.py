@@ -7,9 +7,8 @@ from pathlib import PurePosixPath
 
 from torch import Tensor
 
-from fastws.files.checkpoints import check_tensors, describe_value
 from fastws.files.limits import room
-from fastws.files.names import unwrap_names
+from fastws.files.state_dict import describe_value, split
 from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.files.values import Array, StoredTensor
 from fastws.zoo.format.zoo import Zoo
@@ -202,12 +201,11 @@ def read_tensors(file: TorchFile, stored: Mapping) -> dict[str, Tensor]:
     Raises:
         ValueError: If they take more than the file has room for, or one does not lie in it.
     """
-    tensors = {name: file.tensor(value) for name, value in stored.items() if is_stored(value)}
-    check_tensors(f"{file.path}", tensors)
+    tensors = {name: file.tensor(value) for name, value in split(f"{file.path}", stored)[0].items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > room(len(file.buffer)):
         what = f"{len(tensors)} tensors that are many times larger"
         raise ValueError(f"{file.path}: tensors of a state must fit into the file, got {what}")
-    return dict(unwrap_names(tensors))
+    return tensors
 
 
 def is_stored(value: object) -> bool:

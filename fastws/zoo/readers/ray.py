@@ -103,11 +103,12 @@ def read_ray(
         if unknown := sorted(wanted - columns.keys()):
             raise ValueError(f"read_ray: properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
         columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
-    expected = find_expected(states, like)
+    expected = find_expected(states, like, options.key)
     source = {"kind": "ray", "paths": [str(path) for path in paths]}
     for name, chosen in (("epochs", epochs), ("properties", properties)):
         source[name] = None if chosen is None else list(chosen)
-    return collect(out, Population(states, columns, StateReader(expected), expected.layout, source), options)
+    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source)
+    return collect(out, population, options)
 
 
 def is_trial(path: Path) -> bool:

@@ -37,6 +37,7 @@ class Config:
     epochs: tuple[int, ...] = ()  # to read from raw zoos; by default all
     properties: tuple[str, ...] = ()  # to read from raw zoos; by default all
     like: str | None = None  # checkpoint that gives the architecture; by default the first that is readable
+    key: str | None = None  # under which torch files hold the network; by default the only or the usual one
     architecture: str | None = None  # instead of like: that of zoo make, or module:function; gives the zoo a symmetry
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
     num_classes: int = 10  # logits of the architecture, if it is one of zoo make
@@ -59,7 +60,7 @@ class Config:
         if self.architecture is not None:
             network, symmetry = trace_network(self.architecture, self.image_shape, self.num_classes)
             like = Layout.from_checkpoint(network)
-        return like, ReadOptions(self.on_bad, self.threshold, self.threads, symmetry=symmetry)
+        return like, ReadOptions(self.on_bad, self.threshold, self.threads, symmetry=symmetry, key=self.key)
 
 
 def read(config: Config) -> Zoo:

@@ -8,8 +8,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastws.files.checkpoints import check_tensors, load_checkpoint, unwrap
+from fastws.files.checkpoints import open_checkpoint
 from fastws.files.limits import open_regular
+from fastws.files.state_dict import find_state
 from fastws.files.torch_file import (
     NOT_A_TORCH_FILE,
     PICKLE,
@@ -19,10 +20,8 @@ from fastws.files.torch_file import (
     find_records,
     is_whole,
     read_record,
-    replace_tensors,
 )
 from fastws.files.unpickle import Unpickler
-from fastws.files.values import StoredTensor
 from fastws.layout.layout import Layout
 from fastws.zoo.readers.names import Expected, Held, describe, find_variances, match
 from fastws.zoo.readers.reasons import BadState
@@ -49,8 +48,8 @@ class StateReader:
     forms go through ``load_checkpoint``.
     """
 
-    def __init__(self, expected: Expected):
-        self.expected = expected
+    def __init__(self, expected: Expected, key: str | None = None):
+        self.expected, self.key = expected, key
         self.forms: dict[int, Form | None] = {}  # by size of the file
 
     def __call__(self, path: str, row: Tensor) -> list[str]:
@@ -62,7 +61,10 @@ class StateReader:
         try:
             buffer = read_file(path) if not path.endswith((".safetensors", ".json")) else b""
             form = self.copy(buffer, row) if buffer[:4] == ZIP else None
-            return form.notes if form else fill(row, self.expected, load_checkpoint(path))
+            if form:
+                return form.notes
+            state = open_checkpoint(path, self.key)
+            return fill(row, self.expected, state.tensors) + state.told()
         except FileNotFoundError as error:
             raise BadState("missing", "no such file") from error
         except BadState:
@@ -93,8 +95,10 @@ class StateReader:
         """None if there is more to do than to copy, or the file is damaged."""
         try:
             records, structure = find_records(buffer)
-            stored = unwrap_stored(Unpickler(read_record(buffer, records[PICKLE]), size=len(buffer)).load())
-            if stored is None or not structure:
+            content = Unpickler(read_record(buffer, records[PICKLE]), size=len(buffer)).load()
+            state = find_state(content, "checkpoint", self.key)
+            stored = state.tensors
+            if not structure:
                 return None
             held = {name: Held(tensor.shape, tensor.storage.dtype, tensor) for name, tensor in stored.items()}
             matched = match(self.expected, held)
@@ -116,8 +120,9 @@ class StateReader:
             raise
         except NOT_A_TORCH_FILE:
             return None  # torch reads more, or says what is wrong
-        index = numpy.concatenate([numpy.arange(part.start, part.stop) for part in structure])
-        return Form(index, numpy.frombuffer(buffer, numpy.uint8)[index], copies, list(sums.values()), matched.notes)
+        index, notes = numpy.concatenate([numpy.arange(part.start, part.stop) for part in structure]), state.told()
+        expected = numpy.frombuffer(buffer, numpy.uint8)[index]
+        return Form(index, expected, copies, list(sums.values()), matched.notes + notes)
 
 
 def read_file(path: str) -> bytearray:
@@ -126,21 +131,6 @@ def read_file(path: str) -> bytearray:
         if file.readinto(buffer) != len(buffer):
             raise BadState("unreadable", "its end is missing")
     return buffer
-
-
-def unwrap_stored(content: object) -> dict[str, StoredTensor] | None:
-    """The state dict in what a training script saved; None if it holds anything but tensors."""
-    stored: dict[int, StoredTensor] = {}
-
-    def stand_in(value: StoredTensor) -> Tensor:
-        tensor = torch.empty(0, dtype=value.storage.dtype)
-        stored[id(tensor)] = value
-        return tensor
-
-    state = unwrap(replace_tensors(content, stand_in, "checkpoint"), "checkpoint")
-    if not all(id(tensor) in stored for tensor in state.values()):
-        return None
-    return {name: stored[id(tensor)] for name, tensor in state.items()}
 
 
 def fill(row: Tensor, expected: Expected, state: Mapping[str, Tensor]) -> list[str]:
@@ -158,11 +148,11 @@ def fill(row: Tensor, expected: Expected, state: Mapping[str, Tensor]) -> list[s
     return matched.notes
 
 
-def read_expected(like: Like) -> Expected:
-    """The layout of a population from the file of one of its checkpoints."""
+def read_expected(like: Like, key: str | None = None) -> Expected:
+    """The layout of a population from the file of one of its checkpoints, in which the network is under ``key``."""
     if isinstance(like, Layout):
         return Expected(like, "the layout that is given")
-    state = load_checkpoint(like)
+    state = open_checkpoint(like, key).tensors
     try:
         return Expected(make_layout(state), str(like))
     except ValueError as error:
@@ -171,6 +161,5 @@ def read_expected(like: Like) -> Expected:
 
 def make_layout(state: Mapping[str, Tensor]) -> Layout:
     """The layout of a population from one of its checkpoints."""
-    check_tensors("zoo read", state)
     variances = find_variances({name: tuple(tensor.shape) for name, tensor in state.items()})
     return Layout.from_checkpoint({name: tensor for name, tensor in state.items() if name not in variances})
