@@ -1,12 +1,15 @@
 """Traces of modules that pick entries, compute in dtypes of their own, cannot be copied, or must be refused."""
 
+import architectures
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from fastws.symmetry.copies import Example
 from fastws.symmetry.symmetry import Symmetry
+from fastws.symmetry.verify import Check
 
 
 class Net(nn.Module):
@@ -173,6 +176,7 @@ def test_modules_that_refuse_float64_are_checked_in_their_own_dtype():
     net = Net(only_single, enter=nn.Linear(3, 6), leave=nn.Linear(6, 2))
     symmetry = Symmetry.trace(net, torch.randn(4, 3))
     assert symmetry.sizes == (6,) and symmetry.verify(net, torch.randn(4, 3)) < 1e-4
+    assert Check(net, Example((torch.randn(4, 3),), {})).tolerance < 1e-4
     with pytest.raises(ValueError, match="module must run on the example inputs in eval mode, got RuntimeError"):
         Symmetry.trace(net, torch.randn(4, 5))
 
@@ -219,6 +223,74 @@ def test_outputs_that_do_not_depend_on_weights_certify_nothing():
         symmetry.verify(blind, torch.randn(4, 3))
     with pytest.raises(ValueError, match="outputs must depend on the weights to be checked"):
         symmetry.check(blind, torch.randn(4, 3))
+
+
+def branches(join):
+    """Two hidden layers, side by side; ``join`` makes the output of what they give."""
+    parts = {"a": nn.Linear(3, 6), "b": nn.Linear(3, 5), "after_a": nn.Linear(6, 2), "after_b": nn.Linear(5, 2)}
+    return Net(lambda net, x: join(net.after_a(torch.relu(net.a(x))), net.after_b(torch.relu(net.b(x)))), **parts)
+
+
+BLIND = {
+    "times zero": lambda a, b: a + 0 * b,
+    "far below rounding": lambda a, b: a + 1e-12 * b,
+    "clamped": lambda a, b: a + b.clamp(1e9, 1e10),
+    "the other branch of where": lambda a, b: torch.where(a > 1e9, b, a),
+    "not returned": lambda a, b: a,
+    "places only": lambda a, b: (a, b.argmax(-1)),
+    "a decision only": lambda a, b: a if b.sum() > -1e9 else b,
+    "without gradients": torch.no_grad()(lambda a, b: a + 0 * b),
+}
+
+
+@pytest.mark.parametrize("case", BLIND)
+def test_groups_that_outputs_do_not_depend_on_stay(case):
+    net = branches(BLIND[case])
+    symmetry = traced(net)
+    assert symmetry.sizes == (6,)
+    (reason,) = {sentence.partition(" stays: ")[2] for sentence in symmetry.unpermuted if "b.bias" in sentence[:6]}
+    assert "outputs do not depend on it" in reason
+    whole = Symmetry.trace(branches(torch.add), torch.randn(4, 3))
+    assert whole.sizes == (6, 5) and whole.unpermuted == []
+    with pytest.raises(ValueError, match="outputs must depend on group 1, b.weight to be checked"):
+        whole.check(net, torch.randn(4, 3))
+    with pytest.raises(ValueError, match="outputs must depend on group 1, b.weight to be checked"):
+        whole.verify(net, torch.randn(4, 3), only=1)
+    assert whole.verify(net, torch.randn(4, 3), only=0) < 1e-12
+
+
+def attention(net, x):
+    return net.leave((net.q(x) @ net.k(x).mT).softmax(-1) @ net.v(x))
+
+
+def test_one_token_shows_nothing_of_queries_and_keys():
+    net = Net(attention, q=nn.Linear(3, 6), k=nn.Linear(3, 6), v=nn.Linear(3, 5), leave=nn.Linear(5, 2))
+    one, two = torch.randn(1, 1, 3), torch.randn(1, 2, 3)
+    assert traced(net, one).sizes == (5,) and traced(net, two).sizes == traced(net, one, two).sizes == (6, 5)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_that_begin_at_zero_hide_nothing(shape):
+    def rule(net, x):
+        return net.leave(x + net.scale * net.down(torch.relu(net.up(x))))
+
+    parts = {"up": nn.Linear(3, 6), "down": nn.Linear(6, 3), "leave": nn.Linear(3, 2)}
+    assert traced(Net(rule, scale=nn.Parameter(torch.zeros(shape)), **parts)).sizes == (6,)
+
+
+def test_small_silent_layers_are_seen():
+    """Both units of a layer are zero behind a ReLU for a quarter of all weights."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        assert Symmetry.trace(net, torch.randn(1, 3)).sizes == (2, 2)
+
+
+def test_groups_are_seen_where_gradients_are_not():
+    net = branches(lambda a, b: a + b)
+    net.rule = torch.no_grad()(net.rule)
+    assert traced(net).sizes == (6, 5)
+    assert traced(branches(lambda a, b: a + (8 * b).round()), torch.randn(64, 3)).sizes == (6, 5)
 
 
 def test_large_outputs_do_not_hide_small_ones():
@@ -334,3 +406,31 @@ def test_channel_shuffles(groups):
 def test_what_stays_for_its_order_is_listed(operation):
     symmetry = traced(hidden(operation))
     assert symmetry.sizes == () and any("order" in sentence for sentence in symmetry.unpermuted)
+
+
+def test_whatever_stays_is_listed_with_its_reason():
+    parts = {"words": nn.Embedding(7, 6), "middle": nn.Conv1d(6, 9, 3), "leave": nn.Linear(9, 4)}
+    net = Net(lambda net, ids: net.leave(net.middle(net.words(ids).mT).relu().mean(2).cumsum(1)), **parts)
+    symmetry = traced(net, torch.arange(5)[None])
+    assert symmetry.sizes == (6,)
+    assert symmetry.unpermuted == [f"middle.{part} axis 0 stays: cumsum counts along it" for part in ("weight", "bias")]
+    assert symmetry.fixed == [
+        "words.weight axis 0 stays: inputs name its rows by number",
+        "middle.weight axis 2 stays: neighbours along it belong together",
+        "leave.weight axis 0 stays: the outputs have an order",
+        "leave.weight axis 1 stays: inputs, constants or others that stay go along with it",
+        "leave.bias axis 0 stays: the outputs have an order",
+    ]
+    lines = symmetry.describe().splitlines()
+    assert "leave.weight axis 0, leave.bias axis 0 stay: the outputs have an order" in lines
+    assert lines[-2:] == symmetry.unpermuted
+
+
+@pytest.mark.parametrize("name", ["gpt", "encoder", "densenet", "mixer"])
+def test_every_axis_moves_or_is_listed(name):
+    symmetry = Symmetry.trace(*getattr(architectures, name)())
+    listed = {sentence.partition(" stays: ")[0] for sentence in symmetry.unpermuted + symmetry.fixed}
+    for tensor, axes in symmetry.axes.items():
+        for axis, segments in enumerate(axes):
+            stays = segments is None or any(group is None for group, _, _ in segments)
+            assert symmetry.shapes[tensor][axis] == 1 or stays == (f"{tensor} axis {axis}" in listed)

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, not_understood
+from fastws.symmetry.units import INSIDE, NEIGHBOURS, ROWS
 
 
 def picks(call: Call) -> str:
-    return f"{call.function} picks entries of it"
+    return f"{call.spoken} picks entries of it"
 
 
 def counts(call: Call) -> str:
-    return f"{call.function} counts along it"
+    return f"{call.spoken} counts along it"
 
 
 def create(tracer: Tracer, call: Call) -> list[Fields]:
@@ -105,7 +106,7 @@ def cat(tracer: Tracer, call: Call) -> list[Fields]:
         mixed = tracer.outermost(tracer.fields(tensor), [axis])
         along = [field for field in mixed if moving(field) == [axis]]
         for field in along[1:]:  # an axis of two kinds of units keeps the outer
-            tracer.units.hold(field)
+            tracer.units.hold(field, INSIDE)
         shape = [size if a == axis else 1 for a, size in enumerate(tensor.shape)]
         pieces.append(along[0] if along else torch.zeros(shape, dtype=torch.int64))
         rest = [1 if a == axis else size for a, size in enumerate(tensor.shape)]
@@ -225,13 +226,13 @@ def index_put(tracer: Tracer, call: Call) -> list[Fields]:
 
 def embedding(tracer: Tracer, call: Call) -> list[Fields]:
     lead = [1] * call.args[1].dim()
-    fields = tracer.without(tracer.fields(call.x), [0])
+    fields = tracer.without(tracer.fields(call.x), [0], ROWS)
     return [[field.view(*lead, field.shape[1]) for field in fields]]
 
 
 def embedding_bag(tracer: Tracer, call: Call) -> list[Fields]:
     """Rows of a table, summed by bags."""
-    return [tracer.without(tracer.fields(call.x), [0])]
+    return [tracer.without(tracer.fields(call.x), [0], ROWS)]
 
 
 # --- values in their order, and where they were
@@ -260,7 +261,7 @@ def order(tracer: Tracer, call: Call) -> list[Fields]:
 def im2col(tracer: Tracer, call: Call) -> list[Fields]:
     """``[B, C, H, W]`` to ``[B, C * kernel, L]``."""
     kernel = call.output.shape[-2] // call.x.shape[-3]
-    fields = tracer.without(tracer.fields(call.x), [call.x.dim() - 2, call.x.dim() - 1])
+    fields = tracer.without(tracer.fields(call.x), [call.x.dim() - 2, call.x.dim() - 1], NEIGHBOURS)
     result = []
     for field in fields:
         field = field.squeeze(-1)
@@ -272,7 +273,7 @@ def im2col(tracer: Tracer, call: Call) -> list[Fields]:
 def col2im(tracer: Tracer, call: Call) -> list[Fields]:
     """``[B, C * kernel, L]`` to ``[B, C, H, W]``."""
     channels, result = call.output.shape[-3], []
-    for field in tracer.without(tracer.fields(call.x), [call.x.dim() - 1]):
+    for field in tracer.without(tracer.fields(call.x), [call.x.dim() - 1], NEIGHBOURS):
         if field.shape[-2] > 1:
             field = field.reshape(*field.shape[:-2], channels, -1)
             tracer.units.unite(field, field[..., :1])

@@ -26,6 +26,7 @@ from fastws.symmetry.picking import (
     stack,
 )
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, not_understood, tensors_in
+from fastws.symmetry.units import NEIGHBOURS, TRIANGLE
 
 Labelled = tuple[Fields, list[int]]  # fields and shape of a tensor
 
@@ -60,7 +61,7 @@ def extremes(tracer: Tracer, call: Call) -> list[Fields]:
 
 
 def triangle(tracer: Tracer, call: Call) -> list[Fields]:
-    return same(call, tracer.without(tracer.fields(call.x), range(call.x.dim() - 2, call.x.dim())))
+    return same(call, tracer.without(tracer.fields(call.x), range(call.x.dim() - 2, call.x.dim()), TRIANGLE))
 
 
 def along(tracer: Tracer, call: Call) -> list[Fields]:
@@ -72,7 +73,7 @@ def spatial(tracer: Tracer, call: Call) -> list[Fields]:
     """Pooling, interpolation, padding by reflection: neighbours matter along the last axes."""
     dimensions = int(re.search(r"(\d)d", call.function._schema.name)[1])
     axes = range(call.x.dim() - dimensions, call.x.dim())
-    return same(call, tracer.without(tracer.fields(call.x), axes))
+    return same(call, tracer.without(tracer.fields(call.x), axes, NEIGHBOURS))
 
 
 def glu(tracer: Tracer, call: Call) -> list[Fields]:
@@ -191,12 +192,12 @@ def convolution(tracer: Tracer, call: Call) -> list[Fields]:
     if groups > 1 and inputs > 1 and not transposed:
         within = len(tracer.grouped) in tracer.within
         tracer.grouped.append(tracer.raw(weight))
-    fields = tracer.without(tracer.fields(x), range(2, x.dim()))
+    fields = tracer.without(tracer.fields(x), range(2, x.dim()), NEIGHBOURS)
     fields = tracer.outermost(fields, [1])
     batch = [field for field in fields if moving(field) == [0]]
     channels = [field.view(groups, 1, inputs) for field in fields if moving(field) == [1]]
     kernel = []
-    for field in tracer.without(tracer.fields(weight), range(2, weight.dim())):
+    for field in tracer.without(tracer.fields(weight), range(2, weight.dim()), NEIGHBOURS):
         if moving(field) == [0]:
             kernel.append(field.view(groups, 1, inputs) if transposed else field.view(groups, outputs, 1))
         else:

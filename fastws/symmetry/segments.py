@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastws.symmetry.trace import Axis
+from fastws.symmetry.notes import CROWDED, UNORDERED, Axis, Dropped
 
 # group or None, count, block: count * block consecutive entries of an axis
 Segment = tuple[int | None, int, int]
@@ -37,21 +37,19 @@ def unordered(axis: Axis, sizes: list[int]) -> set[int]:
     return bad
 
 
-def unstorable(axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], notes: list[str]) -> set[int]:
-    """Families that must stay because tables cannot say how they move; the reasons are appended to ``notes``."""
-    dropped = {family for family, size in enumerate(sizes) if size < 2}
+def unstorable(axes: Mapping[str, tuple[Axis, ...]], sizes: list[int]) -> dict[int, Dropped]:
+    """Families that must stay because tables cannot say how they move."""
+    dropped: dict[int, Dropped] = {}
+    small = {family for family, size in enumerate(sizes) if size < 2}
     for name, found in axes.items():
         for k, axis in enumerate(found):
-            bad = unordered(axis, sizes) - dropped
-            if bad:
-                notes.append(f"{name} axis {k} stays: its units do not lie in order")
-            dropped |= bad
+            for family in unordered(axis, sizes) - dropped.keys() - small:
+                dropped[family] = Dropped(UNORDERED, name, k)
     for name, found in axes.items():
-        live = {k: set(axis.family) - dropped - {-1} for k, axis in enumerate(found) if k > 0}
+        live = {k: set(axis.family) - dropped.keys() - small - {-1} for k, axis in enumerate(found) if k > 0}
         freedom = {k: sum(math.lgamma(sizes[family] + 1) for family in kept) for k, kept in live.items() if kept}
         for k in sorted(freedom, key=freedom.get)[:-1]:
-            notes.append(f"{name} axis {k} stays: a table holds one permuted axis beside the rows")
-            dropped |= live[k]
+            dropped |= {family: Dropped(CROWDED, name, k) for family in live[k]}
     return dropped
 
 
@@ -72,14 +70,12 @@ def segments_of(axis: Axis, numbers: Mapping[int, int]) -> Segments | None:
 
 
 def arrange(
-    axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], notes: list[str]
-) -> tuple[tuple[int, ...], dict[str, tuple[Segments | None, ...]]]:
-    """Sizes of the groups, and the segments of every axis; what must stay for the sake of tables goes to ``notes``."""
-    dropped = unstorable(axes, sizes, notes)
-    kept = [family for family in range(len(sizes)) if family not in dropped]
+    axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], dropped: Collection[int]
+) -> tuple[list[int], dict[str, tuple[Segments | None, ...]]]:
+    """The families that groups are made of, in order, and the segments of every axis."""
+    kept = [family for family, size in enumerate(sizes) if family not in dropped and size > 1]
     numbers = {family: group for group, family in enumerate(kept)}
-    segments = {name: tuple(segments_of(axis, numbers) for axis in found) for name, found in axes.items()}
-    return tuple(sizes[family] for family in kept), segments
+    return kept, {name: tuple(segments_of(axis, numbers) for axis in found) for name, found in axes.items()}
 
 
 def parse(fields: Mapping) -> dict[str, Any]:
@@ -95,18 +91,19 @@ def parse(fields: Mapping) -> dict[str, Any]:
         }
         shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         parsed = {"axes": axes, "shapes": shapes, "aliases": dict(fields["aliases"])}
-        parsed |= {key: tuple(fields[key]) for key in ("sizes", "names")} | {"unpermuted": list(fields["unpermuted"])}
+        parsed |= {key: tuple(fields[key]) for key in ("sizes", "names")}
+        parsed |= {"unpermuted": list(fields["unpermuted"]), "fixed": list(fields.get("fixed", ()))}
         check(**parsed)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"symmetry: description must be one that to_dict made, got {error!r}") from error
     return parsed
 
 
-def check(sizes, names, shapes, aliases, axes, unpermuted) -> None:
+def check(sizes, names, shapes, aliases, axes, unpermuted, fixed) -> None:
     bad = [size for size in chain(sizes, *shapes.values()) if type(size) is not int or size < 0]
     if bad or sum(sizes) >= 2**31:
         raise ValueError(f"sizes that are {bad[0]!r}" if bad else f"{sum(sizes)} units")
-    if len(names) != len(sizes) or not all(isinstance(text, str) for text in (*names, *unpermuted)):
+    if len(names) != len(sizes) or not all(isinstance(text, str) for text in (*names, *unpermuted, *fixed)):
         raise ValueError(f"{len(sizes)} groups with {len(names)} names, or names that are no strings")
     strange = axes.keys() ^ shapes.keys()
     if strange:

@@ -3,7 +3,7 @@
 import copy
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,10 +15,14 @@ from fastws.layout.layout import Layout
 from fastws.layout.roles import load_state, storage_key
 from fastws.ops.permute import permute, random_permutations
 from fastws.symmetry.copies import Inputs, example_of
+from fastws.symmetry.influence import Groups, Place, without_influence
+from fastws.symmetry.notes import UNSEEN, Dropped, by_reason, sentences
 from fastws.symmetry.rules import PASSING, RULES
-from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size
+from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size, unstorable
 from fastws.symmetry.trace import trace
-from fastws.symmetry.verify import largest_error, require_repeatable, require_same_function
+from fastws.symmetry.verify import Check
+
+MOVES = ("sizes", "names", "shapes", "aliases", "axes")  # the attributes that say what moves
 
 
 class Symmetry:
@@ -38,7 +42,10 @@ class Symmetry:
             ``(group, count, block)`` is ``count * block`` consecutive entries in which the group moves blocks of
             ``block`` entries; those of group None stay. Repeated segments move alike. Segments whose count is less than
             the size of their group are consecutive parts of it, between which units move too.
-        unpermuted: Sentences that say what stays because an operation forbids it or is not understood.
+        unpermuted: Sentences that say what stays because an operation forbids it or is not understood, because the
+            examples do not reach it, or because tables cannot say how it moves.
+        fixed: Sentences that say what stays by nature (inputs and outputs have an order, and so do neighbours), or with
+            something that ``unpermuted`` lists.
     """
 
     def __init__(
@@ -49,9 +56,10 @@ class Symmetry:
         aliases: dict[str, str],
         axes: dict[str, tuple[Segments | None, ...]],
         unpermuted: list[str],
+        fixed: Sequence[str] = (),
     ):
         self.sizes, self.names, self.shapes, self.aliases = sizes, names, shapes, aliases
-        self.axes, self.unpermuted = axes, unpermuted
+        self.axes, self.unpermuted, self.fixed = axes, unpermuted, list(fixed)
         self.starts = (0, *accumulate(sizes))
         moved = [(k, segments) for found in axes.values() for k, segments in enumerate(found) if segments]
         self._composites = plan([(segments, unit_size(segments) if k else 1) for k, segments in moved], sizes)
@@ -64,7 +72,8 @@ class Symmetry:
 
         A copy of the module is run in eval mode. Batch size 1 and small images do, as long as they pass through. An
         axis that meets an operation which is not understood stays unpermuted and is listed in ``unpermuted``. So is
-        what no example reaches: rows of a table of positions behind the length of the input, layers that are skipped.
+        what no example reaches: rows of a table of positions behind the length of the input, layers that are skipped,
+        units that change no output.
 
         Args:
             module: Any module; it is not changed.
@@ -79,8 +88,10 @@ class Symmetry:
 
         Example:
             >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-            >>> fastws.Symmetry.trace(mlp, torch.randn(1, 4)).describe()
-            '8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1'
+            >>> print(fastws.Symmetry.trace(mlp, torch.randn(1, 4)).describe())
+            8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1
+            0.weight axis 1 stay: inputs, constants or others that stay go along with it
+            2.weight axis 0, 2.bias axis 0 stay: the outputs have an order
         """
         examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
         traced = trace(module, examples, RULES, PASSING)
@@ -89,12 +100,25 @@ class Symmetry:
         first: dict[tuple, str] = {}
         tied = {name: first.setdefault(storage_key(name, tensor), name) for name, tensor in state.items()}
         aliases = {name: tied_to for name, tied_to in tied.items() if tied_to != name}
-        notes = [f"{name} axis {axis} stays: {note}" for (name, axis), note in traced.notes.items()]
-        sizes, axes = arrange(traced.axes, traced.sizes, notes)
-        symmetry = cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, notes)
+
+        def of_all_but(dropped: dict[int, Dropped]) -> tuple[list[int], Symmetry]:
+            families, axes = arrange(traced.axes, traced.sizes, dropped)
+            sizes = tuple(traced.sizes[family] for family in families)
+            reasons = sentences(traced.axes, traced.notes, dropped)
+            return families, cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, *reasons)
+
+        dropped = unstorable(traced.axes, traced.sizes)
+        families, symmetry = of_all_but(dropped)
+        if not (families or traced.random):
+            return symmetry
+        checks = [Check(module, example) for example in examples]
         if traced.random:
-            require_repeatable(module, examples)
-        symmetry.check(module, example_inputs, *more)
+            for check in checks:
+                check.require_repeatable()
+        unseen = without_influence(checks, symmetry._places())
+        if unseen:
+            _, symmetry = of_all_but(dropped | {families[group]: Dropped(UNSEEN) for group in unseen})
+        symmetry._require_same_function(checks)
         return symmetry
 
     # --- rows of permutations
@@ -178,14 +202,16 @@ class Symmetry:
         """
         held = unwrap_names(state)
         self._require_tensors("state", {name: tuple(held[name].shape) for name in self.axes if name in held})
-        row, permuted = self.expand(permutations), dict(state)
-        for name, plain in plain_names(state).items():
-            for axis, segments in enumerate(self.axes.get(plain, ())):
-                if segments is not None:
-                    first, units, block = self._place(segments, rows=axis == 0)
-                    index = row[first : first + units].long()[:, None] * block + torch.arange(block, device=row.device)
-                    permuted[name] = permuted[name].index_select(axis, index.flatten().to(permuted[name].device))
-        return permuted
+        row = self.expand(permutations)
+        return {name: self._permuted(plain, state[name], row) for name, plain in plain_names(state).items()}
+
+    def _permuted(self, name: str, tensor: Tensor, row: Tensor) -> Tensor:
+        for axis, segments in enumerate(self.axes.get(name, ())):
+            if segments is not None:
+                first, units, block = self._place(segments, rows=axis == 0)
+                index = row[first : first + units].long()[:, None] * block + torch.arange(block, device=row.device)
+                tensor = tensor.index_select(axis, index.flatten().to(tensor.device))
+        return tensor
 
     def table(self, layout: Layout) -> Tensor:
         """``layout.table`` with the permutations of rows, input units and biases filled in, int64 ``[L, 11]``."""
@@ -257,10 +283,14 @@ class Symmetry:
             only: A group; the others stay.
 
         Raises:
-            ValueError: If the module does not run, if its outputs do not depend on its weights or are not finite.
+            ValueError: If the module does not run, or its outputs are not finite or do not depend on its weights, or on
+                the only group.
         """
+        check = Check(module, example_of(module, inputs), seed, max(2, trials))
+        if only is not None:
+            self._require_influence([check], {only: self._places()[only]})
         rows = self._trials(trials, seed, range(len(self.sizes)) if only is None else [only])
-        return largest_error(module, example_of(module, inputs), rows, self.permute_state, seed)
+        return max((check.error(number, self._permuting(row)) for number, row in enumerate(rows)), default=0.0)
 
     def _trials(self, trials: int, seed: int, moving: Iterable[int]) -> Tensor:
         """Random permutations of some groups; in the first trial they move every unit, in all others most of them."""
@@ -282,22 +312,60 @@ class Symmetry:
         return self.expand(torch.tensor(row, dtype=torch.int32).repeat(batch, 1))
 
     def check(self, module: nn.Module, *examples: Inputs) -> None:
-        """Raises a ValueError that names the error and a guilty group if permutations change the outputs."""
+        """Raises a ValueError that names the error and a guilty group if permutations change the outputs.
+
+        So it does if the outputs do not depend on a group: then nothing could be seen.
+        """
         if not self.sizes:
             return
+        checks = [Check(module, example_of(module, inputs)) for inputs in examples]
+        self._require_influence(checks, self._places())
+        self._require_same_function(checks)
 
+    def _require_influence(self, checks: Sequence[Check], groups: Groups) -> None:
+        for group in without_influence(checks, groups):
+            named = self._named(group)
+            raise ValueError(f"symmetry: outputs must depend on {named} to be checked, got the same for other weights")
+
+    def _require_same_function(self, checks: Iterable[Check]) -> None:
         def guilty(wrong: Callable[[Tensor], bool]) -> str:
             counts = range(1, len(self.sizes) + 1)
             last = bisect(counts, False, key=lambda count: wrong(self._trials(1, 0, range(count))[0]))
             if last == len(self.sizes) or not wrong(self._trials(1, 0, [last])[0]):
                 return "all groups together"
-            return f"group {last}, {self.names[last]}"
+            return self._named(last)
 
-        examples = [example_of(module, inputs) for inputs in examples]
-        require_same_function(module, examples, self._trials(2, 0, range(len(self.sizes))), self.permute_state, guilty)
+        for check in checks if self.sizes else ():
+            check.require_same_function(self._trials(2, 0, range(len(self.sizes))), self._permuting, guilty)
+
+    def _permuting(self, row: Tensor) -> Callable[[nn.Module], None]:
+        """What permutes the weights of a module by a row, in place."""
+
+        def permute_module(module: nn.Module) -> None:
+            done = set()
+            for name, tensor in load_state(module).items():
+                if storage_key(name, tensor) not in done:
+                    done.add(storage_key(name, tensor))
+                    tensor.copy_(self._permuted(name, tensor, row))
+
+        return permute_module
+
+    def _places(self) -> dict[int, list[Place]]:
+        """Of each group the entries that it moves."""
+        places: dict[int, list[Place]] = {group: [] for group in range(len(self.sizes))}
+        for name, axes in self.axes.items():
+            for axis, segments in enumerate(axes):
+                if segments and name not in self.aliases:
+                    owner = torch.cat([torch.full((n * width,), -1 if g is None else g) for g, n, width in segments])
+                    for group in {g for g, _, _ in segments} - {None}:
+                        places[group].append(Place(name, axis, (owner == group).nonzero().flatten()))
+        return places
+
+    def _named(self, group: int) -> str:
+        return f"group {group}, {self.names[group]}"
 
     def describe(self) -> str:
-        """One line per group, with every axis that it moves, and one line for each thing that stays."""
+        """One line per group, with every axis that it moves, and lines that say what stays, and why."""
         lines = []
         for group, (size, name) in enumerate(zip(self.sizes, self.names, strict=True)):
             places = [
@@ -307,12 +375,11 @@ class Symmetry:
                 if segments and any(g == group for g, _, _ in segments)
             ]
             lines.append(f"{size} units, {name}: {', '.join(places)}")
-        return "\n".join(lines + self.unpermuted)
+        return "\n".join(lines + by_reason(self.fixed) + self.unpermuted)
 
     def to_dict(self) -> dict:
         """Lists, numbers and strings, for JSON."""
-        keys = ("sizes", "names", "shapes", "aliases", "axes", "unpermuted")
-        return {key: copy.deepcopy(getattr(self, key)) for key in keys}
+        return {key: copy.deepcopy(getattr(self, key)) for key in (*MOVES, "unpermuted", "fixed")}
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Symmetry":
@@ -320,7 +387,8 @@ class Symmetry:
         return cls(**parse(fields))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Symmetry) and self.to_dict() == other.to_dict()
+        """Whether the same units move in the same tensors; reasons why others stay do not count."""
+        return isinstance(other, Symmetry) and all(getattr(self, key) == getattr(other, key) for key in MOVES)
 
     def __hash__(self) -> int:
         return hash((self.sizes, self.names))

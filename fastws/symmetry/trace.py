@@ -15,24 +15,15 @@ from torch.overrides import TorchFunctionMode
 
 from fastws.layout.roles import load_state, storage_key
 from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
+from fastws.symmetry.notes import UNREACHED, Axis, Note, note
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
-
-
-class Axis(NamedTuple):
-    """The units along one axis of a parameter.
-
-    ``family[i]`` is the number of the set of units that may change places with the unit of entry i, or -1 where the
-    entry must stay; ``member[i]`` is the number of the unit in that set.
-    """
-
-    family: list[int]
-    member: list[int]
+from fastws.symmetry.units import OUTPUT
 
 
 class Traced(NamedTuple):
     axes: dict[str, tuple[Axis, ...]]  # of every floating tensor of the state dict
     sizes: list[int]  # of the families
-    notes: dict[tuple[str, int], str]  # tensor and axis that an operation holds still, and why
+    notes: dict[tuple[str, int], Note]  # tensor and axis of which something stays, and why
     random: bool  # whether the module drew random numbers
 
 
@@ -86,22 +77,8 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
     for name, fields in parameters.items():
         for field in fields:
             (axis,) = moving(field)
-            notes[name, axis] = note(tracer, field.flatten(), axes[name][axis], sizes)
-    return Traced(axes, sizes, {place: text for place, text in notes.items() if text}, tracer.random)
-
-
-def note(tracer: Tracer, names: Tensor, axis: Axis, sizes: list[int]) -> str:
-    """Why units of an axis stay; "" for a natural reason, such as the order of inputs and outputs."""
-    still = torch.tensor([family < 0 or sizes[family] < 2 for family in axis.family])
-    reasons = tracer.units.why(names[still])
-    if still.all() and not reasons and min(axis.family) >= 0:
-        reasons = [ORDERED]
-    part = "" if still.all() else f"{int(still.sum())} of {len(still)} entries: "
-    return part + " and ".join(reasons) if reasons else ""
-
-
-ORDERED = "other layers bring its units in another order or into other groups, so that each has a place of its own"
-UNREACHED = "function kept only for inputs like these, for the example inputs do not reach it"
+            notes[name, axis] = note(tracer.units, field.flatten(), axes[name][axis], sizes)
+    return Traced(axes, sizes, {place: found for place, found in notes.items() if found}, tracer.random)
 
 
 def trace(
@@ -161,7 +138,7 @@ def watch(module: nn.Module, examples: Sequence[Example], tracer: Tracer, double
                 tracer.spring(tensor)
                 tracer.reach([tensor])
                 for field in tracer.fields(tensor):
-                    tracer.units.hold(field)
+                    tracer.units.hold(field, OUTPUT)
         tracer.units.hold(tracer.units.unreached(), UNREACHED)
         traced = collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
     moved = {family for family, size in enumerate(traced.sizes) if size > 1}

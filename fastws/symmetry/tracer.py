@@ -19,68 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastws.symmetry.units import MET, Units
+
 Fields = list[Tensor]
 
 
 def moving(field: Tensor) -> list[int]:
     """The axes that a field varies over."""
     return [axis for axis, size in enumerate(field.shape) if size > 1]
-
-
-class Units:
-    """Disjoint sets of units. The smallest number of a set stands for it."""
-
-    def __init__(self):
-        self.parent = torch.zeros(1, dtype=torch.int64)
-        self.reached = torch.zeros(1, dtype=torch.bool)  # by name: whether an operation computes with it
-        self.reasons: dict[int, str] = {}  # unit that was held still: why
-
-    def new(self, count: int) -> Tensor:
-        units = torch.arange(len(self.parent), len(self.parent) + count)
-        self.parent = torch.cat([self.parent, units])
-        self.reached = torch.cat([self.reached, torch.zeros(count, dtype=torch.bool)])
-        return units
-
-    def unreached(self) -> Tensor:
-        """The units no name of which an operation computes with."""
-        units = self.find(torch.arange(len(self.parent)))
-        counts = torch.zeros_like(units).scatter_add_(0, units, self.reached.long())
-        return torch.arange(len(units))[(counts[units] == 0) & (units > 0)]
-
-    def find(self, units: Tensor) -> Tensor:
-        while True:
-            above = self.parent[units]
-            if torch.equal(above, units):
-                return units
-            units = above
-
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        a, b = (x.reshape(-1) for x in torch.broadcast_tensors(a, b))
-        while True:
-            a, b = self.find(a), self.find(b)
-            low, high = torch.minimum(a, b), torch.maximum(a, b)
-            if torch.equal(low, high):
-                return
-            self.parent.scatter_reduce_(0, high, low, "amin")
-
-    def hold(self, units: Tensor, reason: str = "") -> None:
-        """Units that must not move. Only a reason that a user may want to know is kept."""
-        units = self.find(units).unique()
-        units = units[units > 0]
-        self.parent[units] = 0
-        if reason:
-            self.reasons.update((unit, reason) for unit in units.tolist())
-
-    def why(self, names: Tensor) -> list[str]:
-        """The different reasons why units are held still, but for natural ones."""
-        reasons: dict[str, None] = {}
-        while len(names):
-            names = names[names > 0].unique()
-            known = torch.tensor([name in self.reasons for name in names.tolist()], dtype=torch.bool)
-            reasons |= dict.fromkeys(self.reasons[name] for name in names[known].tolist())
-            names = names[~known]
-            names = self.parent[names][self.parent[names] != names]
-        return list(reasons)
 
 
 @dataclass
@@ -99,6 +45,12 @@ class Call:
         return self.args[0]
 
     @property
+    def spoken(self) -> str:
+        """The operation as users of torch call it."""
+        name = base_name(self.function).strip("_")
+        return SPOKEN.get(name, name)
+
+    @property
     def results(self) -> list[Tensor]:
         return list(tensors_in(self.output))
 
@@ -112,6 +64,18 @@ class Call:
         axes = self.get("dim")
         axes = [axes] if isinstance(axes, int) else axes
         return [axis % max(1, self.x.dim()) for axis in axes] if axes else list(range(self.x.dim()))
+
+
+SPOKEN = {
+    "select": "an index",
+    "slice": "a slice",
+    "index": "a list of indices",
+    "index_put": "a list of indices",
+    "unbind": "unbind or a loop",
+    "fft_c2c": "fft",
+    "fft_r2c": "rfft",
+    "fft_c2r": "irfft",
+}
 
 
 def base_name(function: torch._ops.OpOverload) -> str:
@@ -200,7 +164,7 @@ class Tracer(TorchDispatchMode):
         for argument in function._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for part in tensors_in(call.get(argument.name)):
-                    self.distrust_around(part, str(function))
+                    self.distrust_around(part, f"{call.spoken} changes a part of it in place")
         return call.output
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
@@ -286,7 +250,7 @@ class Tracer(TorchDispatchMode):
                 simple.append(field)
         return simple
 
-    def still(self, field: Tensor, axes: Iterable[int], reason: str = "") -> Fields:
+    def still(self, field: Tensor, axes: Iterable[int], reason: str = MET) -> Fields:
         """What is left of a field when nothing may move along ``axes``."""
         left = set(moving(field)) - set(axes)
         if not left:
@@ -304,7 +268,7 @@ class Tracer(TorchDispatchMode):
             result += self.still(field, others) if others and axes & {first, *others} else [field]
         return result
 
-    def without(self, fields: Fields, axes: Iterable[int], reason: str = "") -> Fields:
+    def without(self, fields: Fields, axes: Iterable[int], reason: str) -> Fields:
         """Fields for an operation that forbids moving entries along ``axes``."""
         axes = set(axes)
         mixed = self.outermost(fields, axes)
@@ -353,5 +317,5 @@ class Tracer(TorchDispatchMode):
 def not_understood(tracer: Tracer, call: Call) -> list[Fields]:
     for tensor in tensors_in((call.args, call.kwargs)):
         for field in tracer.fields(tensor):
-            tracer.units.hold(field, f"{call.function} is not understood")
+            tracer.units.hold(field, f"{call.spoken} is not understood")
     return [[] for _ in call.results]

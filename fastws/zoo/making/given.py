@@ -24,7 +24,7 @@ def make_network(architecture: str, image_shape: tuple[int, int, int], num_class
     Raises:
         ValueError: If there is no such architecture, module or function, or it returns something else.
     """
-    images = torch.zeros(1, *image_shape)
+    images = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0))  # zeros would hide weights
     if ":" not in architecture:
         # dropout and activations have no weights; relu is what all architectures can have
         return build(architecture, image_shape, num_classes=num_classes, activation="relu"), images

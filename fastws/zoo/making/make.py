@@ -210,7 +210,8 @@ def make_part(config: Config, job: Job, path: Path) -> Zoo:
 
 def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
     network = job.plan.build()
-    symmetry = Symmetry.trace(network, torch.zeros(1, *job.plan.image_shape))
+    images = torch.randn(1, *job.plan.image_shape, generator=torch.Generator().manual_seed(0))
+    symmetry = Symmetry.trace(network, images)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}
     models = [recipe.model for recipe in job.recipes]
     return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype], models=models)
