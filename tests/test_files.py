@@ -1,9 +1,15 @@
 """Checkpoint files as others write them: names, keys, dtypes, and what is no checkpoint."""
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
+import tarfile
 import warnings
+import zipfile
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -15,6 +21,7 @@ from fastws.files.checkpoints import load_checkpoint, open_checkpoint
 from fastws.files.names import plain_names
 from fastws.nern.teachers import load_teacher, make_architecture
 from fastws.zoo import Zoo, read_checkpoints
+from fastws.zoo.readers.collect import read_report
 
 
 def network():
@@ -302,3 +309,117 @@ def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, make, senten
     save({"a": torch.ones(2, 2), "b": torch.ones(3)}, tmp_path / "b.pt")
     with pytest.warns(UserWarning, match="1 of 2 states left out: 1 unreadable"):
         read_checkpoints([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "zoo")
+
+
+# --- files of other kinds
+
+
+def archive(*names):
+    def write(path):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name in names:
+                file.writestr(name, "{}")
+
+    return write
+
+
+def packed(pack):
+    return lambda path: path.write_bytes(pack(b"weights" * 100))
+
+
+def tarred(path):
+    (path.parent / "inner").write_text("weights")
+    with tarfile.open(path, "w") as file:
+        file.add(path.parent / "inner", "inner")
+
+
+def exported(path):
+    program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
+    torch.export.save(program, path.with_suffix(".pt2"))  # which insists on the suffix
+    path.with_suffix(".pt2").rename(path)
+
+
+def scripted(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripts are of another time
+        torch.jit.script(nn.Linear(3, 2)).save(path)
+
+
+def save_npz(path):
+    with open(path, "wb") as file:
+        numpy.savez(file, w=numpy.ones(3))
+
+
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 44669845\n"
+ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.0.0:\xa3\x01\n"  # version 8, producer, its version, graph
+SHARED = {  # what neither a torch file nor a safetensors file is: how it begins, and what is said of it
+    "LFS": (lambda path: path.write_text(LFS), "a Git LFS pointer, .*; fetch that with git lfs pull"),
+    "annex": (lambda path: path.write_text("/annex/objects/MD5E-s5--0.pt\n"), "a git-annex pointer, .* git annex get"),
+    "page": (
+        lambda path: path.write_text("\n<!DOCTYPE html><html>login</html>"),
+        "a web page; download the file again",
+    ),
+    "error": (lambda path: path.write_text('<?xml version="1.0"?><Error/>'), "an XML document, as servers answer"),
+    "JSON": (lambda path: path.write_text('{"error": "not found, or private"}'), "text in JSON"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + bytes(100)), "a GGUF file of llama.cpp; .*gguf_file="),
+    "HDF5": (
+        lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)),
+        "an HDF5 file, as Keras writes; load",
+    ),
+    "Keras": (archive("metadata.json", "config.json", "model.weights.h5"), "a Keras archive; load it with Keras"),
+    "ONNX": (lambda path: path.write_bytes(ONNX + bytes(100)), "an ONNX model; read its initializers"),
+    "Flax": (lambda path: path.write_bytes(b"\x82\xa6params\x81\xa5Dense\xc0"), "a msgpack file, as Flax writes; read"),
+    "npz": (save_npz, "an npz archive of numpy; read it with numpy.load"),
+    "npy": (lambda path: path.write_bytes(b"\x93NUMPY\1\0v\0{}"), "an array of numpy"),
+    "export": (exported, "a torch.export program; save torch.export.load.<file>..state_dict"),
+    "script": (scripted, "a TorchScript program; save torch.jit.load.<file>..state_dict"),
+    "gzip": (packed(gzip.compress), "a file that is packed with gzip; unpack it with gunzip"),
+    "bzip2": (packed(bz2.compress), "a file that is packed with bzip2"),
+    "xz": (packed(lzma.compress), "a file that is packed with xz"),
+    "tar": (tarred, "a tar archive; unpack it with tar -xf"),
+    "Lite": (lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(40)), "a TensorFlow Lite model"),
+    "empty": (lambda path: path.write_bytes(b""), "nothing, for the file is empty; copy it again"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("write, sentence", SHARED.values(), ids=SHARED)
+def test_files_of_other_kinds_are_called_by_their_names(tmp_path, write, sentence, suffix):
+    file = tmp_path / f"a.{suffix}"
+    write(file)
+    for read in (load_checkpoint, fastws.Layout.from_checkpoint):
+        with pytest.raises(
+            ValueError, match=rf"a.{suffix}: file must be a (whole torch|safetensors) file, got {sentence}"
+        ):
+            read(file)
+    save(WEIGHTS, tmp_path / "b.pt")
+    with pytest.warns(UserWarning, match="1 of 2 states left out: 1 unreadable"):
+        zoo = read_checkpoints([file, tmp_path / "b.pt"], tmp_path / "zoo")
+    assert [entry.state for entry in read_report(zoo.path).bad] == [str(file)]
+
+
+def test_files_with_the_suffix_of_the_other_format_are_told_so(tmp_path):
+    save(WEIGHTS, tmp_path / "a.pt").rename(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="got a torch file; give it a name that ends in .pt"):
+        load_checkpoint(tmp_path / "b.safetensors")
+    save(WEIGHTS, tmp_path / "a.safetensors").rename(tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="got a safetensors file; give it a name that ends in .safetensors"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+FOLDERS = {
+    "distributed": ([".metadata", "__0_0.distcp"], "a folder of torch.distributed.checkpoint; .*dcp_to_torch"),
+    "DeepSpeed": (["mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint; convert it with python zero_to_fp32.py"),
+    "DeepSpeed, whole": (["latest", "zero_to_fp32.py"], "a DeepSpeed checkpoint; convert it with"),
+    "SavedModel": (["saved_model.pb", "fingerprint.pb"], "a SavedModel of TensorFlow"),
+    "Orbax": (["_CHECKPOINT_METADATA", "manifest.ocdbt"], "an Orbax checkpoint"),
+}
+
+
+@pytest.mark.parametrize("names, sentence", FOLDERS.values(), ids=FOLDERS)
+def test_folders_of_other_libraries_are_called_by_their_names(tmp_path, names, sentence):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    for read in (load_checkpoint, fastws.Layout.from_checkpoint):
+        with pytest.raises(ValueError, match=f"checkpoint must be a file, got {sentence}"):
+            read(tmp_path)

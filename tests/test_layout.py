@@ -421,7 +421,7 @@ def test_damaged_safetensors_get_one_sentence(tmp_path, header, size, sentence):
 
 def test_truncated_headers_get_one_sentence(tmp_path):
     path = tmp_path / "a.safetensors"
-    for content in (b"", b"\x01\x02", struct.pack("<Q", 1000) + b"{}", struct.pack("<Q", 2**63) + b"{}"):
+    for content in (b"\x01\x02", struct.pack("<Q", 1000) + b"{}", struct.pack("<Q", 2**63) + b"{}"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="a.safetensors: header must fit into the file"):
             Layout.from_checkpoint(path)

@@ -1,5 +1,6 @@
 """Checkpoint files: what tensors they hold, without loading them, and their tensors, without unpickling anything."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fastws.files import json
+from fastws.files.kinds import find_folder_kind
 from fastws.files.names import unwrap_names
 from fastws.files.safetensors import Header, open_tensors, read_safetensors_header, read_ties
 from fastws.files.state_dict import State, describe_value, find_state, holds_tensors
@@ -143,12 +145,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If the folder holds none under their names.
+        ValueError: If it is that of another library, which is named.
     """
     path = Path(path)
     if not path.is_dir():
         return path
     found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
     if found is None:
+        if kind := find_folder_kind(os.listdir(path)):
+            raise ValueError(f"{path}: checkpoint must be a file, got {kind}")
         what = f"a file, or a folder with one of {', '.join(FOLDER_FILES)}"
         raise FileNotFoundError(f"{path}: checkpoint must be {what}, got a folder without")
     return found

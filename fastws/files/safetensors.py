@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastws.files import json
+from fastws.files.kinds import find_kind
 from fastws.files.limits import open_regular
 from fastws.files.values import MAX_AXES
 from fastws.terminal import shorten
@@ -76,12 +77,21 @@ def read_description(path: Path) -> tuple[dict, int, int]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
+            require_safetensors(path)
             raise ValueError(f"{path}: header must fit into the file, got {length} of {size} bytes; copy it again")
         text = file.read(length)
+    if not text.startswith(b"{"):
+        require_safetensors(path)
     described = json.parse(text, f"{path}: header")
     if not isinstance(described, dict):
         raise ValueError(f"{path}: header must be that of a safetensors file, got a {type(described).__name__}")
     return described, 8 + length, size
+
+
+def require_safetensors(path: Path) -> None:
+    """Raises ValueError if the first bytes say that a file is of another kind, which is named."""
+    if kind := find_kind(path, "safetensors"):
+        raise ValueError(f"{path}: file must be a safetensors file, got {kind}")
 
 
 def parse_tensor(where: str, entry: object, data: int) -> Header:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastws.files.kinds import find_kind
 from fastws.files.limits import DAMAGED, open_regular, room
 from fastws.files.unpickle import Unpickler
 from fastws.files.values import Refused, StoredTensor
@@ -68,7 +69,8 @@ class TorchFile:
         except Refused as error:
             raise Refused(f"{self.path}: {error}", error.published) from error
         except NOT_A_TORCH_FILE as error:
-            raise ValueError(f"{self.path}: file must be a whole torch file, got {in_words(error)}") from error
+            got = find_kind(self.path, "torch") or in_words(error)
+            raise ValueError(f"{self.path}: file must be a whole torch file, got {got}") from error
 
     def _open(self) -> tuple[object, dict[str, Place]]:
         if self.buffer[:4] == ZIP:
