@@ -4,14 +4,13 @@
 #include <cstdint>
 
 #include "cpu/small_cnn.h"
+#include "small_cnn_table.h"
 
 // Elementwise functions of vectors whose lanes are networks. Those of floats are polynomials, fitted to about a tenth
 // of the spacing of floats; those of doubles call the C library lane by lane.
 
 namespace fastws {
 namespace {
-
-enum Activation { kTanh, kRelu, kSigmoid, kGelu };
 
 template <typename real_t, int kBytes>
 struct Functions {

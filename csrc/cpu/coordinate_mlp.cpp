@@ -169,10 +169,14 @@ struct Predict<torch::headeronly::BFloat16, float, 64> {
 #endif
 
 // Room for what the backward pass would compute again; enough for panels of any width.
+std::array<int64_t, 3> kept_shape(const Arguments& a) {
+  return {2 * (a.depth + 1), round_up(a.count, 32), round_up(std::max(a.width, a.outputs), 96)};
+}
+
 Tensor new_kept(const Tensor& like, const Arguments& a, bool keep) {
-  const ScalarType dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (!keep) return new_empty(like, {0}, dtype);
-  return new_empty(like, {2 * (a.depth + 1), round_up(a.count, 32), round_up(std::max(a.width, a.outputs), 96)}, dtype);
+  const auto [layers, rows, columns] = kept_shape(a);
+  const ScalarType dtype = sum_dtype(like.scalar_type());
+  return keep ? new_empty(like, {layers, rows, columns}, dtype) : new_empty(like, {0}, dtype);
 }
 
 std::tuple<Tensor, Tensor> coordinate_mlp_cpu(const Tensor& layer_table, const Tensor& filter_table,
@@ -182,6 +186,7 @@ std::tuple<Tensor, Tensor> coordinate_mlp_cpu(const Tensor& layer_table, const T
                                               bool keep) {
   const Arguments a(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, out_weight,
                     out_bias);
+  a.check("coordinate_mlp", activation);
   const Tensor predictions = new_empty(layer_table, {a.count, a.outputs}), kept = new_kept(layer_table, a, keep);
   if (a.count == 0) return {predictions, kept};
 
@@ -237,13 +242,19 @@ Vectors<typename Lanes<real_t, kBytes>::V> sum_gradients(const Mlp<real_t, kByte
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients coordinate_mlp_backward_cpu(const Tensor& grad_, const Tensor& kept, const Tensor& layer_table,
+Gradients coordinate_mlp_backward_cpu(const Tensor& grad_, const Tensor& kept_, const Tensor& layer_table,
                                       const Tensor& filter_table, const Tensor& channel_table, const Tensor& grid,
                                       const Tensor& rows, const Tensor& hidden_weights, const Tensor& hidden_biases,
                                       const Tensor& out_weight, const Tensor& out_bias, int64_t activation) {
   const Arguments a(layer_table, filter_table, channel_table, grid, rows, hidden_weights, hidden_biases, out_weight,
                     out_bias);
-  const Tensor grad = as_contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_), kept = as_contiguous(kept_);
+  a.check("coordinate_mlp_backward", activation);
+  check_tensor("coordinate_mlp_backward", "grad", grad, a.tables[0].scalar_type(), {a.count, a.outputs});
+  const auto [kept_layers, kept_rows, kept_columns] = kept_shape(a);
+  const ScalarType kept_dtype = sum_dtype(grad.scalar_type());
+  if (kept.numel() > 0)
+    check_tensor("coordinate_mlp_backward", "kept", kept, kept_dtype, {kept_layers, kept_rows, kept_columns});
   const std::array<Tensor, 3> grad_tables = {torch::stable::empty_like(a.tables[0]),
                                              torch::stable::empty_like(a.tables[1]),
                                              torch::stable::empty_like(a.tables[2])};

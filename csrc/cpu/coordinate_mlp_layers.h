@@ -11,6 +11,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/panels.h"
+#include "cpu/trust.h"
 
 // An MLP on coordinates in the form in which blocks of rows run through it.
 
@@ -19,6 +20,7 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t kMostKernels = int64_t(1) << 62;
 constexpr int64_t kBlock = 256 * 1024;  // bytes of activations that layers hand on, in the second-level cache
 
 // What half precision is computed in.
@@ -45,6 +47,45 @@ struct Arguments {
         width(tables[0].size(1)),
         depth(hidden_weights.size(0)),
         outputs(out_bias.size(0)) {}
+
+  // Looks at all that is read by index.
+  void check(const char* op, int64_t activation) const {
+    const auto dtype = tables[0].scalar_type();
+    const char* const names[] = {"layer_table", "filter_table", "channel_table"};
+    for (int axis = 0; axis < 3; ++axis) {
+      check_tensor(op, names[axis], tables[axis], dtype, {kAny, width});
+      STD_TORCH_CHECK(tables[axis].numel() > 0, op, ": ", names[axis], " must not be empty, got ",
+                      shape_of(tables[axis].sizes()));
+    }
+    check_tensor(op, "grid", grid, torch::headeronly::ScalarType::Long, {kAny, 2});
+    check_tensor(op, "rows", rows, torch::headeronly::ScalarType::Long, {kAny});
+    check_tensor(op, "hidden_weights", hidden_weights, dtype, {depth, width, width});
+    check_tensor(op, "hidden_biases", hidden_biases, dtype, {depth, width});
+    check_tensor(op, "out_weight", out_weight, dtype, {outputs, width});
+    check_tensor(op, "out_bias", out_bias, dtype, {outputs});
+    STD_TORCH_CHECK(outputs > 0, op, ": out_bias must hold at least 1 number, got 0");
+    constexpr int64_t kLast = int64_t(Finish::kElu);
+    STD_TORCH_CHECK(0 <= activation && activation <= kLast, op, ": activation must be in [0, ", kLast, "], got ",
+                    activation);
+    check_range(op, "rows", rows.const_data_ptr<int64_t>(), count, 0, count_kernels(op));
+  }
+
+ private:
+  int64_t count_kernels(const char* op) const {
+    const int64_t layers = grid.size(0), *sizes = grid.const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(layers <= tables[0].size(0), op, ": layer_table must have a row for each of ", layers,
+                    " layers, got ", tables[0].size(0));
+    int64_t kernels = 0;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const int64_t filters = sizes[2 * layer], channels = sizes[2 * layer + 1];
+      const bool lies = 0 < filters && filters <= tables[1].size(0) && 0 < channels && channels <= tables[2].size(0) &&
+                        filters <= (kMostKernels - kernels) / channels;
+      STD_TORCH_CHECK(lies, op, ": grid must have 1 to ", tables[1].size(0), " filters and 1 to ", tables[2].size(0),
+                      " channels in a layer, as there are in the tables, got ", filters, " and ", channels);
+      kernels += filters * channels;
+    }
+    return kernels;
+  }
 };
 
 // A matrix and a bias in tiles. Padding is zero, which all activations keep.

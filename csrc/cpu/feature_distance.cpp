@@ -10,6 +10,7 @@
 #include "cpu/clones.h"
 #include "cpu/convert.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -71,12 +72,17 @@ double distance_of(const Sums& sums) {
   return scale_a * scale_t * (sums.apart - longer);
 }
 
+void check_maps(const char* op, const Tensor& student, const Tensor& teacher) {
+  check_tensor(op, "student", student, student.scalar_type(), {kAny, kAny});
+  check_like(op, "teacher", teacher, student);
+}
+
 std::tuple<Tensor, Tensor> feature_distance_cpu(const Tensor& student_, const Tensor& teacher_, double weight) {
   using torch::headeronly::ScalarType;
   const Tensor student = as_contiguous(student_), teacher = as_contiguous(teacher_);
+  check_maps("feature_distance", student, teacher);
   const int64_t batch = student.size(0), size = student.size(1);
-  const bool is_double = student.scalar_type() == ScalarType::Double;
-  const Tensor distance = torch::stable::new_empty(student, {}, is_double ? ScalarType::Double : ScalarType::Float);
+  const Tensor distance = torch::stable::new_empty(student, {}, sum_dtype(student.scalar_type()));
   const Tensor sums = torch::stable::new_empty(student, {batch, 3}, ScalarType::Double);
 
   dispatch_floating(student.scalar_type(), "feature_distance", [&]<typename scalar_t>() {
@@ -95,7 +101,10 @@ Tensor feature_distance_backward_cpu(const Tensor& grad, const Tensor& student_,
                                      const Tensor& sums_, double weight) {
   const Tensor student = as_contiguous(student_), teacher = as_contiguous(teacher_);
   const Tensor sums = as_contiguous(sums_);
+  check_maps("feature_distance_backward", student, teacher);
   const int64_t batch = student.size(0), size = student.size(1);
+  check_tensor("feature_distance_backward", "grad", grad, sum_dtype(student.scalar_type()), {});
+  check_tensor("feature_distance_backward", "sums", sums, torch::headeronly::ScalarType::Double, {batch, 3});
   const Tensor gradient = new_empty(student, {batch, size});
 
   dispatch_floating(student.scalar_type(), "feature_distance_backward", [&]<typename scalar_t>() {

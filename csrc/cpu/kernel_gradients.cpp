@@ -12,6 +12,7 @@
 #include "cpu/convert.h"
 #include "cpu/memory.h"
 #include "cpu/panels.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 // The gradient of one kernel is a sum over the entries of two planes: a channel of the inputs, shifted nine times, and
@@ -163,10 +164,25 @@ void compute(const Tensor& inputs, const Tensor& grad, const Tensor& kernels, in
     compute_with<scalar_t, real_t, kNarrow>(inputs, grad, kernels, stride, result);
 }
 
+void check(const char* op, const Tensor& inputs, const Tensor& grad, const Tensor& kernels, int64_t stride) {
+  const ScalarType dtype = inputs.scalar_type();
+  const bool known = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16;
+  STD_TORCH_CHECK(known, op, ": inputs must be Float, Double or BFloat16, got ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2, got ", stride);
+  check_tensor(op, "inputs", inputs, dtype, {kAny, kAny, kAny, kAny});
+  STD_TORCH_CHECK(inputs.numel() > 0, op, ": inputs must not be empty, got ", shape_of(inputs.sizes()));
+  const auto outputs = [=](int64_t size) { return (size + stride - 1) / stride; };
+  check_tensor(op, "grad", grad, dtype, {inputs.size(0), outputs(inputs.size(1)), outputs(inputs.size(2)), kAny});
+  check_tensor(op, "kernels", kernels, ScalarType::Long, {kAny});
+  const int64_t all = grad.size(3) * inputs.size(3);
+  check_range(op, "kernels", kernels.const_data_ptr<int64_t>(), kernels.size(0), 0, all);
+}
+
 Tensor kernel_gradients_cpu(const Tensor& inputs_, const Tensor& grad_, const Tensor& kernels_, int64_t stride) {
   const Tensor inputs = as_contiguous(inputs_), grad = as_contiguous(grad_);
   const Tensor kernels = as_contiguous(kernels_);
-  const ScalarType dtype = inputs.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check("kernel_gradients", inputs, grad, kernels, stride);
+  const ScalarType dtype = sum_dtype(inputs.scalar_type());
   const Tensor result = torch::stable::new_empty(inputs, {kernels.size(0), 3, 3}, dtype);
   if (dtype == ScalarType::Double)
     compute<double, double>(inputs, grad, kernels, stride, result);

@@ -10,11 +10,14 @@
 #include "cpu/kernel_order_nearest.h"
 #include "cpu/kernel_order_path.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 
 namespace fastws {
 namespace {
 
 using torch::stable::Tensor;
+
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;
 
 // Rows of which each is there once, and where equal ones are. A search among many equal rows would have to look at all
 // of them, and the smallest number wins.
@@ -108,7 +111,9 @@ void order_rows(const float* rows, int64_t count, int64_t d, bool improved, int6
 
 Tensor kernel_order_cpu(const Tensor& rows_, bool improve) {
   const Tensor rows = as_contiguous(rows_);
+  check_tensor("kernel_order", "rows", rows, torch::headeronly::ScalarType::Float, {kAny, kAny, kAny});
   const int64_t batch = rows.size(0), count = rows.size(1), d = rows.size(2);
+  STD_TORCH_CHECK(count <= kMostRows, "kernel_order: rows must be at most 2**31 - 1, got ", count);
   const Tensor order = torch::stable::new_empty(rows, {batch, count}, torch::headeronly::ScalarType::Long);
   if (count == 0) return order;
 

@@ -14,6 +14,7 @@
 
 #include "cpu/clones.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -308,9 +309,20 @@ void describe_all(const scalar_t* flat, int64_t batch, int64_t num_weights, cons
   });
 }
 
+void check_segments(const int64_t* offsets, int64_t segments, int64_t num_weights) {
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    const int64_t begin = offsets[2 * segment], end = offsets[2 * segment + 1];
+    STD_TORCH_CHECK(0 <= begin && begin <= end && end <= num_weights, "layer_statistics: offsets[", segment,
+                    "] must have 0 <= begin <= end <= ", num_weights, ", got [", begin, ", ", end, "]");
+  }
+}
+
 Tensor layer_statistics_cpu(const Tensor& flat_, const Tensor& offsets_) {
   const Tensor flat = as_contiguous(flat_), offsets = as_contiguous(offsets_);
+  check_tensor("layer_statistics", "flat", flat, flat.scalar_type(), {kAny, kAny});
+  check_tensor("layer_statistics", "offsets", offsets, torch::headeronly::ScalarType::Long, {kAny, 2});
   const int64_t batch = flat.size(0), segments = offsets.size(0);
+  check_segments(offsets.const_data_ptr<int64_t>(), segments, flat.size(1));
   const Tensor statistics =
       torch::stable::new_empty(flat, {batch, segments, kStatistics}, torch::headeronly::ScalarType::Double);
 

@@ -9,6 +9,7 @@
 
 #include "cpu/clones.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -96,18 +97,27 @@ void check_offsets(const char* op, const int64_t* offsets, int64_t layers, int64
   }
 }
 
+void check_layers(const char* op, const Tensor& prediction, const Tensor& target, const Tensor& offsets,
+                  const Tensor& sigma, const Tensor& share) {
+  const auto dtype = prediction.scalar_type();
+  check_tensor(op, "prediction", prediction, dtype, {kAny, kAny});
+  check_like(op, "target", target, prediction);
+  check_tensor(op, "offsets", offsets, torch::headeronly::ScalarType::Long, {kAny, 2});
+  check_tensor(op, "sigma", sigma, sum_dtype(dtype), {offsets.size(0)});
+  check_tensor(op, "share", share, sum_dtype(dtype), {offsets.size(0)});
+  check_offsets(op, offsets.const_data_ptr<int64_t>(), offsets.size(0), prediction.size(1));
+}
+
 template <typename scalar_t>
-Networks<scalar_t> make_networks(const char* op, const Tensor& prediction, const Tensor& target, const Tensor& offsets,
+Networks<scalar_t> make_networks(const Tensor& prediction, const Tensor& target, const Tensor& offsets,
                                  const Tensor& sigma, double clip) {
-  const Networks<scalar_t> networks = {.prediction = prediction.const_data_ptr<scalar_t>(),
-                                       .target = target.const_data_ptr<scalar_t>(),
-                                       .size = prediction.size(1),
-                                       .offsets = offsets.const_data_ptr<int64_t>(),
-                                       .sigma = sigma.const_data_ptr<sum_type<scalar_t>>(),
-                                       .layers = offsets.size(0),
-                                       .clip = sum_type<scalar_t>(clip)};
-  check_offsets(op, networks.offsets, networks.layers, networks.size);
-  return networks;
+  return {.prediction = prediction.const_data_ptr<scalar_t>(),
+          .target = target.const_data_ptr<scalar_t>(),
+          .size = prediction.size(1),
+          .offsets = offsets.const_data_ptr<int64_t>(),
+          .sigma = sigma.const_data_ptr<sum_type<scalar_t>>(),
+          .layers = offsets.size(0),
+          .clip = sum_type<scalar_t>(clip)};
 }
 
 // Networks per task.
@@ -118,12 +128,13 @@ std::tuple<Tensor, Tensor> layerwise_mse_cpu(const Tensor& prediction_, const Te
   const Tensor prediction = as_contiguous(prediction_), target = as_contiguous(target_);
   const Tensor offsets = as_contiguous(offsets_), sigma = as_contiguous(sigma_);
   const Tensor share = as_contiguous(share_);
+  check_layers("layerwise_mse", prediction, target, offsets, sigma, share);
   const int64_t batch = prediction.size(0), layers = offsets.size(0);
   const Tensor loss = torch::stable::new_empty(sigma, {}), sums = torch::stable::new_empty(sigma, {layers});
 
   dispatch_floating(prediction.scalar_type(), "layerwise_mse", [&]<typename scalar_t>() {
     using sum_t = sum_type<scalar_t>;
-    const auto networks = make_networks<scalar_t>("layerwise_mse", prediction, target, offsets, sigma, clip);
+    const auto networks = make_networks<scalar_t>(prediction, target, offsets, sigma, clip);
     std::vector<double> parts(batch * layers);  // added in order: the result does not depend on the threads
     torch::stable::parallel_for(0, batch, grain_of(networks.size), [&](int64_t begin, int64_t end) {
       layer_sums<scalar_t>(networks, begin, end, parts.data());
@@ -146,11 +157,13 @@ Tensor layerwise_mse_backward_cpu(const Tensor& grad, const Tensor& prediction_,
   const Tensor prediction = as_contiguous(prediction_), target = as_contiguous(target_);
   const Tensor offsets = as_contiguous(offsets_), sigma = as_contiguous(sigma_);
   const Tensor share = as_contiguous(share_);
+  check_layers("layerwise_mse_backward", prediction, target, offsets, sigma, share);
+  check_tensor("layerwise_mse_backward", "grad", grad, sigma.scalar_type(), {});
   const Tensor grad_prediction = new_empty(prediction, {prediction.size(0), prediction.size(1)});
 
   dispatch_floating(prediction.scalar_type(), "layerwise_mse_backward", [&]<typename scalar_t>() {
     using sum_t = sum_type<scalar_t>;
-    const auto networks = make_networks<scalar_t>("layerwise_mse", prediction, target, offsets, sigma, clip);
+    const auto networks = make_networks<scalar_t>(prediction, target, offsets, sigma, clip);
     std::vector<sum_t> slopes(networks.layers);
     for (int64_t l = 0; l < networks.layers; ++l)
       slopes[l] = 2 * *grad.const_data_ptr<sum_t>() * share.const_data_ptr<sum_t>()[l] / networks.sigma[l];

@@ -8,14 +8,17 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "cpu/clones.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 
 namespace fastws {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kLanes = 8;     // units of a target side by side
@@ -23,18 +26,21 @@ constexpr int64_t kRows = 4;      // units of a network whose products are added
 constexpr int64_t kSweeps = 100;  // at most; a few are enough
 constexpr double kNoise = 1e-6;   // gains below this share of the similarities are rounding
 
-// The columns of the table of groups.
-enum GroupColumn : int64_t { kSize, kLength, kFirst, kFirstPart, kParts, kMayFlip, kGroupColumns };
-// The columns of the table of parts: weights of a unit that lie in one tensor. ``kOther`` is the group of that tensor's
-// other axis, or -1; its units are blocks of kBlock weights, kBefore times one behind the other.
-enum PartColumn : int64_t { kStart, kWidth, kOther, kBefore, kBlock, kNegated, kPartColumns };
+// A row of the table of groups, as fastws/ops/matched_distance.py has it: units that move together.
+struct Group {
+  int64_t size, length, first, first_part, parts, may_flip;
+};
+
+// A row of the table of parts: weights of a unit that lie in one tensor. `other` is the group of that tensor's other
+// axis, or -1; its units are blocks of `block` weights, `before` times one behind the other.
+struct Part {
+  int64_t start, width, other, before, block, negated;
+};
 
 struct Tables {
-  const int64_t *groups, *parts;
-  int64_t num_groups, packed;  // weights of a packed network
-
-  int64_t group(int64_t g, GroupColumn column) const { return groups[g * kGroupColumns + column]; }
-  int64_t part(int64_t p, PartColumn column) const { return parts[p * kPartColumns + column]; }
+  const Group* groups;
+  const Part* parts;
+  int64_t num_groups, num_parts, packed;  // packed: weights of a packed network
 };
 
 typedef float Units __attribute__((vector_size(kLanes * sizeof(float))));
@@ -162,11 +168,11 @@ class Matcher {
   void aim(const float* target) {
     columns_.resize(tables_.num_groups);
     for (int64_t g = 0; g < tables_.num_groups; ++g) {
-      const int64_t n = tables_.group(g, kSize), length = tables_.group(g, kLength), padded = pad(n);
+      const Group& group = tables_.groups[g];
+      const int64_t n = group.size, length = group.length, padded = pad(n);
       columns_[g].assign(length * padded, 0.0f);
       for (int64_t j = 0; j < n; ++j)
-        for (int64_t l = 0; l < length; ++l)
-          columns_[g][l * padded + j] = target[tables_.group(g, kFirst) + j * length + l];
+        for (int64_t l = 0; l < length; ++l) columns_[g][l * padded + j] = target[group.first + j * length + l];
     }
   }
 
@@ -179,11 +185,9 @@ class Matcher {
         const int64_t g = sweep % 2 ? tables_.num_groups - 1 - k : k;
         if (!waiting_[g]) continue;
         waiting_[g] = 0, --left;
-        if (!improve(network, g, may_flip && tables_.group(g, kMayFlip))) continue;
-        for (int64_t p = 0; p < tables_.group(g, kParts); ++p) {
-          const int64_t other = tables_.part(tables_.group(g, kFirstPart) + p, kOther);
-          if (other >= 0 && !waiting_[other]) waiting_[other] = 1, ++left;
-        }
+        if (!improve(network, g, may_flip && tables_.groups[g].may_flip)) continue;
+        for (const Part& part : parts_of(tables_.groups[g]))
+          if (part.other >= 0 && !waiting_[part.other]) waiting_[part.other] = 1, ++left;
       }
   }
 
@@ -191,12 +195,12 @@ class Matcher {
   static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
   bool improve(float* network, int64_t g, bool may_flip) {
-    const int64_t n = tables_.group(g, kSize), length = tables_.group(g, kLength), first = tables_.group(g, kFirst);
-    const int64_t first_part = tables_.group(g, kFirstPart), parts = tables_.group(g, kParts), padded = pad(n);
+    const Group& group = tables_.groups[g];
+    const int64_t n = group.size, length = group.length, first = group.first, padded = pad(n);
     // what keeps its sign when a unit is flipped stands before what does not
     int64_t even = 0;
-    for (int64_t p = first_part; p < first_part + parts; ++p)
-      if (!tables_.part(p, kNegated)) even += tables_.part(p, kWidth);
+    for (const Part& part : parts_of(group))
+      if (!part.negated) even += part.width;
     odd_.resize(n * padded), kept_.assign(n * padded, 0.0f), gain_.resize(n * padded);
     const float *own = network + first, *goal = columns_[g].data();
     similarities(own, goal, n, length, padded, even, length, odd_.data());
@@ -213,8 +217,8 @@ class Matcher {
     }
     if (after - before <= kNoise * size) return false;
     move_rows(network + first, n, length, even);
-    for (int64_t p = first_part; p < first_part + parts; ++p)
-      if (tables_.part(p, kOther) >= 0) move_blocks(network, g, tables_.part(p, kOther));
+    for (const Part& part : parts_of(group))
+      if (part.other >= 0) move_blocks(network, g, tables_.groups[part.other]);
     return true;
   }
 
@@ -228,27 +232,29 @@ class Matcher {
   }
 
   // Moves the units of group g inside of the rows of another group.
-  void move_blocks(float* network, int64_t g, int64_t other) {
-    const int64_t n = tables_.group(g, kSize), rows = tables_.group(other, kSize);
-    const int64_t length = tables_.group(other, kLength), first = tables_.group(other, kFirst);
-    for (int64_t q = 0; q < tables_.group(other, kParts); ++q) {
-      const int64_t p = tables_.group(other, kFirstPart) + q;
-      if (tables_.part(p, kOther) != g) continue;
-      const int64_t block = tables_.part(p, kBlock), width = tables_.part(p, kWidth);
-      for (int64_t row = 0; row < rows; ++row) {
-        float* x = network + first + row * length + tables_.part(p, kStart);
-        scratch_.assign(x, x + width);
-        for (int64_t k = 0; k < tables_.part(p, kBefore); ++k)
+  void move_blocks(float* network, int64_t g, const Group& other) {
+    const int64_t n = tables_.groups[g].size;
+    for (const Part& part : parts_of(other)) {
+      if (part.other != g) continue;
+      const int64_t block = part.block;
+      for (int64_t row = 0; row < other.size; ++row) {
+        float* x = network + other.first + row * other.length + part.start;
+        scratch_.assign(x, x + part.width);
+        for (int64_t k = 0; k < part.before; ++k)
           for (int64_t j = 0; j < n; ++j) {
             const float* from = scratch_.data() + (k * n + unit_[j]) * block;
             float* to = x + (k * n + j) * block;
-            if (sign_[j] && tables_.part(p, kNegated))
+            if (sign_[j] && part.negated)
               for (int64_t i = 0; i < block; ++i) to[i] = -from[i];
             else
               std::copy_n(from, block, to);
           }
       }
     }
+  }
+
+  std::span<const Part> parts_of(const Group& group) const {
+    return {tables_.parts + group.first_part, size_t(group.parts)};
   }
 
   const Tables tables_;
@@ -259,6 +265,35 @@ class Matcher {
   std::vector<char> sign_, waiting_;
 };
 
+// Whether size * length numbers lie in a stretch of `whole` from `first` on.
+bool lies(int64_t first, int64_t size, int64_t length, int64_t whole) {
+  return first >= 0 && first <= whole && size > 0 && length >= 0 && length <= (whole - first) / size;
+}
+
+// Groups whose units lie in a packed network, and whose parts lie side by side in them.
+void check_tables(const Tables& tables) {
+  for (int64_t g = 0; g < tables.num_groups; ++g) {
+    const Group& group = tables.groups[g];
+    STD_TORCH_CHECK(lies(group.first, group.size, group.length, tables.packed),
+                    "matched_distance: groups must be of networks of ", tables.packed, " weights, got group ", g,
+                    " of another");
+    const bool has_parts = group.parts >= 0 && lies(group.first_part, 1, group.parts, tables.num_parts);
+    STD_TORCH_CHECK(has_parts, "matched_distance: groups must have parts in [0, ", tables.num_parts, "), got group ", g,
+                    " with others");
+    int64_t even = 0;
+    for (int64_t p = group.first_part; p < group.first_part + group.parts; ++p) {
+      const Part& part = tables.parts[p];
+      bool fits = lies(part.start, 1, part.width, group.length) && part.other < tables.num_groups;
+      if (fits && part.other >= 0)  // blocks of all units, some times
+        fits = part.block >= 0 && part.before >= 0 && lies(0, tables.groups[part.other].size, part.block, part.width) &&
+               part.before <= part.width / std::max<int64_t>(tables.groups[part.other].size * part.block, 1);
+      even += fits && !part.negated ? part.width : 0;
+      STD_TORCH_CHECK(fits && even <= group.length, "matched_distance: parts must lie in the ", group.length,
+                      " weights of a unit of group ", g, ", got part ", p, " outside");
+    }
+  }
+}
+
 Tensor matched_distance_cpu(const Tensor& queries_, const Tensor& references_, const Tensor& candidates_,
                             const Tensor& may_flip_, const Tensor& flips_, const Tensor& groups_, const Tensor& parts_,
                             const Tensor& once_) {
@@ -266,20 +301,30 @@ Tensor matched_distance_cpu(const Tensor& queries_, const Tensor& references_, c
   const Tensor candidates = as_contiguous(candidates_), groups = as_contiguous(groups_);
   const Tensor may_flip = as_contiguous(may_flip_), flips = as_contiguous(flips_);
   const Tensor parts = as_contiguous(parts_), once = as_contiguous(once_);
-  const int64_t rows = queries.size(0), count = candidates.size(1), packed = queries.size(1);
-  const Tensor squares = torch::stable::new_empty(queries, {rows, count}, torch::headeronly::ScalarType::Double);
-  const Tables tables = {.groups = groups.const_data_ptr<int64_t>(),
-                         .parts = parts.const_data_ptr<int64_t>(),
+  const char* const op = "matched_distance";
+  check_tensor(op, "queries", queries, ScalarType::Float, {kAny, kAny});
+  const int64_t rows = queries.size(0), packed = queries.size(1);
+  check_tensor(op, "references", references, ScalarType::Float, {kAny, packed});
+  check_tensor(op, "candidates", candidates, ScalarType::Long, {rows, kAny});
+  check_tensor(op, "query_flips", may_flip, ScalarType::Bool, {rows});
+  check_tensor(op, "reference_flips", flips, ScalarType::Bool, {references.size(0)});
+  check_tensor(op, "groups", groups, ScalarType::Long, {kAny, sizeof(Group) / sizeof(int64_t)});
+  check_tensor(op, "parts", parts, ScalarType::Long, {kAny, sizeof(Part) / sizeof(int64_t)});
+  check_tensor(op, "once", once, ScalarType::Float, {packed});
+  const int64_t count = candidates.size(1);
+  const Tensor squares = torch::stable::new_empty(queries, {rows, count}, ScalarType::Double);
+  const Tables tables = {.groups = reinterpret_cast<const Group*>(groups.const_data_ptr<int64_t>()),
+                         .parts = reinterpret_cast<const Part*>(parts.const_data_ptr<int64_t>()),
                          .num_groups = groups.size(0),
+                         .num_parts = parts.size(0),
                          .packed = packed};
+  check_tables(tables);
   const float *q = queries.const_data_ptr<float>(), *r = references.const_data_ptr<float>();
   const float* weights = once.const_data_ptr<float>();
   const int64_t* chosen = candidates.const_data_ptr<int64_t>();
   const bool *query_flips = may_flip.const_data_ptr<bool>(), *reference_flips = flips.const_data_ptr<bool>();
   double* out = squares.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < rows * count; ++i)
-    STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < references.size(0), "matched_distance: candidates must be in [0, ",
-                    references.size(0), "), got ", chosen[i]);
+  check_range(op, "candidates", chosen, rows * count, 0, references.size(0));
 
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     Matcher matcher(tables);

@@ -11,6 +11,7 @@
 
 #include "cpu/clones.h"
 #include "cpu/memory.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 namespace fastws {
@@ -247,13 +248,17 @@ void through_the_norm(const UnitRows<real_t>& u, const real_t* grad, double scal
     grad_z[e] = scalar_t(real_t(scale * (double(grad[e * kTile + lane]) - along * double(row[e]))));
 }
 
+void check_views(const char* op, const Tensor& z_i, const Tensor& z_j) {
+  check_tensor(op, "z_i", z_i, z_i.scalar_type(), {kAny, kAny});
+  check_like(op, "z_j", z_j, z_i);
+}
+
 std::tuple<Tensor, Tensor> nt_xent_cpu(const Tensor& z_i_, const Tensor& z_j_, double temperature) {
   const Tensor z_i = as_contiguous(z_i_), z_j = as_contiguous(z_j_);
+  check_views("nt_xent", z_i, z_j);
   const int64_t count = 2 * z_i.size(0);
-  const bool is_double = z_i.scalar_type() == torch::headeronly::ScalarType::Double;
   const Tensor loss = torch::stable::new_empty(z_i, {});
-  const Tensor logsumexp = torch::stable::new_empty(
-      z_i, {count}, is_double ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+  const Tensor logsumexp = torch::stable::new_empty(z_i, {count}, sum_dtype(z_i.scalar_type()));
 
   dispatch_floating(z_i.scalar_type(), "nt_xent", [&]<typename scalar_t>() {
     using real_t = real_type<scalar_t>;
@@ -268,9 +273,13 @@ std::tuple<Tensor, Tensor> nt_xent_cpu(const Tensor& z_i_, const Tensor& z_j_, d
 }
 
 std::tuple<Tensor, Tensor> nt_xent_backward_cpu(const Tensor& grad, const Tensor& z_i_, const Tensor& z_j_,
-                                                const Tensor& logsumexp, double temperature) {
+                                                const Tensor& logsumexp_, double temperature) {
   const Tensor z_i = as_contiguous(z_i_), z_j = as_contiguous(z_j_);
+  const Tensor logsumexp = as_contiguous(logsumexp_);
+  check_views("nt_xent_backward", z_i, z_j);
   const int64_t batch = z_i.size(0), size = z_i.size(1);
+  check_tensor("nt_xent_backward", "grad", grad, z_i.scalar_type(), {});
+  check_tensor("nt_xent_backward", "logsumexp", logsumexp, sum_dtype(z_i.scalar_type()), {2 * batch});
   const Tensor grad_i = torch::stable::empty_like(z_i), grad_j = torch::stable::empty_like(z_j);
 
   dispatch_floating(z_i.scalar_type(), "nt_xent_backward", [&]<typename scalar_t>() {

@@ -7,7 +7,7 @@
 #include "cpu/memory.h"
 #include "cpu/random/draw.h"
 #include "cpu/rows.h"
-#include "cpu/trust.h"
+#include "cpu/trust_tables.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -15,6 +15,8 @@ namespace fastws {
 namespace {
 
 using torch::stable::Tensor;
+
+constexpr int64_t kLargestGroup = (int64_t(1) << 31) - 1;
 
 // Rows begin to end of one tensor of one checkpoint. Inverse: from and to change roles, row by row.
 template <bool kInverse, typename scalar_t>
@@ -62,9 +64,11 @@ void permute_range(const Layer* layers, int64_t num_layers, int64_t numel, const
 Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& permutations_, bool inverse) {
   const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
   const Tensor permutations = as_contiguous(permutations_);
+  check_tensor("permute", "flat", flat, flat.scalar_type(), {kAny, kAny});
+  const Layer* layers = read_table("permute", table);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
+  check_tensor("permute", "permutations", permutations, torch::headeronly::ScalarType::Int, {batch, kAny});
   const int64_t indices = permutations.size(1);
-  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
   const int32_t* index = permutations.const_data_ptr<int32_t>();
   check_cover("permute", layers, num_layers, numel);
   check_permutations("permute", index, batch, find_largest("permute", layers, num_layers, indices));
@@ -106,8 +110,23 @@ void shuffle_groups(const int64_t* starts, int64_t groups, uint64_t seed, uint64
   }
 }
 
+// Groups that follow each other, of which the last ends at total.
+void check_starts(const Tensor& starts, int64_t total) {
+  check_tensor("random_permutations", "starts", starts, torch::headeronly::ScalarType::Long, {kAny});
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  const int64_t count = starts.size(0);
+  const bool ends = count > 0 && start[0] == 0 && start[count - 1] == total;
+  STD_TORCH_CHECK(ends, "random_permutations: starts must go from 0 to total, ", total, ", got others");
+  for (int64_t group = 1; group < count; ++group) {
+    const bool follows = start[group] >= start[group - 1] && start[group] - start[group - 1] <= kLargestGroup;
+    STD_TORCH_CHECK(follows, "random_permutations: starts must be of groups of 0 to 2**31 - 1 units, got ",
+                    start[group - 1], " before ", start[group]);
+  }
+}
+
 Tensor random_permutations_cpu(const Tensor& starts_, int64_t total, int64_t batch, int64_t seed, int64_t offset) {
   const Tensor starts = as_contiguous(starts_);
+  check_starts(starts, total);
   const Tensor permutations = torch::stable::new_empty(starts, {batch, total}, torch::headeronly::ScalarType::Int);
   const int64_t* start = starts.const_data_ptr<int64_t>();
   int32_t* to = permutations.mutable_data_ptr<int32_t>();

@@ -11,6 +11,7 @@
 #include "cpu/clones.h"
 #include "cpu/memory.h"
 #include "cpu/random/integers.h"
+#include "cpu/trust.h"
 
 namespace fastws {
 namespace {
@@ -103,6 +104,9 @@ void list_all_left(const uint64_t* words, int64_t population, const std::vector<
 }
 
 Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count, int64_t seed, int64_t offset) {
+  check_tensor("random_subset", "place", place, torch::headeronly::ScalarType::Long, {kAny});
+  STD_TORCH_CHECK(0 <= count && count <= population, "random_subset: count must be in [0, ", population, "], got ",
+                  count);
   const Tensor subset = new_empty(place, {count});
   int64_t* out = subset.mutable_data_ptr<int64_t>();
   std::vector<int64_t> numbers, left;  // those that can be drawn; all at first, which is not written down
@@ -132,7 +136,10 @@ Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count,
 
 Tensor complement_cpu(const Tensor& indices_, int64_t population) {
   const Tensor indices = as_contiguous(indices_);
+  check_tensor("complement", "indices", indices, torch::headeronly::ScalarType::Long, {kAny});
+  STD_TORCH_CHECK(population >= 0, "complement: population must be at least 0, got ", population);
   const int64_t* index = indices.const_data_ptr<int64_t>();
+  check_range("complement", "indices", index, indices.size(0), 0, population);
   Bits taken(population);
   for (int64_t i = 0; i < indices.size(0); ++i) taken.insert(index[i]);
   const std::vector<int64_t> starts = chunk_starts(taken.words(), population);

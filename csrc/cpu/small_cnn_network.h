@@ -10,6 +10,7 @@
 #include "cpu/activations.h"
 #include "cpu/random/draw_lanes.h"
 #include "cpu/small_cnn.h"
+#include "small_cnn_table.h"
 
 // Networks as tables, and groups of networks, one per lane, with the maps of one sample.
 
@@ -18,15 +19,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-enum Kind { kConvolution, kPooling, kActivation, kDropout };
-
 // A row of the table of layers, and where its maps lie in the memory of a group of networks, in vectors.
 struct Layer {
   int64_t kind;
   Convolution shape;
-  bool pooled;  // a convolution together with the pooling by 2 x 2 behind it
+  bool pooled = false;  // a convolution together with the pooling by 2 x 2 behind it
   int64_t weight, bias, unit;
-  int64_t input, output, extra;  // extra: slopes of activations, factors of dropout, winners of pooling
+  int64_t input = 0, output = 0, extra = 0;  // extra: slopes of activations, factors of dropout, winners of pooling
   int64_t in_size, out_size;
 };
 
@@ -37,23 +36,19 @@ struct Network {
   int64_t memory = 0;   // vectors of all maps
   int64_t largest = 0;  // vectors of the largest map or gradient
 
-  Network(const Tensor& table, int64_t num_weights) : num_weights(num_weights) {
-    constexpr int64_t kColumns = 12;
-    const int64_t* row = table.const_data_ptr<int64_t>();
-    for (int64_t l = 0; l < table.size(0); ++l, row += kColumns) {
-      const int64_t height = (row[2] - row[5]) / row[7] + 1, width = (row[3] - row[6]) / row[8] + 1;
-      const Convolution shape{row[1], row[2], row[3], row[4], height, width, row[5], row[6], row[7], row[8]};
+  Network(const Row* rows, int64_t count, int64_t num_weights) : num_weights(num_weights) {
+    for (const Row* row = rows; row < rows + count; ++row) {
       Layer* before = layers.empty() ? nullptr : &layers.back();
-      if (row[0] == kPooling && row[5] == 2 && row[6] == 2 && before && before->kind == kConvolution) {
+      const bool halves = row->kind == kPooling && row->kernel_height == 2 && row->kernel_width == 2;
+      if (halves && before && before->kind == kConvolution && !before->pooled) {
         before->pooled = true;
-        before->shape.out_height = 2 * height, before->shape.out_width = 2 * width;
-        before->out_size = row[4] * height * width;
+        before->shape.out_height = 2 * row->out_height(), before->shape.out_width = 2 * row->out_width();
+        before->out_size = row->out_size();
       } else {
-        layers.push_back({row[0], shape, false, row[9], row[10], row[11], 0, 0, 0, row[1] * row[2] * row[3],
-                          row[4] * height * width});
+        layers.push_back(make_layer(*row));
       }
-      largest = std::max(largest, row[4] * height * width);
-      if (row[0] == kDropout) units = row[11] + layers.back().out_size;
+      largest = std::max(largest, row->out_size());
+      if (row->kind == kDropout) units = row->first_unit + row->out_size();
     }
     image_size = memory = layers.front().in_size;
     largest = std::max(largest, image_size);
@@ -64,6 +59,27 @@ struct Network {
       memory += (layer.kind == kConvolution && !layer.pooled ? 1 : 2) * layer.out_size;
     }
     num_classes = layers.back().out_size;
+  }
+
+ private:
+  static Layer make_layer(const Row& row) {
+    const Convolution shape = {.in_channels = row.in_channels,
+                               .in_height = row.in_height,
+                               .in_width = row.in_width,
+                               .out_channels = row.out_channels,
+                               .out_height = row.out_height(),
+                               .out_width = row.out_width(),
+                               .kernel_height = row.kernel_height,
+                               .kernel_width = row.kernel_width,
+                               .stride_height = row.stride_height,
+                               .stride_width = row.stride_width};
+    return {.kind = row.kind,
+            .shape = shape,
+            .weight = row.weight_offset,
+            .bias = row.bias_offset,
+            .unit = row.first_unit,
+            .in_size = row.in_size(),
+            .out_size = row.out_size()};
   }
 };
 

@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> small_cnn_step_cpu(
     const Tensor& weights, const Tensor& first, const Tensor& second, const Tensor& images, const Tensor& labels,
     const Tensor& batches, const Tensor& layers, const Tensor& activation, const Tensor& dropout,
     const Tensor& optimizer, const Tensor& lr, const Tensor& weight_decay, const Tensor& seed, int64_t step) {
-  const StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
-                             &optimizer, &lr, &weight_decay, &seed});
-  const Network network(tensors.layers, weights.size(1));
+  StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
+                       &optimizer, &lr, &weight_decay, &seed});
+  const Network network = tensors.prepare("small_cnn_step", 1, step);
   const Arguments arguments = tensors.arguments(network, step);
   for_groups(weights.scalar_type(), weights.size(0), [&]<typename real_t, int kBytes>(int64_t number) {
     const Members<Lanes<real_t, kBytes>::kCount> members(arguments.order, number);
@@ -108,8 +108,8 @@ Tensor small_cnn_logits_cpu(const Tensor& weights_, const Tensor& images_, const
                             const Tensor& activation_) {
   const Tensor weights = as_contiguous(weights_), images = as_contiguous(images_);
   const Tensor layers = as_contiguous(layers_), activation = as_contiguous(activation_);
+  const Network network = read_network("small_cnn_logits", weights, images, layers, activation, 1);
   const int64_t count = weights.size(0), num_images = images.size(0);
-  const Network network(layers, weights.size(1));
   const Tensor logits = torch::stable::new_empty(weights, {count, num_images, network.num_classes});
   const auto order = sort_networks(activation.const_data_ptr<int32_t>(), nullptr, nullptr, count);
 

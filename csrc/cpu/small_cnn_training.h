@@ -11,6 +11,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/small_cnn_network.h"
+#include "cpu/trust.h"
 #include "dispatch.h"
 
 // What training steps of small CNNs share: recipes, the loss, the optimizers, and the loop over steps and samples.
@@ -20,8 +21,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kLastStep = int64_t(1) << 62;
 constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
-enum Optimizer { kSgd, kHeavyBall, kAdam, kAdamW };
 
 // Adds cross-entropies to losses and hits to correct, and makes the logits their gradient divided by the batch size.
 template <typename real_t, int kBytes>
@@ -249,6 +250,26 @@ void for_groups(ScalarType dtype, int64_t count, const Body& body) {
   });
 }
 
+// Checks what networks of any operator are made of, and reads their table. sets: how many flat vectors each has.
+inline Network read_network(const char* op, const Tensor& weights, const Tensor& images, const Tensor& layers,
+                            const Tensor& activation, int64_t sets) {
+  const ScalarType dtype = weights.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
+                  ": weights must be Float or Double, got ", torch::headeronly::toString(dtype));
+  if (sets > 1)
+    check_tensor(op, "weights", weights, dtype, {kAny, sets, kAny});
+  else
+    check_tensor(op, "weights", weights, dtype, {kAny, kAny});
+  const int64_t count = weights.size(0), num_weights = weights.size(weights.dim() - 1);
+  check_tensor(op, "images", images, dtype, {kAny, kAny, kAny, kAny});
+  check_tensor(op, "layers", layers, ScalarType::Long, {kAny, sizeof(Row) / sizeof(int64_t)});
+  check_tensor(op, "activation", activation, ScalarType::Int, {count});
+  check_range(op, "activation", activation.const_data_ptr<int32_t>(), count, 0, kActivations);
+  const Row* rows = reinterpret_cast<const Row*>(layers.const_data_ptr<int64_t>());
+  check_rows(op, rows, layers.size(0), images.size(1), images.size(2), images.size(3), num_weights);
+  return {rows, layers.size(0), num_weights};
+}
+
 // The tensors of a call, contiguous, and those that it returns.
 struct StepTensors {
   Tensor weights, first, second, images, labels, batches, layers, activation, dropout, optimizer, lr, weight_decay,
@@ -259,38 +280,65 @@ struct StepTensors {
     Tensor* const mine[] = {&weights,    &first,   &second,    &images, &labels,       &batches, &layers,
                             &activation, &dropout, &optimizer, &lr,     &weight_decay, &seed};
     for (int i = 0; i < 13; ++i) *mine[i] = as_contiguous(*given[i]);
+  }
+
+  // Checks all that is read by index, and makes what is returned.
+  Network prepare(const char* op, int64_t sets, int64_t step) {
+    const Network network = read_network(op, weights, images, layers, activation, sets);
+    const int64_t count = weights.size(0), num_images = images.size(0);
+    check_like(op, "first", first, weights), check_like(op, "second", second, weights);
+    check_tensor(op, "labels", labels, ScalarType::Long, {num_images});
+    check_tensor(op, "batches", batches, wide() ? ScalarType::Long : ScalarType::Int, {count, kAny, kAny});
+    check_tensor(op, "optimizer", optimizer, ScalarType::Int, {count});
+    check_tensor(op, "seed", seed, ScalarType::Long, {count});
+    check_tensor(op, "dropout", dropout, ScalarType::Double, {count});
+    check_tensor(op, "lr", lr, ScalarType::Double, {count});
+    check_tensor(op, "weight_decay", weight_decay, ScalarType::Double, {count});
+    check_range(op, "labels", labels.const_data_ptr<int64_t>(), num_images, 0, network.num_classes);
+    if (wide())
+      check_range(op, "batches", batches.const_data_ptr<int64_t>(), batches.numel(), 0, num_images);
+    else
+      check_range(op, "batches", batches.const_data_ptr<int32_t>(), batches.numel(), 0, num_images);
+    check_range(op, "optimizer", optimizer.const_data_ptr<int32_t>(), count, 0, kOptimizers);
+    check_range(op, "dropout", dropout.const_data_ptr<double>(), count, 0, 1);
+    STD_TORCH_CHECK(batches.size(2) > 0, op, ": batches must hold at least 1 image each, got 0");
+    STD_TORCH_CHECK(0 <= step && step <= kLastStep - batches.size(1), op, ": step must be in [0, 2**62), got ", step);
     new_weights = torch::stable::empty_like(weights), new_first = torch::stable::empty_like(weights);
     new_second = torch::stable::empty_like(weights);
-    losses = torch::stable::new_empty(weights, {weights.size(0), batches.size(1)});
-    correct = torch::stable::new_empty(labels, {weights.size(0), batches.size(1)});
+    losses = torch::stable::new_empty(weights, {count, batches.size(1)});
+    correct = torch::stable::new_empty(labels, {count, batches.size(1)});
+    return network;
   }
 
   Arguments arguments(const Network& network, int64_t step) const {
-    return {network,
-            images.const_data_ptr(),
-            weights.const_data_ptr(),
-            first.const_data_ptr(),
-            second.const_data_ptr(),
-            new_weights.mutable_data_ptr(),
-            new_first.mutable_data_ptr(),
-            new_second.mutable_data_ptr(),
-            losses.mutable_data_ptr(),
-            labels.const_data_ptr<int64_t>(),
-            seed.const_data_ptr<int64_t>(),
-            correct.mutable_data_ptr<int64_t>(),
-            activation.const_data_ptr<int32_t>(),
-            optimizer.const_data_ptr<int32_t>(),
-            dropout.const_data_ptr<double>(),
-            lr.const_data_ptr<double>(),
-            weight_decay.const_data_ptr<double>(),
-            batches.const_data_ptr(),
-            batches.scalar_type() == ScalarType::Long,
-            batches.size(1),
-            batches.size(2),
-            step,
-            sort_networks(activation.const_data_ptr<int32_t>(), optimizer.const_data_ptr<int32_t>(),
-                          dropout.const_data_ptr<double>(), weights.size(0))};
+    return {.network = network,
+            .images = images.const_data_ptr(),
+            .weights = weights.const_data_ptr(),
+            .first = first.const_data_ptr(),
+            .second = second.const_data_ptr(),
+            .new_weights = new_weights.mutable_data_ptr(),
+            .new_first = new_first.mutable_data_ptr(),
+            .new_second = new_second.mutable_data_ptr(),
+            .losses = losses.mutable_data_ptr(),
+            .labels = labels.const_data_ptr<int64_t>(),
+            .seed = seed.const_data_ptr<int64_t>(),
+            .correct = correct.mutable_data_ptr<int64_t>(),
+            .activation = activation.const_data_ptr<int32_t>(),
+            .optimizer = optimizer.const_data_ptr<int32_t>(),
+            .dropout = dropout.const_data_ptr<double>(),
+            .lr = lr.const_data_ptr<double>(),
+            .weight_decay = weight_decay.const_data_ptr<double>(),
+            .batches = batches.const_data_ptr(),
+            .wide = wide(),
+            .steps = batches.size(1),
+            .batch_size = batches.size(2),
+            .step = step,
+            .order = sort_networks(activation.const_data_ptr<int32_t>(), optimizer.const_data_ptr<int32_t>(),
+                                   dropout.const_data_ptr<double>(), weights.size(0))};
   }
+
+ private:
+  bool wide() const { return batches.scalar_type() == ScalarType::Long; }
 };
 
 }  // namespace

@@ -11,7 +11,7 @@
 #include "cpu/random/draw.h"
 #include "cpu/random/normal.h"
 #include "cpu/rows.h"
-#include "cpu/trust.h"
+#include "cpu/trust_tables.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -34,6 +34,7 @@ FASTWS_CLONES void standardise(wide_t* x, int64_t size, float scale, float shift
   for (int64_t t = 0; t < size; ++t) x[t] = x[t] * scale + shift;
 }
 
+constexpr int64_t kLargestWindow = (int64_t(1) << 31) - 1, kLastStart = int64_t(1) << 62;
 constexpr int64_t kWords = 8 * kPhiloxWords;  // drawn at once
 
 // x[t] *= 1 + noise * normal, where x[0] is entry first of the draw; a word gives two normals.
@@ -175,7 +176,8 @@ void check_views(const Views& views, int64_t batch, int64_t num_layers, int64_t 
     STD_TORCH_CHECK(0 <= base && network->extent <= width && base <= numel - network->extent,
                     "token_views: table must be of networks of ", width, " weights, got one of ", network->extent,
                     " that begins at weight ", base, " of ", numel);
-    STD_TORCH_CHECK(views.start[view] >= 0, "token_views: start must be at least 0, got ", views.start[view]);
+    STD_TORCH_CHECK(0 <= views.start[view] && views.start[view] <= kLastStart,
+                    "token_views: start must be in [0, 2**62], got ", views.start[view]);
     if (views.indices > 0)
       check_permutations("token_views", views.permutations + view * views.indices, 1, network->largest);
   }
@@ -266,29 +268,38 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
   const Tensor permutations = as_contiguous(permutations_);
   const Tensor scale = as_contiguous(scale_), shift = as_contiguous(shift_);
   using torch::headeronly::ScalarType;
-  const int64_t batch = start.size(0);
+  check_tensor("token_views", "start", start, ScalarType::Long, {kAny});
+  const Layer* rows = read_table("token_views", table);
+  const int64_t batch = start.size(0), num_layers = table.size(0);
+  STD_TORCH_CHECK(weights.is_contiguous(), "token_views: weights must be contiguous, got strides");
+  STD_TORCH_CHECK(0 <= window && window <= kLargestWindow, "token_views: window must be in [0, 2**31), got ", window);
+  check_tensor("token_views", "base", base, ScalarType::Long, {batch});
+  check_tensor("token_views", "layers", layers, ScalarType::Long, {batch, 2});
+  check_tensor("token_views", "permutations", permutations, ScalarType::Int, {batch, kAny});
+  check_tensor("token_views", "scale", scale, ScalarType::Float, {scale.numel() > 0 ? num_layers : 0});
+  check_tensor("token_views", "shift", shift, ScalarType::Float, {shift.numel() > 0 ? num_layers : 0});
   const Tensor values = new_empty(weights, {batch, window, token_size}, dtype);
   const Tensor lengths = torch::stable::new_empty(weights, {batch, window}, ScalarType::Int);
   const Tensor positions = torch::stable::new_empty(weights, {batch, window, 3}, ScalarType::Int);
 
-  const Views views = {reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>()),
-                       base.const_data_ptr<int64_t>(),
-                       layers.const_data_ptr<int64_t>(),
-                       start.const_data_ptr<int64_t>(),
-                       permutations.const_data_ptr<int32_t>(),
-                       permutations.size(1),
-                       token_size,
-                       window,
-                       lengths.mutable_data_ptr<int32_t>(),
-                       positions.mutable_data_ptr<int32_t>()};
-  const Options options = {scale.numel() > 0 ? scale.const_data_ptr<float>() : nullptr,
-                           shift.numel() > 0 ? shift.const_data_ptr<float>() : nullptr,
-                           float(noise),
-                           erase_threshold,
-                           uint64_t(seed),
-                           uint64_t(offset)};
+  const Views views = {.table = rows,
+                       .base = base.const_data_ptr<int64_t>(),
+                       .layers = layers.const_data_ptr<int64_t>(),
+                       .start = start.const_data_ptr<int64_t>(),
+                       .permutations = permutations.const_data_ptr<int32_t>(),
+                       .indices = permutations.size(1),
+                       .token_size = token_size,
+                       .window = window,
+                       .lengths = lengths.mutable_data_ptr<int32_t>(),
+                       .positions = positions.mutable_data_ptr<int32_t>()};
+  const Options options = {.scale = scale.numel() > 0 ? scale.const_data_ptr<float>() : nullptr,
+                           .shift = shift.numel() > 0 ? shift.const_data_ptr<float>() : nullptr,
+                           .noise = float(noise),
+                           .erase_threshold = erase_threshold,
+                           .seed = uint64_t(seed),
+                           .offset = uint64_t(offset)};
   const int64_t numel = weights.numel();
-  check_views(views, batch, table.size(0), numel, weights.dim() == 2 ? weights.size(1) : numel);
+  check_views(views, batch, num_layers, numel, weights.dim() == 2 ? weights.size(1) : numel);
   dispatch_floating(weights.scalar_type(), "token_views", [&]<typename scalar_t>() {
     const scalar_t* from = weights.const_data_ptr<scalar_t>();
     dispatch_floating(dtype, "token_views", [&]<typename to_t>() {

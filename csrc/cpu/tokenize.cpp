@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/memory.h"
-#include "cpu/trust.h"
+#include "cpu/trust_tables.h"
 #include "dispatch.h"
 #include "table.h"
 
@@ -76,8 +76,9 @@ constexpr int64_t kGrain = 64;  // tokens, so that small checkpoints stay on one
 
 Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, int64_t num_tokens) {
   const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
+  check_tensor("tokenize", "flat", flat, flat.scalar_type(), {kAny, kAny});
+  const Layer* layers = read_table("tokenize", table);
   const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
-  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
   check_tokens("tokenize", layers, num_layers, numel, token_size, num_tokens);
   const Tensor tokens = new_empty(flat, {batch, num_tokens, token_size});
   if (tokens.numel() == 0) return tokens;
@@ -98,9 +99,10 @@ Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_siz
 
 Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel) {
   const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
+  check_tensor("detokenize", "tokens", tokens, tokens.scalar_type(), {kAny, kAny, kAny});
+  const Layer* layers = read_table("detokenize", table);
   const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), token_size = tokens.size(2);
   const int64_t num_layers = table.size(0);
-  const Layer* layers = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
   check_tokens("detokenize", layers, num_layers, numel, token_size, num_tokens);
   const Tensor flat = new_empty(tokens, {batch, numel});
 

@@ -1,86 +1,56 @@
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
-#include <vector>
+#include <initializer_list>
+#include <string>
 
-#include "table.h"
-
-// What is looked at before tables, permutations and lengths are trusted. On a CPU that costs nothing beside the
-// weights, and a wrong number is a sentence instead of a crash; on a GPU it would wait for the device.
+// What is looked at before shapes, indices and lengths are trusted: Python checks less under torch.compile, and
+// nothing where torch.ops is called. On a CPU that costs nothing beside the weights, and a wrong number is a sentence
+// instead of a crash; on a GPU it would wait for the device.
 
 namespace fastws {
 
-// Layers whose weights and biases lie in a flat vector, and whose tokens follow each other; returns their tokens.
-inline int64_t check_layers(const char* op, const Layer* layers, int64_t count, int64_t numel, int64_t token_size) {
-  int64_t tokens = 0;
-  for (int64_t l = 0; l < count; ++l) {
-    const Layer& layer = layers[l];
-    const int64_t rows = layer.rows, length = layer.row_length, bias = layer.bias_offset >= 0;
-    const bool lies = rows > 0 && length > 0 && layer.weight_offset >= 0 && layer.weight_offset <= numel &&
-                      length <= (numel - layer.weight_offset) / rows &&
-                      (bias == 0 || layer.bias_offset <= numel - rows);
-    STD_TORCH_CHECK(lies, op, ": table must be of vectors of ", numel, " weights, got row ", l, " with others");
-    const bool follows = layer.first_token == tokens && layer.chunks > 0 && token_size > 0 &&
-                         layer.chunks - 1 <= length / token_size && layer.chunks * token_size >= length + bias;
-    STD_TORCH_CHECK(follows, op, ": table must be made for tokens of ", token_size, ", got row ", l, " of others");
-    tokens += rows * layer.chunks;
-  }
-  return tokens;
+constexpr int64_t kAny = -1;  // stands for any size
+
+template <typename Sizes>
+std::string shape_of(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size == kAny ? "*" : std::to_string(size));
+  return "[" + text + "]";
 }
 
-// Layers that cover a flat vector without gaps.
-inline void check_cover(const char* op, const Layer* layers, int64_t count, int64_t numel) {
-  int64_t end = 0;
-  for (int64_t l = 0; l < count; ++l) {
-    const Layer& layer = layers[l];
-    const bool fits = layer.rows > 0 && layer.row_length > 0 && layer.row_length <= (numel - end) / layer.rows;
-    STD_TORCH_CHECK(layer.weight_offset == end && fits, op, ": table must cover vectors of ", numel,
-                    " weights without gaps, got row ", l, " at weight ", layer.weight_offset, " in place of ", end);
-    end += layer.rows * layer.row_length;
-  }
-  STD_TORCH_CHECK(end == numel, op, ": table must cover vectors of ", numel, " weights, got one of ", end);
+inline void check_tensor(const char* op, const char* name, const torch::stable::Tensor& x,
+                         torch::headeronly::ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  const auto same = [](int64_t wanted, int64_t size) { return wanted == kAny || wanted == size; };
+  const auto given = x.sizes();
+  const bool fits = x.scalar_type() == dtype && x.is_cpu() &&
+                    std::equal(sizes.begin(), sizes.end(), given.begin(), given.end(), same);
+  STD_TORCH_CHECK(fits, op, ": ", name, " must be ", shape_of(sizes), " ", torch::headeronly::toString(dtype),
+                  " on a CPU, got ", shape_of(given), " ", torch::headeronly::toString(x.scalar_type()));
 }
 
-// The largest number that each entry of a row of permutations may be: less than the units that its vectors move.
-inline std::vector<uint32_t> find_largest(const char* op, const Layer* layers, int64_t count, int64_t indices) {
-  std::vector<uint32_t> largest(indices, std::numeric_limits<uint32_t>::max());
-  const auto bound = [&](int64_t first, int64_t size, int64_t l) {
-    if (first < 0) return;
-    const bool lies = size <= indices && first <= indices - size;
-    STD_TORCH_CHECK(lies, op, ": table must point into permutations of ", indices, " entries, got row ", l, " at ",
-                    first, " for ", size);
-    for (int64_t i = first; i < first + size; ++i) largest[i] = std::min(largest[i], uint32_t(size - 1));
-  };
-  for (int64_t l = 0; l < count; ++l) {
-    const Layer& layer = layers[l];
-    if (layer.in >= 0) {
-      const bool divides = layer.block > 0 && layer.units > 0 && layer.units <= layer.row_length / layer.block &&
-                           layer.row_length % (layer.units * layer.block) == 0;
-      STD_TORCH_CHECK(divides, op, ": table must have whole units in a row of ", layer.row_length, ", got row ", l,
-                      " with ", layer.units, " units of ", layer.block);
-    }
-    bound(layer.out, layer.rows, l), bound(layer.in, layer.units, l), bound(layer.bias, layer.rows, l);
-  }
-  return largest;
+inline void check_like(const char* op, const char* name, const torch::stable::Tensor& x,
+                       const torch::stable::Tensor& like) {
+  const auto wanted = like.sizes(), given = x.sizes();
+  const bool fits = x.scalar_type() == like.scalar_type() && x.is_cpu() &&
+                    std::equal(wanted.begin(), wanted.end(), given.begin(), given.end());
+  STD_TORCH_CHECK(fits, op, ": ", name, " must be ", shape_of(wanted), " ",
+                  torch::headeronly::toString(like.scalar_type()), " on a CPU, got ", shape_of(given), " ",
+                  torch::headeronly::toString(x.scalar_type()));
 }
 
-// Permutations [batch, indices] of which no entry is larger than that.
-inline void check_permutations(const char* op, const int32_t* permutations, int64_t batch,
-                               const std::vector<uint32_t>& largest) {
-  const int64_t indices = largest.size();
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* row = permutations + b * indices;
-    bool bad = false;
-    for (int64_t i = 0; i < indices; ++i) bad |= uint32_t(row[i]) > largest[i];
-    if (!bad) continue;
-    for (int64_t i = 0; i < indices; ++i)
-      STD_TORCH_CHECK(uint32_t(row[i]) <= largest[i], op, ": permutations[", b, ", ", i, "] must be in [0, ",
-                      largest[i], "], got ", row[i]);
-  }
+// Values from low on, and below high.
+template <typename number_t>
+void check_range(const char* op, const char* name, const number_t* values, int64_t count, int64_t low, int64_t high) {
+  const auto lies = [=](number_t value) { return low <= value && value < high; };
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= lies(values[i]);
+  STD_TORCH_CHECK(all, op, ": ", name, " must be in [", low, ", ", high, "), got ",
+                  *std::find_if_not(values, values + count, lies));
 }
 
 inline void check_lengths(const char* op, const int32_t* lengths, int64_t count, int64_t token_size) {

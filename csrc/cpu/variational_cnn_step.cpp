@@ -371,10 +371,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> variational_cnn_step_
     const Tensor& batches, const Tensor& layers, const Tensor& activation, const Tensor& dropout,
     const Tensor& optimizer, const Tensor& lr, const Tensor& weight_decay, const Tensor& seed, double kl_weight,
     int64_t step) {
-  const StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
-                             &optimizer, &lr, &weight_decay, &seed});
+  StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
+                       &optimizer, &lr, &weight_decay, &seed});
+  const Network network = tensors.prepare("variational_cnn_step", 2, step);
   const Tensor divergences = torch::stable::empty_like(tensors.losses);
-  const Network network(tensors.layers, weights.size(2));
   const Arguments arguments = tensors.arguments(network, step);
   for_groups(weights.scalar_type(), weights.size(0), [&]<typename real_t, int kBytes>(int64_t number) {
     const Members<Lanes<real_t, kBytes>::kCount> members(arguments.order, number);

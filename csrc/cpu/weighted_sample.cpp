@@ -10,6 +10,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/random/integers.h"
+#include "cpu/trust.h"
 
 namespace fastws {
 namespace {
@@ -98,6 +99,7 @@ void fill_heavies(const Weights& w, int64_t chunk, Column* columns) {
 
 Tensor alias_table_cpu(const Tensor& weights_) {
   const Tensor weights = as_contiguous(weights_);
+  check_tensor("alias_table", "weights", weights, torch::headeronly::ScalarType::Long, {kAny});
   const int64_t count = weights.size(0), chunks = (count + kChunk - 1) / kChunk;
   const Tensor table = new_empty(weights, {count});
   Column* columns = reinterpret_cast<Column*>(table.mutable_data_ptr<int64_t>());
@@ -129,6 +131,7 @@ Tensor alias_table_cpu(const Tensor& weights_) {
 
 Tensor weighted_sample_cpu(const Tensor& columns_, int64_t first, int64_t count, int64_t seed, int64_t offset) {
   const Tensor columns = as_contiguous(columns_);
+  check_tensor("weighted_sample", "columns", columns, torch::headeronly::ScalarType::Long, {kAny});
   const Tensor sample = new_empty(columns, {count});
   const Column* column = reinterpret_cast<const Column*>(columns.const_data_ptr<int64_t>());
   const int64_t bound = columns.size(0);
