@@ -132,6 +132,9 @@ Tensor alias_table_cpu(const Tensor& weights_) {
 Tensor weighted_sample_cpu(const Tensor& columns_, int64_t first, int64_t count, int64_t seed, int64_t offset) {
   const Tensor columns = as_contiguous(columns_);
   check_tensor("weighted_sample", "columns", columns, torch::headeronly::ScalarType::Long, {kAny});
+  STD_TORCH_CHECK(0 <= first && 0 <= count && count <= kLargestTotal - first,
+                  "weighted_sample: first and count must be at least 0 and sum to at most 2**62, got ", first, " and ",
+                  count);
   const Tensor sample = new_empty(columns, {count});
   const Column* column = reinterpret_cast<const Column*>(columns.const_data_ptr<int64_t>());
   const int64_t bound = columns.size(0);

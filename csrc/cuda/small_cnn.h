@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "philox.h"
+#include "small_cnn_table.h"
 
 // Small CNNs, one per block, whose threads run a tile of samples through it layer by layer. Each sample has its maps in
 // one stretch of memory, [channels][height][width] of every layer. What is no longer needed makes room: where the input
@@ -12,8 +13,6 @@
 
 namespace fastws {
 namespace {
-
-enum Kind { kConvolution, kPooling, kElements };
 
 constexpr int kThreads = 256;
 constexpr int kMaxLayers = 40;   // tables travel as arguments of kernels, which have room for 4 KB
@@ -25,15 +24,15 @@ constexpr double kTiny = 1e-15;  // keeps logarithms and roots of zero away
 // A row of the table of layers or several in one: a convolution with the pooling behind it, an activation with its
 // dropout. A dense layer is a convolution of a map of 1 x 1.
 struct Layer {
-  int kind;
+  int64_t kind;  // kDropout where there is no activation before it
   int in_channels, in_height, in_width, out_channels, out_height, out_width;  // out: behind the pooling
   int kernel_height, kernel_width, stride_height, stride_width;
   int pool_height, pool_width;  // 1 x 1 without pooling
   int weight, bias, unit;       // the first of each, or -1
-  int activates;                // else there is dropout only
   int input, output, extra;     // where the maps of a sample begin; extra: which entries of pooling blocks are largest
   int slope, normal;            // of a noisy layer: map of the slopes of its noise, number of its first normal
 
+  C10_HOST_DEVICE bool elementwise() const { return kind == kActivation || kind == kDropout; }
   C10_HOST_DEVICE int in_area() const { return in_height * in_width; }
   C10_HOST_DEVICE int out_area() const { return out_height * out_width; }
   C10_HOST_DEVICE int in_size() const { return in_channels * in_area(); }
@@ -71,32 +70,42 @@ struct Pass {
   int64_t begin;
 };
 
+// Puts a row behind the layers before it, or into the last of them.
+inline void add_row(const Row& row, Network& network) {
+  constexpr int64_t kSpan = 256;  // of a pooling block, whose places are stored in 16 bits
+  Layer* before = network.num_layers ? &network.layers[network.num_layers - 1] : nullptr;
+  if (row.kind == kDropout) network.units = int(row.first_unit + row.out_size());
+  if (row.kind == kPooling && before && before->kind == kConvolution && !before->pooled() &&
+      row.kernel_height * before->stride_height <= kSpan && row.kernel_width * before->stride_width <= kSpan) {
+    before->pool_height = int(row.kernel_height), before->pool_width = int(row.kernel_width);
+    before->out_height = int(row.out_height()), before->out_width = int(row.out_width());
+  } else if (row.kind == kDropout && before && before->elementwise() && before->unit < 0) {
+    before->unit = int(row.first_unit);
+  } else {
+    network.layers[network.num_layers++] = {.kind = row.kind,
+                                            .in_channels = int(row.in_channels),
+                                            .in_height = int(row.in_height),
+                                            .in_width = int(row.in_width),
+                                            .out_channels = int(row.out_channels),
+                                            .out_height = int(row.out_height()),
+                                            .out_width = int(row.out_width()),
+                                            .kernel_height = int(row.kernel_height),
+                                            .kernel_width = int(row.kernel_width),
+                                            .stride_height = int(row.stride_height),
+                                            .stride_width = int(row.stride_width),
+                                            .pool_height = 1,
+                                            .pool_width = 1,
+                                            .weight = int(row.weight_offset),
+                                            .bias = int(row.bias_offset),
+                                            .unit = row.kind == kDropout ? int(row.first_unit) : -1};
+  }
+}
+
 // Reads a table; maps are counted in numbers of so many bytes.
-inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_weights, int number_size, bool noisy) {
-  constexpr int64_t kColumns = 12, kSpan = 256, kRowPooling = 1, kRowActivation = 2;  // convolutions are 0
+inline Network make_network(const Row* rows, int64_t count, int64_t num_weights, int number_size, bool noisy) {
   Network network{};
   network.num_weights = int(num_weights);
-  for (int64_t r = 0; r < num_rows; ++r, row += kColumns) {
-    const int height = int((row[2] - row[5]) / row[7]) + 1, width = int((row[3] - row[6]) / row[8]) + 1;
-    Layer* before = network.num_layers ? &network.layers[network.num_layers - 1] : nullptr;
-    if (row[11] >= 0) network.units = int(row[11] + row[4] * height * width);
-    if (row[0] == kRowPooling && before && before->kind == kConvolution && !before->pooled() &&
-        row[5] * before->stride_height <= kSpan && row[6] * before->stride_width <= kSpan) {
-      before->pool_height = int(row[5]), before->pool_width = int(row[6]);
-      before->out_height = height, before->out_width = width;
-    } else if (row[0] > kRowActivation && before && before->kind == kElements && before->unit < 0) {
-      before->unit = int(row[11]);
-    } else {
-      Layer& layer = network.layers[network.num_layers++];
-      layer = {
-          std::min(int(row[0]), int(kElements)), int(row[1]), int(row[2]), int(row[3]), int(row[4]), height, width};
-      layer.kernel_height = int(row[5]), layer.kernel_width = int(row[6]);
-      layer.stride_height = int(row[7]), layer.stride_width = int(row[8]);
-      layer.pool_height = layer.pool_width = 1;
-      layer.weight = int(row[9]), layer.bias = int(row[10]), layer.unit = int(row[11]);
-      layer.activates = row[0] == kRowActivation;
-    }
-  }
+  for (int64_t r = 0; r < count; ++r) add_row(rows[r], network);
   int first = 0;
   while (network.layers[first].kind != kConvolution) ++first;
   network.first_convolution = first;
@@ -121,11 +130,11 @@ inline Network make_network(const int64_t* row, int64_t num_rows, int64_t num_we
 template <typename real_t>
 __device__ void activate(int activation, real_t x, real_t& y, real_t& slope) {
   constexpr real_t kSqrtHalf = 0.70710678118654752, kInverseSqrtTau = 0.39894228040143268;
-  if (activation == 0) {
+  if (activation == kTanh) {
     y = std::tanh(x), slope = 1 - y * y;
-  } else if (activation == 1) {
+  } else if (activation == kRelu) {
     y = x < 0 ? real_t(0) : x, slope = x > 0;
-  } else if (activation == 2) {
+  } else if (activation == kSigmoid) {
     y = 1 / (1 + std::exp(-x)), slope = y * (1 - y);
   } else {
     const real_t share = real_t(0.5) * (1 + std::erf(x * kSqrtHalf));
@@ -190,7 +199,7 @@ struct Tile {
       __syncthreads();
       if (layer.kind == kPooling) {
         pool(layer);
-      } else if (layer.kind == kElements) {
+      } else if (layer.elementwise()) {
         apply(layer, pass.activation);
         if (layer.unit < 0 || pass.dropout == 0) continue;
         __syncthreads();
@@ -211,7 +220,7 @@ struct Tile {
       __syncthreads();
       if (layer.kind == kPooling) {
         pool_back(layer);
-      } else if (layer.kind == kElements) {
+      } else if (layer.elementwise()) {
         for (int sample = 0; sample < samples; ++sample)
           for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x)
             map(sample, layer.input)[i] *= map(sample, layer.output)[i];
@@ -475,7 +484,7 @@ struct Tile {
       for (int i = threadIdx.x; i < layer.out_size(); i += blockDim.x) {
         real_t& x = map(sample, layer.input)[i];
         real_t y = x, slope = 1;
-        if (layer.activates) activate(activation, x, y, slope);
+        if (layer.kind == kActivation) activate(activation, x, y, slope);
         map(sample, layer.output)[i] = y, x = slope;
       }
   }

@@ -35,13 +35,15 @@ int64_t attribute(cudaDeviceAttr name, const Tensor& x) {
 
 // A table may be on any device; from a GPU it has to be waited for.
 template <typename real_t>
-Network read_network(const char* op, const Tensor& layers, const Tensor& weights, bool noisy) {
+Network read_network(const char* op, const Tensor& layers, const Tensor& weights, const Tensor& images, bool noisy) {
   STD_TORCH_CHECK(layers.size(0) <= kMaxLayers, op, ": layers must be at most ", kMaxLayers, " rows, got ",
                   layers.size(0), ": use torch.func or train one by one");
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const Tensor table = torch::stable::contiguous(torch::stable::to(layers, cpu));
-  return make_network(table.const_data_ptr<int64_t>(), table.size(0), weights.size(weights.dim() - 1), sizeof(real_t),
-                      noisy);
+  const Row* rows = reinterpret_cast<const Row*>(table.const_data_ptr<int64_t>());
+  const int64_t num_weights = weights.size(weights.dim() - 1);
+  check_rows(op, rows, table.size(0), images.size(1), images.size(2), images.size(3), num_weights);
+  return make_network(rows, table.size(0), num_weights, sizeof(real_t), noisy);
 }
 
 // Runs the work for all networks, `batch_size` samples for each. Samples that do not depend on each other are shared
@@ -96,31 +98,32 @@ struct StepTensors {
              double kl_weight) const {
     if (weights.size(0) == 0) return;
     dispatch_real(weights, [&]<typename real_t>() {
-      const Training<real_t, kNoisy> training{read_network<real_t>(op, layers, weights, kNoisy),
-                                              images.const_data_ptr<real_t>(),
-                                              weights.const_data_ptr<real_t>(),
-                                              first.const_data_ptr<real_t>(),
-                                              second.const_data_ptr<real_t>(),
-                                              new_weights.mutable_data_ptr<real_t>(),
-                                              new_first.mutable_data_ptr<real_t>(),
-                                              new_second.mutable_data_ptr<real_t>(),
-                                              losses.mutable_data_ptr<real_t>(),
-                                              labels.const_data_ptr<int64_t>(),
-                                              seed.const_data_ptr<int64_t>(),
-                                              correct.mutable_data_ptr<int64_t>(),
-                                              activation.const_data_ptr<int32_t>(),
-                                              optimizer.const_data_ptr<int32_t>(),
-                                              dropout.const_data_ptr<double>(),
-                                              lr.const_data_ptr<double>(),
-                                              weight_decay.const_data_ptr<double>(),
-                                              batches.const_data_ptr(),
-                                              batches.scalar_type() == ScalarType::Long,
-                                              weights.size(0),
-                                              batches.size(1),
-                                              batches.size(2),
-                                              step,
-                                              divergences ? divergences->mutable_data_ptr<real_t>() : nullptr,
-                                              kl_weight};
+      const Training<real_t, kNoisy> training{
+          .network = read_network<real_t>(op, layers, weights, images, kNoisy),
+          .images = images.const_data_ptr<real_t>(),
+          .weights = weights.const_data_ptr<real_t>(),
+          .first = first.const_data_ptr<real_t>(),
+          .second = second.const_data_ptr<real_t>(),
+          .new_weights = new_weights.mutable_data_ptr<real_t>(),
+          .new_first = new_first.mutable_data_ptr<real_t>(),
+          .new_second = new_second.mutable_data_ptr<real_t>(),
+          .losses = losses.mutable_data_ptr<real_t>(),
+          .labels = labels.const_data_ptr<int64_t>(),
+          .seed = seed.const_data_ptr<int64_t>(),
+          .correct = correct.mutable_data_ptr<int64_t>(),
+          .activation = activation.const_data_ptr<int32_t>(),
+          .optimizer = optimizer.const_data_ptr<int32_t>(),
+          .dropout = dropout.const_data_ptr<double>(),
+          .lr = lr.const_data_ptr<double>(),
+          .weight_decay = weight_decay.const_data_ptr<double>(),
+          .batches = batches.const_data_ptr(),
+          .wide = batches.scalar_type() == ScalarType::Long,
+          .count = weights.size(0),
+          .steps = batches.size(1),
+          .batch_size = batches.size(2),
+          .step = step,
+          .divergences = divergences ? divergences->mutable_data_ptr<real_t>() : nullptr,
+          .kl_weight = kl_weight};
       launch(training, batches.size(2), weights);
     });
   }

@@ -28,16 +28,16 @@ Tensor small_cnn_logits_cuda(const Tensor& weights_, const Tensor& images_, cons
 
   std::optional<Tensor> logits;
   dispatch_real(weights, [&]<typename real_t>() {
-    const Network network = read_network<real_t>("small_cnn_logits", layers, weights, false);
+    const Network network = read_network<real_t>("small_cnn_logits", layers, weights, images, false);
     logits = torch::stable::new_empty(weights, {count, num_images, network.num_classes});
     if (logits->numel() == 0) return;
-    const Evaluation<real_t> evaluation{network,
-                                        images.const_data_ptr<real_t>(),
-                                        weights.const_data_ptr<real_t>(),
-                                        activation.const_data_ptr<int32_t>(),
-                                        logits->mutable_data_ptr<real_t>(),
-                                        count,
-                                        num_images};
+    const Evaluation<real_t> evaluation{.network = network,
+                                        .images = images.const_data_ptr<real_t>(),
+                                        .weights = weights.const_data_ptr<real_t>(),
+                                        .activation = activation.const_data_ptr<int32_t>(),
+                                        .logits = logits->mutable_data_ptr<real_t>(),
+                                        .count = count,
+                                        .num_images = num_images};
     launch(evaluation, num_images, weights);
   });
   return *logits;

@@ -10,7 +10,6 @@ namespace {
 constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 constexpr double kK1 = 0.63576, kK2 = 1.8732, kK3 = 1.48695;  // of the divergence
 constexpr double kConvolutionBound = 8, kDenseBound = 10;     // of log alpha
-enum Optimizer { kSgd, kHeavyBall, kAdam, kAdamW };
 
 // The formulas of torch.optim.
 template <typename real_t>
