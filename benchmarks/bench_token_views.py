@@ -16,6 +16,7 @@ import torch
 from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
 from fastws.benchmarks.zoo import MODELS, TOKEN_SIZE, VIEWS, WINDOW, published_views, resnet18
 from fastws.ops.token_views import token_views_reference
+from fastws.table import table_columns
 
 
 def make_args(dtype: torch.dtype, noise: float, models: int, views: int) -> tuple:
@@ -44,7 +45,8 @@ def published(zoo, table, base, layers, start, permutations, *args):
 def copy_slices(zoo, table, base, layers, start, *args):
     """As many bytes from the same places, cut but neither permuted nor padded."""
     layout, size = resnet18()[0], WINDOW * TOKEN_SIZE
-    places = layout.table[:, 0].repeat_interleave(layout.table[:, 2] * layout.table[:, 6])[start.cpu()]
+    columns = table_columns(layout.table)
+    places = columns.weight_offset.repeat_interleave(columns.rows * columns.chunks)[start.cpu()]
     places = places.clamp(max=layout.num_weights - size).tolist()
     models = (base // zoo.shape[1]).tolist()
     return torch.stack([zoo[model, place : place + size] for model, place in zip(models, places, strict=True)])

@@ -8,7 +8,8 @@ namespace fastws {
 
 // One row of a layout table; docs/design.md says what the columns mean.
 struct Layer {
-  int64_t weight_offset, bias_offset, rows, row_length, block, units, chunks, first_token, out, in, bias;
+  int64_t weight_offset, bias_offset, rows, row_length, block, units, chunks, first_token, first_out, first_in,
+      first_bias;
 };
 static_assert(sizeof(Layer) == 11 * sizeof(int64_t));
 

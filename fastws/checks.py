@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastws import _native
+from fastws.table import Row, table_rows
 
 
 def is_permutation(x: Tensor) -> bool:
@@ -12,7 +13,7 @@ def is_permutation(x: Tensor) -> bool:
 
 
 def check_table(op: str, table: Tensor, device: torch.device) -> None:
-    if table.dim() != 2 or table.shape[1] != 11 or table.dtype != torch.int64 or table.device != device:
+    if table.dim() != 2 or table.shape[1] != len(Row._fields) or table.dtype != torch.int64 or table.device != device:
         got = f"{list(table.shape)} {table.dtype} on {table.device}"
         raise ValueError(f"{op}: table must be [L, 11] int64 on {device}, got {got}")
 
@@ -29,9 +30,9 @@ def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor)
         raise ValueError(f"{op}: permutations must be [{batch}, S] int32 on {table.device}, got {got}")
     if not _native.CHECK or torch.compiler.is_compiling():
         return
-    rows = table.tolist()
-    vectors = {(first, row[2]) for row in rows for first in (row[8], row[10]) if first >= 0}
-    vectors |= {(row[9], row[5]) for row in rows if row[9] >= 0}
+    rows = table_rows(table)
+    vectors = {(first, row.rows) for row in rows for first in (row.first_out, row.first_bias) if first >= 0}
+    vectors |= {(row.first_in, row.units) for row in rows if row.first_in >= 0}
     for first, size in sorted(vectors):
         vector = permutations[:, first : first + size]
         if vector.shape[1] != size or not is_permutation(vector):

@@ -5,7 +5,16 @@ import triton.language as tl
 from torch import Tensor, empty_like, int32
 
 from fastws.kernels.philox import philox
-from fastws.kernels.table import COLUMNS, permuted
+from fastws.kernels.table import (
+    COLUMN_BLOCK,
+    COLUMN_FIRST_IN,
+    COLUMN_FIRST_OUT,
+    COLUMN_ROW_LENGTH,
+    COLUMN_UNITS,
+    COLUMN_WEIGHT_OFFSET,
+    COLUMNS,
+    permuted,
+)
 
 BLOCK = 1024
 
@@ -39,18 +48,18 @@ def _permute_kernel(
     size = num_layers
     while size > 1:
         middle = (first + last) // 2
-        before = tl.load(table + middle * COLUMNS, mask=middle > first, other=0) <= i
+        before = tl.load(table + middle * COLUMNS + COLUMN_WEIGHT_OFFSET, mask=middle > first, other=0) <= i
         first, last = tl.where(before, middle, first), tl.where(before, last, middle)
         size = (size + 1) // 2
     layer = table + first * COLUMNS
-    offset, length = tl.load(layer), tl.load(layer + 3).to(index)
-    block = tl.load(layer + 4).to(index)
-    period = block * tl.load(layer + 5).to(index)
+    offset, length = tl.load(layer + COLUMN_WEIGHT_OFFSET), tl.load(layer + COLUMN_ROW_LENGTH).to(index)
+    block = tl.load(layer + COLUMN_BLOCK).to(index)
+    period = block * tl.load(layer + COLUMN_UNITS).to(index)
     place = (i - offset).to(index)
     row, f = place // length, place % length
     vectors = permutations + b * indices
-    row = permuted(vectors, tl.load(layer + 8), row)
-    unit = permuted(vectors, tl.load(layer + 9), f % period // block)
+    row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
+    unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), f % period // block)
     source = offset + row.to(tl.int64) * length + f // period * period + unit.to(tl.int64) * block + f % block
     if INVERSE:
         # no atomics: a permutation meets each weight once

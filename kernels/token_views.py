@@ -6,7 +6,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastws.kernels.philox import philox
-from fastws.kernels.table import COLUMNS, find_layer, permuted
+from fastws.kernels.table import (
+    COLUMN_BIAS_OFFSET,
+    COLUMN_BLOCK,
+    COLUMN_CHUNKS,
+    COLUMN_FIRST_BIAS,
+    COLUMN_FIRST_IN,
+    COLUMN_FIRST_OUT,
+    COLUMN_FIRST_TOKEN,
+    COLUMN_ROW_LENGTH,
+    COLUMN_ROWS,
+    COLUMN_UNITS,
+    COLUMN_WEIGHT_OFFSET,
+    COLUMNS,
+    find_layer,
+    permuted,
+)
 
 
 @triton.jit
@@ -66,9 +81,10 @@ def _token_views_kernel(
     first_layer, last_layer = tl.load(layers + 2 * b), tl.load(layers + 2 * b + 1)
     l = find_layer(table, first_layer, last_layer, token)  # noqa: E741
     layer = table + l * COLUMNS
-    weight, bias, rows, length = tl.load(layer), tl.load(layer + 1), tl.load(layer + 2), tl.load(layer + 3)
-    block, period = tl.load(layer + 4), tl.load(layer + 4) * tl.load(layer + 5)
-    chunks, first_token = tl.load(layer + 6), tl.load(layer + 7)
+    weight, bias = tl.load(layer + COLUMN_WEIGHT_OFFSET), tl.load(layer + COLUMN_BIAS_OFFSET)
+    rows, length = tl.load(layer + COLUMN_ROWS), tl.load(layer + COLUMN_ROW_LENGTH)
+    block, period = tl.load(layer + COLUMN_BLOCK), tl.load(layer + COLUMN_BLOCK) * tl.load(layer + COLUMN_UNITS)
+    chunks, first_token = tl.load(layer + COLUMN_CHUNKS), tl.load(layer + COLUMN_FIRST_TOKEN)
     row, chunk = (token - first_token) // chunks, (token - first_token) % chunks
     inside = row < rows  # else the sequence is over
     row = tl.where(inside, row, 0)
@@ -80,9 +96,9 @@ def _token_views_kernel(
     unit, weight_row, bias_row = f % period // block, row, row
     if PERMUTE:
         vectors = permutations + b * indices
-        unit = permuted(vectors, tl.load(layer + 9), unit).to(tl.int32)
-        weight_row = permuted(vectors, tl.load(layer + 8), row)
-        bias_row = permuted(vectors, tl.load(layer + 10), row)
+        unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), unit).to(tl.int32)
+        weight_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
+        bias_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_BIAS), row)
     source = weight + weight_row * length + f // period * period + unit * block + f % block
     source = tl.load(base + b) + tl.where(f < length, source, bias + bias_row)
     x = tl.load(weights + source, mask=valid, other=0.0)

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastws.kernels.table import COLUMNS, find_layer
+from fastws.kernels.table import (
+    COLUMN_BIAS_OFFSET,
+    COLUMN_CHUNKS,
+    COLUMN_FIRST_TOKEN,
+    COLUMN_ROW_LENGTH,
+    COLUMN_WEIGHT_OFFSET,
+    COLUMNS,
+    find_layer,
+)
 
 
 @triton.jit
@@ -18,8 +26,9 @@ def _tokenize_kernel(
     program = tl.program_id(0).to(tl.int64)
     b, n = program // num_tokens, program % num_tokens
     layer = table + find_layer(table, tl.zeros([], tl.int64), tl.zeros([], tl.int64) + num_layers, n) * COLUMNS
-    weight, bias = tl.load(layer), tl.load(layer + 1)
-    length, chunks, first = tl.load(layer + 3), tl.load(layer + 6), tl.load(layer + 7)
+    weight, bias = tl.load(layer + COLUMN_WEIGHT_OFFSET), tl.load(layer + COLUMN_BIAS_OFFSET)
+    length, chunks = tl.load(layer + COLUMN_ROW_LENGTH), tl.load(layer + COLUMN_CHUNKS)
+    first = tl.load(layer + COLUMN_FIRST_TOKEN)
     row, chunk = (n - first) // chunks, (n - first) % chunks
     e = tl.arange(0, BLOCK)
     f = chunk * token_size + e

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastws
+from fastws.table import table_columns, table_rows
 
 
 def small_checkpoint(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -46,10 +47,11 @@ def permuted_tables(layout: fastws.Layout, rng: torch.Generator) -> tuple[Tensor
 
     tables = layout.tensor_table.clone(), layout.table.clone()
     for table in tables:
-        for row in table:
-            weight, bias, rows, _, _, units = row.tolist()[:6]
-            row[8], row[9] = place(weight, 0, rows), place(weight, 1, units)
-            row[10] = place(bias, 0, rows) if bias >= 0 else -1
+        columns = table_columns(table)
+        for number, row in enumerate(table_rows(table)):
+            columns.first_out[number] = place(row.weight_offset, 0, row.rows)
+            columns.first_in[number] = place(row.weight_offset, 1, row.units)
+            columns.first_bias[number] = place(row.bias_offset, 0, row.rows) if row.bias_offset >= 0 else -1
     return *tables, sizes
 
 

@@ -1,7 +1,7 @@
 """Calls every compiled operator with arguments that do not fit: each is computed, or refused in one sentence.
 
-Calls of ``torch.ops`` pass by the checks in Python, as do those of ``torch.compile``; no wrong index, shape or dtype may
-reach memory that is not there.
+Calls of ``torch.ops`` pass by the checks in Python, as do those of ``torch.compile``; no wrong index, shape or dtype
+may reach memory that is not there.
 """
 
 import argparse

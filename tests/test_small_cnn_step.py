@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from fastws import _native
 from fastws.ops.small_cnn_step import small_cnn_logits_reference, small_cnn_step_reference
 from fastws.random.philox import philox_reference
 from fastws.small_cnn.steps import OPTIMIZERS
-from fastws.small_cnn.table import ACTIVATIONS
+from fastws.small_cnn.table import ACTIVATIONS, DROPOUT, rows_of
 from fastws.testing import assert_as_accurate, devices, implementations
 from fastws.zoo.making.architectures import build
 
@@ -84,8 +86,8 @@ class MaskedDropout(nn.Module):
 
 def mask_dropout(network, layers, probability):
     """Replaces each dropout layer; returns the replacements and the units of all of them."""
-    firsts = [row[11] for row in layers.tolist() if row[0] == 3]
-    sizes = [row[4] * row[2] * row[3] for row in layers.tolist() if row[0] == 3]
+    rows = [row for row in rows_of(layers) if row.kind == DROPOUT]
+    firsts, sizes = [row.first_unit for row in rows], [math.prod(row.out_shape) for row in rows]
     found = []
     for parent in list(network.modules()):
         for name, layer in parent.named_children():

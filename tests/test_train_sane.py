@@ -17,6 +17,7 @@ from small_zoo import make_small_zoo
 import fastws
 from fastws.random.integers import epoch_rows
 from fastws.runs import processes
+from fastws.table import table_rows
 from fastws.testing import devices
 from fastws.train import sane
 from fastws.zoo import Zoo, ZooWriter
@@ -115,8 +116,8 @@ def test_command_can_be_repeated(zoo, tmp_path, capsys):
 def standardise(source, flat):
     """Windows' whole sequences, by the plain way: standardise every layer, then tokenize."""
     flat = flat.clone()
-    for layer, (weight, bias, rows, length, *_) in enumerate(source.layout.table.tolist()):
-        for begin, count in ((weight, rows * length), (bias, rows)):
+    for layer, row in enumerate(table_rows(source.layout.table)):
+        for begin, count in ((row.weight_offset, row.rows * row.row_length), (row.bias_offset, row.rows)):
             flat[..., begin : begin + count] -= source.mean[layer]
             flat[..., begin : begin + count] /= source.std[layer]
     return source.layout.tokenize(flat).values
@@ -164,8 +165,9 @@ def test_validation_is_not_noised(zoo):
 def test_moments_are_those_of_the_training_split(zoo):
     source = sane.make_source(CONFIG, zoo, CPU)
     networks = zoo.rows(zoo.split("train")).double().numpy()
-    for layer, (weight, bias, rows, length, *_) in enumerate(source.layout.table.tolist()):
-        entries = numpy.concatenate([networks[:, weight : weight + rows * length], networks[:, bias : bias + rows]], 1)
+    for layer, row in enumerate(table_rows(source.layout.table)):
+        weights = networks[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]
+        entries = numpy.concatenate([weights, networks[:, row.bias_offset : row.bias_offset + row.rows]], 1)
         assert source.mean[layer].item() == pytest.approx(entries.mean(1).mean(), rel=1e-5)
         assert source.std[layer].item() == pytest.approx(entries.var(1, ddof=1).mean() ** 0.5, rel=1e-5)
 

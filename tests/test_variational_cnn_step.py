@@ -10,7 +10,7 @@ import fastws
 from fastws.ops.variational_cnn_step import sparse_weights, variational_cnn_step_reference
 from fastws.random.philox import normal_reference, philox_reference
 from fastws.small_cnn.steps import OPTIMIZERS
-from fastws.small_cnn.table import ACTIVATIONS
+from fastws.small_cnn.table import ACTIVATIONS, CONVOLUTION, rows_of
 from fastws.testing import assert_as_accurate, devices, implementations
 from fastws.zoo.making.architectures import build
 
@@ -271,7 +271,8 @@ def test_divergence_of_known_weights():
 def test_bias_of_a_dense_layer_has_no_log_sigma():
     args, recipe = example("digits-cnn", G=8, S=3)
     args[0] = args[0].contiguous()
-    biases = [slice(row[10], row[10] + row[4]) for row in args[6].tolist() if row[0] == 0 and row[2] == row[3] == 1]
+    dense = [row for row in rows_of(args[6]) if row.kind == CONVOLUTION and row.in_height == row.in_width == 1]
+    biases = [slice(row.bias_offset, row.bias_offset + row.out_channels) for row in dense]
     assert len(biases) == 2
     expected = fastws.variational_cnn_step(*args, **recipe, kl_weight=KL_WEIGHT)
     changed = args[0].clone()

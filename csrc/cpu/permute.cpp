@@ -23,16 +23,17 @@ template <bool kInverse, typename scalar_t>
 void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_t* from, scalar_t* to, int64_t begin,
                   int64_t end) {
   const int64_t length = layer.row_length;
-  const int32_t* out = layer.out < 0 ? nullptr : permutations + layer.out;
+  const int32_t* out = layer.first_out < 0 ? nullptr : permutations + layer.first_out;
   from += layer.weight_offset, to += layer.weight_offset;
-  if (out == nullptr && layer.in < 0) return copy(from + begin * length, to + begin * length, (end - begin) * length);
+  if (out == nullptr && layer.first_in < 0)
+    return copy(from + begin * length, to + begin * length, (end - begin) * length);
   NearRow<scalar_t> near;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t other = out == nullptr ? row : out[row];
     const scalar_t* source = from + (kInverse ? row : other) * length;
     scalar_t* target = to + (kInverse ? other : row) * length;
-    const int32_t* in = permutations + layer.in;
-    if (layer.in < 0) {
+    const int32_t* in = permutations + layer.first_in;
+    if (layer.first_in < 0) {
       copy(source, target, length);
     } else if constexpr (kInverse) {
       move_row<true, scalar_t>(target, source, in, layer.block, layer.units, 0, length);

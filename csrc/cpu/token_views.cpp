@@ -95,21 +95,22 @@ void gather_token(const scalar_t* weights, const scalar_t* from, const Layer& la
                   int64_t row, int64_t chunk, int64_t token_size, int64_t length, scalar_t* token) {
   const int64_t begin = chunk * token_size, end = std::min(begin + length, layer.row_length);
   if (end > begin) {
-    if (permutations && layer.in >= 0)
-      move_row<false, scalar_t>(from, token, permutations + layer.in, layer.block, layer.units, begin, end);
+    if (permutations && layer.first_in >= 0)
+      move_row<false, scalar_t>(from, token, permutations + layer.first_in, layer.block, layer.units, begin, end);
     else
       copy(from + begin, token, end - begin);
   }
   if (begin + length > layer.row_length)
-    token[length - 1] = weights[layer.bias_offset + permuted(permutations, layer.bias, row)];
+    token[length - 1] = weights[layer.bias_offset + permuted(permutations, layer.first_bias, row)];
 }
 
 // The weights of a row, from which some tokens are to be cut; held near if they are permuted and most are needed.
 template <typename scalar_t>
 const scalar_t* read_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row,
                          int64_t tokens, NearRow<scalar_t>& near) {
-  const scalar_t* from = weights + layer.weight_offset + permuted(permutations, layer.out, row) * layer.row_length;
-  const bool gathers = permutations && layer.in >= 0, most = 2 * tokens >= layer.chunks;
+  const scalar_t* from =
+      weights + layer.weight_offset + permuted(permutations, layer.first_out, row) * layer.row_length;
+  const bool gathers = permutations && layer.first_in >= 0, most = 2 * tokens >= layer.chunks;
   return gathers && most && near.fits(layer) ? near.hold(layer, from) : from;
 }
 

@@ -60,13 +60,14 @@ inline std::vector<uint32_t> find_largest(const char* op, const Layer* layers, i
   };
   for (int64_t l = 0; l < count; ++l) {
     const Layer& layer = layers[l];
-    if (layer.in >= 0) {
+    if (layer.first_in >= 0) {
       const bool divides = layer.block > 0 && layer.units > 0 && layer.units <= layer.row_length / layer.block &&
                            layer.row_length % (layer.units * layer.block) == 0;
       STD_TORCH_CHECK(divides, op, ": table must have whole units in a row of ", layer.row_length, ", got row ", l,
                       " with ", layer.units, " units of ", layer.block);
     }
-    bound(layer.out, layer.rows, l), bound(layer.in, layer.units, l), bound(layer.bias, layer.rows, l);
+    bound(layer.first_out, layer.rows, l), bound(layer.first_in, layer.units, l),
+        bound(layer.first_bias, layer.rows, l);
   }
   return largest;
 }

@@ -16,6 +16,7 @@ import fastws
 from fastws.devices import find_device
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
 from fastws.files.atomic import write_json
+from fastws.table import table_rows
 from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
@@ -167,9 +168,9 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
 def layers_of(flat: Tensor, layout: fastws.Layout, *, apart: bool = False) -> list[Tensor]:
     """``[B, n]`` each: the weights of each layer with its biases or, apart, the biases behind its weights."""
     layers = []
-    for weight, bias, rows, length, *_ in layout.table.tolist():
-        parts = [flat[:, weight : weight + rows * length]]
-        parts += [flat[:, bias : bias + rows]] if bias >= 0 else []
+    for row in table_rows(layout.table):
+        parts = [flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]]
+        parts += [flat[:, row.bias_offset : row.bias_offset + row.rows]] if row.bias_offset >= 0 else []
         layers += parts if apart else [torch.cat(parts, 1)]
     return layers
 
@@ -190,8 +191,8 @@ def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = Fals
     """
     layers = layers_of(flat, layout, apart=apart)
     if padded:
-        filled = layout.table[:, 2] * layout.table[:, 6] * layout.token_size  # rows * chunks * T
-        layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled.tolist(), strict=True)]
+        filled = [row.rows * row.chunks * layout.token_size for row in table_rows(layout.table)]
+        layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled, strict=True)]
     sizes = torch.tensor([layer.shape[1] for layer in layers])
     ends = sizes.cumsum(0)
     return fastws.layer_statistics(torch.cat(layers, 1), torch.stack([ends - sizes, ends], 1)).flatten(1)

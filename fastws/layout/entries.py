@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastws.layout.roles import Role, bias_name
+from fastws.table import Row
 
 NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
 
@@ -87,11 +88,22 @@ def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Ten
         length = entry.numel // rows
         units = entry.shape[1] if len(entry.shape) > 1 else 1
         chunks = -(-row_length(entry, bias) // token_size)
-        bias_offset = -1 if bias is None else bias.offset
-        row = [entry.offset, bias_offset, rows, length, length // units, units, chunks, first_token, -1, -1, -1]
+        row = Row(
+            weight_offset=entry.offset,
+            bias_offset=-1 if bias is None else bias.offset,
+            rows=rows,
+            row_length=length,
+            block=length // units,
+            units=units,
+            chunks=chunks,
+            first_token=first_token,
+            first_out=-1,
+            first_in=-1,
+            first_bias=-1,
+        )
         table.append(row)
         first_token += rows * chunks
-    return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 11)
+    return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, len(Row._fields))
 
 
 def row_length(entry: Entry, bias: Entry | None) -> int:

@@ -21,6 +21,7 @@ from fastws.files.state_dict import EXTRA
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.layout.roles import describe_source, load_parts, load_state
 from fastws.ops.tokenize import detokenize, tokenize
+from fastws.table import count_tokens, table_columns, table_rows
 from fastws.tokens import Tokens
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ class Layout:
             "table": table,
             "tensor_table": make_table([(entry, None) for entry in flat if entry.numel], 1),
             "num_weights": sum(entry.numel for entry in flat),
-            "num_tokens": int(table[-1, 7] + table[-1, 2] * table[-1, 6]) if layers else 0,
+            "num_tokens": count_tokens(table),
             "dtype": flat_dtype(entry.dtype for entry in flat),
             "_untokenized": tuple((e.offset, e.offset + e.numel) for e in flat if e not in held),
             "_on_device": {},
@@ -309,13 +310,13 @@ class Layout:
 
     def describe(self) -> str:
         """Every tensor with its role, its place in the flat vector and its tokens, line by line."""
-        rows = {name: row for row, (name, _) in zip(self.table.tolist(), self.layers, strict=True)}
+        rows = {name: row for row, (name, _) in zip(table_rows(self.table), self.layers, strict=True)}
         hosts = {bias: weight for weight, bias in self.layers if bias}
         lines = [repr(self)]
         for entry in self.entries:
             if entry.name in rows:
-                first, count = rows[entry.name][7], rows[entry.name][2] * rows[entry.name][6]
-                tokens = f"tokens {first}..{first + count - 1}"
+                row = rows[entry.name]
+                tokens = f"tokens {row.first_token}..{row.first_token + row.rows * row.chunks - 1}"
             elif entry.name in hosts:
                 tokens = f"last entry of each row of {hosts[entry.name]}"
             else:
@@ -370,11 +371,11 @@ class Layout:
 def tables_on(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """``table``, ``lengths`` and ``positions`` of a layout on a device, made at the first call."""
     if device not in layout._on_device:
-        table = layout.table
-        layer = torch.arange(len(table), device="cpu").repeat_interleave(table[:, 2] * table[:, 6])
-        local = torch.arange(layout.num_tokens, device="cpu") - table[layer, 7]
-        row, chunk = local // table[layer, 6], local % table[layer, 6]
-        full = table[:, 3] + (table[:, 1] >= 0)
+        table, columns = layout.table, table_columns(layout.table)
+        layer = torch.arange(len(table), device="cpu").repeat_interleave(columns.rows * columns.chunks)
+        local = torch.arange(layout.num_tokens, device="cpu") - columns.first_token[layer]
+        row, chunk = local // columns.chunks[layer], local % columns.chunks[layer]
+        full = columns.row_length + (columns.bias_offset >= 0)
         lengths = (full[layer] - chunk * layout.token_size).clamp(0, layout.token_size).int()
         positions = torch.stack([torch.arange(layout.num_tokens, device="cpu"), layer, row], -1).int()
         layout._on_device[device] = tuple(x.to(device) for x in (table, lengths, positions))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastws.layout.layout import Layout
+from fastws.table import table_rows
 
 SMALLEST_STD = 1e-4  # of a layer; a layer that does not vary is compared in units of this
 
@@ -11,11 +12,11 @@ SMALLEST_STD = 1e-4  # of a layer; a layer that does not vary is compared in uni
 def layer_offsets(layout: Layout) -> Tensor:
     """First weight and end of each layer, its bias included where it stands behind the weights: int64 ``[L, 2]``."""
     found = []
-    for weight, bias, rows, length, *_ in layout.table.tolist():
-        end = weight + rows * length
-        found.append([weight, end + rows if bias == end else end])
+    for row in table_rows(layout.table):
+        end, bias = row.weight_offset + row.rows * row.row_length, row.bias_offset
+        found.append([row.weight_offset, end + row.rows if bias == end else end])
         if bias >= 0 and bias != end:
-            found.append([bias, bias + rows])
+            found.append([bias, bias + row.rows])
     return torch.tensor(sorted(found))
 
 

@@ -14,6 +14,7 @@ from fastws.matching.assignment import solve
 from fastws.matching.places import Place, find_places
 from fastws.ops.permute import permute
 from fastws.symmetry.symmetry import Symmetry
+from fastws.table import table_columns
 
 BATCH_BYTES = 2**28  # of weights and similarities that are worked on at a time
 BATCH_NETWORKS = 256  # at most; so often a progress bar moves
@@ -136,7 +137,7 @@ class Matcher:
         self.entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
         table = symmetry.tensor_table(layout)
         self.tables = table[:, None].clone()  # each tensor as a checkpoint of its own, [L, 1, 11]
-        self.tables[:, :, 0] = 0
+        table_columns(self.tables).weight_offset.zero_()
         self.tables = self.tables.to(self.device)
         self.reference = [reference[entry.offset : entry.offset + entry.numel] for entry in self.entries]
         self.places = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastws.layout.layout import Layout
 from fastws.symmetry.segments import Segments
 from fastws.symmetry.symmetry import Symmetry
+from fastws.table import table_rows
 
 LARGE = 2**14  # weights of a tensor whose units are picked faster network by network
 
@@ -50,15 +51,16 @@ def find_places(symmetry: Symmetry, layout: Layout, device: torch.device) -> lis
     """The places of each group, tensor by tensor; tensors are counted without those that are empty."""
     places: list[list[Place]] = [[] for _ in symmetry.sizes]
     entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
-    for tensor, (entry, line) in enumerate(zip(entries, symmetry.tensor_table(layout).tolist(), strict=True)):
-        _, _, rows, length, block, count, _, _, out, into, _ = line
+    for tensor, (entry, row) in enumerate(zip(entries, table_rows(symmetry.tensor_table(layout)), strict=True)):
         for axis, segments in enumerate(symmetry.axes[entry.name]):
             for group, index in units(segments or (), symmetry.sizes).items():
                 in_order = index == list(range(entry.shape[axis]))
                 index = None if in_order else torch.tensor(index).to(device)
-                other = slice(out, out + rows) if axis else slice(into, into + count)
+                other = slice(row.first_out, row.first_out + row.rows)
+                other = other if axis else slice(row.first_in, row.first_in + row.units)
                 other = None if other.start < 0 else other
-                view = (rows, length) if axis else (rows, length // (count * block), count, block)
+                repeats = row.row_length // (row.units * row.block)
+                view = (row.rows, row.row_length) if axis else (row.rows, repeats, row.units, row.block)
                 places[group].append(Place(tensor, axis, index, other, entry.shape, view, 0 if axis else 2))
     return places
 

@@ -24,6 +24,7 @@ from fastws.nn.weight_tokens import (
     WeightDebedder,
     WeightEmbedder,
 )
+from fastws.table import table_rows
 
 EPSILON = 1e-6
 
@@ -97,8 +98,7 @@ class HyperRepresentationConfig:
 
 def rows_of(layout: Layout) -> tuple[Rows, ...]:
     """The rows of the layers of an architecture, for ``HyperRepresentationConfig.layers``."""
-    columns = layout.table[:, :4].tolist()
-    return tuple(Rows(weight, bias, rows, length) for weight, bias, rows, length in columns)
+    return tuple(Rows(x.weight_offset, x.bias_offset, x.rows, x.row_length) for x in table_rows(layout.table))
 
 
 class Norm(nn.Module):

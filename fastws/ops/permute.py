@@ -11,6 +11,7 @@ from fastws import _native
 from fastws.checks import check_permutations, check_table
 from fastws.devices import to_device
 from fastws.random.philox import check_stream, philox_reference
+from fastws.table import table_rows
 
 
 def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
     Example:
         >>> layout = fastws.Layout.from_checkpoint({"a.weight": torch.zeros(2, 2)})
         >>> table = layout.tensor_table.clone()
-        >>> table[0, 8] = 0  # the row permutation begins at index 0
+        >>> fastws.table.table_columns(table).first_out[0] = 0  # the row permutation begins at index 0
         >>> fastws.permute(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), table, torch.tensor([[1, 0]], dtype=torch.int32))
         tensor([[3., 4., 1., 2.]])
     """
@@ -99,16 +100,17 @@ def group_starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse: bool = False) -> Tensor:
     permuted = flat.clone(memory_format=torch.contiguous_format)
-    for weight, _, rows, length, block, units, _, _, out, into, _ in table.tolist():
-        shape = len(flat), rows, length // (units * block), units, block
-        layer = flat[:, weight : weight + rows * length].reshape(shape)
-        for first, size, axis in [(out, rows, 1), (into, units, 3)]:
+    for row in table_rows(table):
+        shape = len(flat), row.rows, row.row_length // (row.units * row.block), row.units, row.block
+        weights = slice(row.weight_offset, row.weight_offset + row.rows * row.row_length)
+        layer = flat[:, weights].reshape(shape)
+        for first, size, axis in [(row.first_out, row.rows, 1), (row.first_in, row.units, 3)]:
             if first >= 0:
                 vector = permutations[:, first : first + size].long()
                 vector = vector.argsort(1) if inverse else vector
                 index = vector.view([size if a == axis else len(flat) if a == 0 else 1 for a in range(5)])
                 layer = layer.gather(axis, index.expand(shape))
-        permuted[:, weight : weight + rows * length] = layer.flatten(1)
+        permuted[:, weights] = layer.flatten(1)
     return permuted
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastws import _native
 from fastws.checks import check_permutations
 from fastws.random.philox import check_stream, normal_reference, philox_reference
+from fastws.table import Row, table_columns
 from fastws.tokens import Tokens
 
 
@@ -128,7 +129,7 @@ def check_arguments(weights, table, token_size, model, start, window, noise, era
     if not 0 <= erase <= 1 or not 0 <= noise < math.inf:
         raise ValueError(f"token_views: noise must be at least 0 and erase in [0, 1], got {noise} and {erase}")
     count, num_layers, int64 = len(model), len(table), torch.int64
-    expected = [("table", table, (num_layers, 11), int64), ("model", model, (count,), int64)]
+    expected = [("table", table, (num_layers, len(Row._fields)), int64), ("model", model, (count,), int64)]
     expected += [("start", start, (count,), int64)]
     expected += [(n, x, (num_layers,), torch.float32) for n, x in [("scale", scale), ("shift", shift)] if x is not None]
     if base is not None:
@@ -143,8 +144,8 @@ def check_arguments(weights, table, token_size, model, start, window, noise, era
     if model.min() < 0 or model.max() >= models:
         got = f"{model.min()}..{model.max()}"
         raise ValueError(f"token_views: model must be in [0, {models}), got {got}")
-    last = torch.full_like(model, num_layers - 1) if base is None else layers[model, 1] - 1
-    sequence = table[last, 7] + table[last, 2] * table[last, 6]
+    last = table_columns(table[torch.full_like(model, num_layers - 1) if base is None else layers[model, 1] - 1])
+    sequence = last.first_token + last.rows * last.chunks
     if base is None and window > sequence[0]:
         raise ValueError(f"token_views: window must be at most the {sequence[0]} tokens of a network, got {window}")
     if (start < 0).any() or (start > (sequence - window).clamp(min=0)).any():
@@ -173,11 +174,11 @@ def token_views_reference(
     n = start[:, None] + torch.arange(window, device=device)  # [B, W]
     candidates = torch.arange(len(table), device=device)
     candidates = (candidates >= layers[:, :1]) & (candidates < layers[:, 1:])  # [B, L]
-    layer = layers[:, :1] + (candidates[:, None] & (table[:, 7] <= n[..., None])).sum(-1) - 1
-    weight, bias, rows, length, block, units, chunks, first, out, into, out_bias = table[layer][..., None].unbind(-2)
-    inside = n[..., None] < first + rows * chunks  # [B, W, 1]
-    row, chunk = (n[..., None] - first) // chunks, (n[..., None] - first) % chunks
-    row = torch.where(inside, row, 0)
+    layer = layers[:, :1] + (candidates[:, None] & (table_columns(table).first_token <= n[..., None])).sum(-1) - 1
+    own = table_columns(table[layer][..., None, :])  # [B, W, 1]
+    inside = n[..., None] < own.first_token + own.rows * own.chunks
+    number = n[..., None] - own.first_token
+    row, chunk = torch.where(inside, number // own.chunks, 0), number % own.chunks
 
     def permuted(place: Tensor, i: Tensor) -> Tensor:
         if permutations.shape[1] == 0:
@@ -186,11 +187,12 @@ def token_views_reference(
         return torch.where(place >= 0, permutations.gather(1, index.flatten(1)).view(index.shape).long(), i)
 
     f = chunk * token_size + torch.arange(token_size, device=device)  # [B, W, T]
-    period = units * block
-    unit = permuted(into, torch.where(f < length, f % period // block, 0))
-    source = weight + permuted(out, row) * length + f // period * period + unit * block + f % block
-    source = torch.where(f < length, source, bias + permuted(out_bias, row))
-    valid = inside & (f < length + (bias >= 0))
+    period, length = own.units * own.block, own.row_length + (own.bias_offset >= 0)
+    unit = permuted(own.first_in, torch.where(f < own.row_length, f % period // own.block, 0))
+    source = own.weight_offset + permuted(own.first_out, row) * own.row_length
+    source = source + f // period * period + unit * own.block + f % own.block
+    source = torch.where(f < own.row_length, source, own.bias_offset + permuted(own.first_bias, row))
+    valid = inside & (f < length)
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
     values = weights.reshape(-1)[torch.where(valid, base[:, None, None] + source, 0)].to(wide)
     if len(scale):
@@ -203,7 +205,7 @@ def token_views_reference(
         words = philox_reference(seed, 2 * offset + 1, values.numel(), device).view(values.shape)
         valid = valid & (words >= erase_threshold)
     values = torch.where(valid, values, 0).to(dtype)
-    lengths = torch.where(inside, (length + (bias >= 0) - chunk * token_size).clamp(0, token_size), 0)[..., 0]
+    lengths = torch.where(inside, (length - chunk * token_size).clamp(0, token_size), 0)[..., 0]
     positions = torch.where(inside, torch.stack([n, layer - layers[:, :1], row[..., 0]], -1), 0)
     return values, lengths.int(), positions.int()
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastws import _native
 from fastws.checks import check_table
+from fastws.table import count_tokens, table_rows
 
 
 def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | None = None) -> Tensor:
@@ -78,28 +79,27 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
     return torch.ops.fastws.detokenize(tokens, table, num_weights)
 
 
-def count_tokens(table: Tensor) -> int:
-    return int(table[-1, 7] + table[-1, 2] * table[-1, 6]) if len(table) else 0
-
-
 def tokenize_reference(flat: Tensor, table: Tensor, token_size: int, num_tokens: int) -> Tensor:
     tokens = []
-    for weight, bias, rows, length, _, _, chunks, *_ in table.tolist():
-        layer = flat[:, weight : weight + rows * length].reshape(len(flat), rows, length)
-        if bias >= 0:
-            layer = torch.cat([layer, flat[:, bias : bias + rows, None]], 2)
-        padding = chunks * token_size - layer.shape[2]
-        tokens.append(torch.nn.functional.pad(layer, (0, padding)).reshape(len(flat), rows * chunks, token_size))
+    for row in table_rows(table):
+        weights = flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]
+        layer = weights.reshape(len(flat), row.rows, row.row_length)
+        if row.bias_offset >= 0:
+            layer = torch.cat([layer, flat[:, row.bias_offset : row.bias_offset + row.rows, None]], 2)
+        layer = torch.nn.functional.pad(layer, (0, row.chunks * token_size - layer.shape[2]))
+        tokens.append(layer.reshape(len(flat), row.rows * row.chunks, token_size))
     return torch.cat(tokens, 1) if tokens else flat.new_zeros(len(flat), 0, token_size)
 
 
 def detokenize_reference(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
     flat = tokens.new_zeros(len(tokens), num_weights)
-    for weight, bias, rows, length, _, _, chunks, first, *_ in table.tolist():
-        layer = tokens[:, first : first + rows * chunks].reshape(len(tokens), rows, chunks * tokens.shape[2])
-        flat[:, weight : weight + rows * length] = layer[:, :, :length].reshape(len(tokens), rows * length)
-        if bias >= 0:
-            flat[:, bias : bias + rows] = layer[:, :, length]
+    for row in table_rows(table):
+        layer = tokens[:, row.first_token : row.first_token + row.rows * row.chunks]
+        layer = layer.reshape(len(tokens), row.rows, row.chunks * tokens.shape[2])
+        weights = flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]
+        weights.copy_(layer[:, :, : row.row_length].reshape(weights.shape))
+        if row.bias_offset >= 0:
+            flat[:, row.bias_offset : row.bias_offset + row.rows] = layer[:, :, row.row_length]
     return flat
 
 

@@ -227,7 +227,7 @@ def noisy_forward(
     backs = []
     for number, row in enumerate(rows):
         if row.kind == CONVOLUTION:
-            x = x.reshape(len(x), *row[1:4], x.shape[-1])
+            x = x.reshape(len(x), *row.in_shape, x.shape[-1])
             x, back = convolve_noisily(
                 theta, variance, x, row, noise[number], grad_theta, grad_variance, last=not backs
             )

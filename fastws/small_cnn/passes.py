@@ -37,7 +37,7 @@ def forward(
     """
     backs = []
     for row in rows:
-        x = x.reshape(len(x), *row[1:4], x.shape[-1])
+        x = x.reshape(len(x), *row.in_shape, x.shape[-1])
         if row.kind == CONVOLUTION:
             x, back = convolve(weights, x, row, grad, last=not backs)
         elif row.kind == POOLING:
@@ -94,7 +94,7 @@ def fold(grad: Tensor, row: Row, batch: int) -> Tensor:
     grad = grad.view(len(grad), row.in_channels, row.kernel_height, row.kernel_width, out_h, out_w, batch)
     if grad.shape[2:6] == (1, 1, row.in_height, row.in_width):
         return grad[:, :, 0, 0]
-    grad_x = grad.new_zeros(len(grad), *row[1:4], batch)
+    grad_x = grad.new_zeros(len(grad), *row.in_shape, batch)
     for i in range(row.kernel_height):
         for j in range(row.kernel_width):
             grad_x[:, :, i :: row.stride_height, j :: row.stride_width][:, :, :out_h, :out_w] += grad[:, :, i, j]

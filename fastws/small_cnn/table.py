@@ -31,6 +31,10 @@ class Row(NamedTuple):
     first_unit: int  # units of all dropout layers before this one; else -1
 
     @property
+    def in_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.in_height, self.in_width
+
+    @property
     def out_shape(self) -> tuple[int, int, int]:
         height = (self.in_height - self.kernel_height) // self.stride_height + 1
         return self.out_channels, height, (self.in_width - self.kernel_width) // self.stride_width + 1
@@ -141,6 +145,17 @@ def rows_of(layers: Tensor) -> list[Row]:
     return [Row(*row) for row in layers.tolist()]
 
 
+def is_sound(row: Row) -> bool:
+    """Whether the numbers of a row belong together."""
+    kernel, stride = (row.kernel_height, row.kernel_width), (row.stride_height, row.stride_width)
+    if min(*row.in_shape, row.out_channels, *kernel, *stride) < 1 or min(row.out_shape) < 1:
+        return False
+    if row.kind == CONVOLUTION:
+        return True
+    tiles = kernel == stride and row.out_channels == row.in_channels
+    return tiles and (row.kind == POOLING or (row.kind in (ACTIVATION, DROPOUT) and kernel == (1, 1)))
+
+
 def check_layers(op: str, layers: Tensor, images: Tensor, num_weights: int) -> None:
     """Checks shape and dtype of a table; on the CPU, and outside of compilation, also that its rows fit together."""
     if layers.dim() != 2 or layers.shape[1] != len(Row._fields) or len(layers) == 0 or layers.dtype != torch.int64:
@@ -149,9 +164,7 @@ def check_layers(op: str, layers: Tensor, images: Tensor, num_weights: int) -> N
         return
     shape, used, units = tuple(images.shape[1:]), 0, 0
     for number, row in enumerate(rows_of(layers)):
-        fits = row[1:4] == shape or (row[2:4] == (1, 1) and row.in_channels == torch.Size(shape).numel())
-        fits = fits and row.kind in range(4) and min(row[4:9]) > 0 and min(row.out_shape) > 0
-        fits = fits and (row.kind == CONVOLUTION or row.out_channels == row.in_channels)
+        fits = row.in_shape in (shape, (torch.Size(shape).numel(), 1, 1)) and is_sound(row)
         if row.kind == CONVOLUTION:
             size = torch.Size(row.weight_shape).numel()
             fits = fits and 0 <= row.weight_offset <= num_weights - size

@@ -21,6 +21,7 @@ from fastws.symmetry.rules import PASSING, RULES
 from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size, unstorable
 from fastws.symmetry.trace import trace
 from fastws.symmetry.verify import Check
+from fastws.table import table_columns
 
 MOVES = ("sizes", "names", "shapes", "aliases", "axes")  # the attributes that say what moves
 
@@ -251,17 +252,19 @@ class Symmetry:
     def _filled(self, layout: Layout, table: Tensor, layers) -> Tensor:
         self.require_same(layout)
         table = table.clone()
-        for line, (weight, bias) in zip(table, layers, strict=True):
+        columns = table_columns(table)
+        for number, (weight, bias) in enumerate(layers):
             for axis, segments in enumerate(self.axes[weight]):
                 if segments is None:
                     continue
                 first, units, block = self._place(segments, rows=axis == 0)
                 if axis == 0:
-                    line[8] = first
+                    columns.first_out[number] = first
                 else:
-                    line[4], line[5], line[9] = block * math.prod(self.shapes[weight][axis + 1 :]), units, first
+                    columns.block[number] = block * math.prod(self.shapes[weight][axis + 1 :])
+                    columns.units[number], columns.first_in[number] = units, first
             rows = self.axes[bias or weight][:1]
-            line[10] = -1 if rows in ((), (None,)) else self._place(rows[0], rows=True)[0]
+            columns.first_bias[number] = -1 if rows in ((), (None,)) else self._place(rows[0], rows=True)[0]
         return table
 
     # --- checks

@@ -20,6 +20,7 @@ from fastws.matching.canonical import canonical_hashes
 from fastws.ops.layer_statistics import layer_statistics
 from fastws.ops.small_cnn_step import small_cnn_logits
 from fastws.small_cnn.table import ACTIVATIONS
+from fastws.table import table_columns
 from fastws.zoo.align import aligned_rows, find_alignment, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import config_of, prepare
@@ -105,8 +106,8 @@ def draw_sample(zoo: Zoo, count: int, seed: int) -> Sample:
 
 def tensor_offsets(layout: Layout) -> Tensor:
     """Where each tensor of a flat vector begins and ends, weights and biases on their own: ``[L, 2]``."""
-    begin = layout.tensor_table[:, 0]
-    return torch.stack([begin, begin + layout.tensor_table[:, 2] * layout.tensor_table[:, 3]], 1)
+    columns = table_columns(layout.tensor_table)
+    return torch.stack([columns.weight_offset, columns.weight_offset + columns.rows * columns.row_length], 1)
 
 
 def tensor_names(layout: Layout) -> list[str]:
