@@ -58,7 +58,7 @@ def examples() -> dict[str, dict]:
         "feature_distance": maps | {"weight": 0.5},
         "feature_distance_backward": {"grad": one} | maps | {"sums": rand(3, 3).double().abs(), "weight": 0.5},
         "layer_statistics": {"flat": rand(2, 160), "offsets": segments},
-        "kernel_order": {"rows": rand(2, 40, 9), "improve": True},
+        "kernel_order": {"rows": nn.functional.normalize(rand(2, 40, 9), dim=2), "improve": True},
         "kernel_gradients": {
             "inputs": rand(2, 6, 5, 3),
             "grad": rand(2, 3, 3, 4),
@@ -164,7 +164,7 @@ def spoil_values(x: Tensor, dice: random.Random) -> Tensor:
         return x
     entry = dice.randrange(x.numel()) if dice.random() < 0.8 else slice(None)
     if x.dtype.is_floating_point:
-        x.view(-1)[entry] = dice.choice(REALS)
+        x.view(-1)[entry] = torch.tensor(dice.choice(REALS), dtype=torch.float64).to(x.dtype)
     elif x.dtype != torch.bool:
         limits = torch.iinfo(x.dtype)
         x.view(-1)[entry] = min(max(dice.choice(NUMBERS), limits.min), limits.max)

@@ -1,16 +1,26 @@
-"""Wrong tables, permutations and lengths on a CPU: a sentence, never a read or write past the end of a tensor."""
+"""Wrong tables, indices, shapes and lengths on a CPU: a sentence, never a read or write past the end of a tensor.
+
+Most calls are of ``torch.ops``, which pass by the checks in Python, as those of ``torch.compile`` do.
+"""
 
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import fuzz_operators
 import pytest
 import torch
 from torch import nn
 
 import fastws
-from fastws import _native
+from fastws import _native, ops
 
+ops.register_all()
 TRUSTING = {"tokenize", "detokenize", "permute", "token_views", "masked_mse"}
 pytestmark = pytest.mark.skipif(not _native.COMPILED["cpu"] >= TRUSTING, reason="PyTorch checks what the references do")
+EXAMPLES = fuzz_operators.examples()
 NETWORK = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10), nn.Linear(10, 5))
 LAYOUT = fastws.Layout.from_checkpoint(NETWORK, token_size=16)
 SYMMETRY = fastws.Symmetry.trace(NETWORK, torch.zeros(1, 3, 8, 8))
@@ -95,3 +105,100 @@ def test_lengths_out_of_range_are_refused(length):
     lengths = torch.tensor([[1, 4, length]], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=rf"masked_mse: lengths must be in \[0, 4\], got {length}"):
         fastws.masked_mse(torch.randn(1, 3, 4), torch.randn(1, 3, 4), lengths)
+
+
+def changed(x, entry, value):
+    x = x.clone()
+    x[entry] = value
+    return x
+
+
+def refused(op, argument, value, sentence):
+    """A wrong value of one argument, a function of the right one, and the sentence that it gets."""
+    return pytest.param(op, argument, value, sentence, id=f"{op}-{argument}-{sentence.split(' must ')[-1]}")
+
+
+CNN = "small_cnn_step", "variational_cnn_step"
+MLP = "coordinate_mlp", "coordinate_mlp_backward"
+REFUSED = [
+    refused("weighted_sample", "first", lambda _: -1, "first and count must be at least 0"),
+    refused("weighted_sample", "count", lambda _: -1, "first and count must be at least 0"),
+    refused("alias_table", "weights", lambda x: x.int(), "weights must be [*] Long on a CPU, got [30] Int"),
+    refused("random_subset", "count", lambda _: 51, "count must be in [0, 50], got 51"),
+    refused("complement", "indices", lambda x: changed(x, 3, 50), "indices must be in [0, 50), got 50"),
+    refused("complement", "indices", lambda x: changed(x, 3, -1), "indices must be in [0, 50), got -1"),
+    refused("complement", "population", lambda _: -1, "population must be at least 0, got -1"),
+    refused("random_permutations", "starts", lambda x: changed(x, 1, 8), "starts must be of groups of 0 to 2**31 - 1"),
+    refused("random_permutations", "total", lambda _: 8, "starts must go from 0 to total, 8, got others"),
+    refused("masked_mse_backward", "lengths", lambda x: changed(x, (1, 2), 5), "lengths must be in [0, 4], got 5"),
+    refused("masked_mse_backward", "lengths", lambda x: changed(x, (1, 2), -1), "lengths must be in [0, 4], got -1"),
+    refused("masked_mse_backward", "target", lambda x: x[:, 1:], "target must be [2, 6, 4] Float on a CPU"),
+    refused("layerwise_mse", "offsets", lambda x: changed(x, (2, 1), 161), "offsets[2] must have"),
+    refused("layerwise_mse_backward", "offsets", lambda x: changed(x, (0, 0), -1), "offsets[0] must have"),
+    refused("layerwise_mse_backward", "share", lambda x: x[:2], "share must be [3] Float on a CPU, got [2] Float"),
+    refused(
+        "layer_statistics", "offsets", lambda x: changed(x, (2, 1), 10**9), "offsets[2] must have 0 <= begin <= end"
+    ),
+    refused("layer_statistics", "offsets", lambda x: x.flip(1), "offsets[0] must have 0 <= begin <= end <= 160"),
+    refused("nt_xent", "z_j", lambda x: x[:4], "z_j must be [5, 7] Float on a CPU, got [4, 7] Float"),
+    refused("nt_xent_backward", "logsumexp", lambda x: x[:9], "logsumexp must be [10] Float on a CPU, got [9] Float"),
+    refused("feature_distance", "teacher", lambda x: x.double(), "teacher must be [3, 20] Float on a CPU"),
+    refused("feature_distance_backward", "sums", lambda x: x[:2], "sums must be [3, 3] Double on a CPU, got [2, 3]"),
+    refused("kernel_order", "rows", lambda x: changed(x, (1, 3, 2), torch.inf), "rows must be of length 1 or 0"),
+    refused("kernel_order", "rows", lambda x: changed(x, (1, 3, 2), torch.nan), "rows must be of length 1 or 0"),
+    refused("kernel_gradients", "kernels", lambda x: changed(x, 2, 12), "kernels must be in [0, 12), got 12"),
+    refused("kernel_gradients", "kernels", lambda x: changed(x, 2, -7), "kernels must be in [0, 12), got -7"),
+    refused("kernel_gradients", "stride", lambda _: 3, "stride must be 1 or 2, got 3"),
+    refused(
+        "kernel_gradients", "grad", lambda x: x[:, 1:], "grad must be [2, 3, 3, *] Float on a CPU, got [2, 2, 3, 4]"
+    ),
+    refused("matched_distance", "candidates", lambda x: changed(x, (0, 1), 2), "candidates must be in [0, 2), got 2"),
+    refused("matched_distance", "groups", lambda x: changed(x, (1, 2), 21), "groups must be of networks of 40 weights"),
+    refused("matched_distance", "parts", lambda x: changed(x, (1, 1), 5), "parts must lie in the 5 weights of a unit"),
+    refused("token_views", "start", lambda x: changed(x, 1, -1), "start must be in [0, 2**62], got -1"),
+    refused("token_views", "base", lambda x: changed(x, 1, -1), "table must be of networks of"),
+    refused("token_views", "layers", lambda x: changed(x, (1, 1), 9), "layers"),
+    refused("small_cnn_logits", "activation", lambda x: changed(x, 1, 4), "activation must be in [0, 4), got 4"),
+    *(refused(op, "labels", lambda x: changed(x, 1, 5), "labels must be in [0, 5), got 5") for op in CNN),
+    *(refused(op, "labels", lambda x: changed(x, 1, -1), "labels must be in [0, 5), got -1") for op in CNN),
+    *(refused(op, "batches", lambda x: changed(x, (1, 1, 1), 6), "batches must be in [0, 6), got 6") for op in CNN),
+    *(refused(op, "activation", lambda x: changed(x, 1, 77), "activation must be in [0, 4), got 77") for op in CNN),
+    *(refused(op, "optimizer", lambda x: changed(x, 1, 4), "optimizer must be in [0, 4), got 4") for op in CNN),
+    *(refused(op, "seed", lambda x: x[:8], "seed must be [9] Long on a CPU, got [8] Long") for op in CNN),
+    *(refused(op, "rows", lambda x: changed(x, 1, 35), "rows must be in [0, 35), got 35") for op in MLP),
+    *(refused(op, "rows", lambda x: changed(x, 1, -5), "rows must be in [0, 35), got -5") for op in MLP),
+    *(refused(op, "grid", lambda x: changed(x, (1, 0), 6), "grid must have 1 to 5 filters and 1 to 7") for op in MLP),
+    *(refused(op, "hidden_weights", lambda x: x[:, 1:], "hidden_weights must be [2, 9, 9] Float") for op in MLP),
+    refused("coordinate_mlp_backward", "kept", lambda x: x[1:], "kept must be [6, 32, 96] Float on a CPU"),
+]
+
+
+@pytest.mark.parametrize("op, argument, value, sentence", REFUSED)
+def test_wrong_values_are_refused_in_one_sentence(op, argument, value, sentence):
+    arguments = EXAMPLES[op]
+    getattr(torch.ops.fastws, op)(*arguments.values())
+    wrong = arguments | {argument: value(arguments[argument])}
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: {sentence}")):
+        getattr(torch.ops.fastws, op)(*wrong.values())
+
+
+def test_every_compiled_operator_refuses_something_and_is_fuzzed():
+    assert set(EXAMPLES) == _native.COMPILED["cpu"]
+    assert {case.values[0] for case in REFUSED} | TRUSTING == _native.COMPILED["cpu"]
+
+
+@pytest.mark.parametrize("op, argument, value, sentence", REFUSED[:: len(REFUSED) // 6])
+def test_compiled_calls_refuse_wrong_values(op, argument, value, sentence):
+    arguments = EXAMPLES[op]
+    wrong = arguments | {argument: value(arguments[argument])}
+    call = torch.compile(getattr(torch.ops.fastws, op), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: {sentence}")):
+        call(*wrong.values())
+
+
+def test_random_arguments_are_computed_or_refused():  # in a process of its own, which may crash
+    command = [sys.executable, Path(fuzz_operators.__file__), "--calls", "1500", "--seed", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    calls, operators, computed, refused = map(int, re.findall(r"\d+", run.stdout))
+    assert calls == computed + refused == 1500 and operators == len(EXAMPLES) and computed > 300 < refused

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -118,6 +119,10 @@ Tensor kernel_order_cpu(const Tensor& rows_, bool improve) {
   if (count == 0) return order;
 
   const float* const first = rows.const_data_ptr<float>();
+  // what is longer has similarities that searches and moves do not reckon with, and NaN none at all
+  const auto lies = [](float x) { return std::abs(x) <= 1; };
+  const float* const wrong = std::find_if_not(first, first + rows.numel(), lies);
+  STD_TORCH_CHECK(wrong == first + rows.numel(), "kernel_order: rows must be of length 1 or 0, got one with ", *wrong);
   int64_t* const orders = order.mutable_data_ptr<int64_t>();
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) order_rows(first + b * count * d, count, d, improve, orders + b * count);
