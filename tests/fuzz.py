@@ -45,7 +45,7 @@ from fastws.zoo import ReadOptions, read_checkpoints, read_hub, read_pickle, rea
 from fastws.zoo.align import Alignment, align
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import read_report
+from fastws.zoo.readers.record import read_report
 
 REFUSALS = (ValueError, OSError, FloatingPointError)
 LONGEST = 10  # seconds for one file

@@ -21,7 +21,7 @@ from fastws.files.checkpoints import load_checkpoint, open_checkpoint
 from fastws.files.names import plain_names
 from fastws.nern.teachers import load_teacher, make_architecture
 from fastws.zoo import Zoo, read_checkpoints
-from fastws.zoo.readers.collect import read_report
+from fastws.zoo.readers.record import read_report
 
 
 def network():

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastws.zoo import read_checkpoints
-from fastws.zoo.readers.collect import read_report
+from fastws.cli import main
+from fastws.zoo import Zoo, read_checkpoints, read_hub
+from fastws.zoo.readers.record import read_report
 
 
 def save(state, path):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(state), path) if path.suffix == ".safetensors" else torch.save(state, path)
 
 
@@ -144,3 +145,71 @@ def test_log_sigma_is_a_parameter_unless_it_has_the_shape_of_a_weight_beside_it(
         zoo = read_checkpoints(tmp_path / "twin", tmp_path / "twin-zoo")
     assert zoo.layout.num_weights == 12
     assert json.loads((zoo.path / "read.json").read_text())["aside"][0][2] == 1
+
+
+# --- what is skipped
+
+
+def skipped(zoo):
+    return [(entry.path.removeprefix(f"{zoo.path.parent}/"), entry.reason) for entry in read_report(zoo.path).skipped]
+
+
+def test_files_that_no_suffix_named_are_counted(tmp_path, capsys):
+    save(attention(), tmp_path / "nets/a.pt")
+    for name in ("notes.txt", "log.txt", "README", "weights.gguf"):
+        (tmp_path / "nets" / name).write_bytes(b"GGUF" if name.endswith("gguf") else b"text")
+    save(attention(), tmp_path / "nets/b-00001-of-00002.safetensors")
+    main(["zoo", "read", "--paths", str(tmp_path / "nets"), "--out", str(tmp_path / "zoo")])
+    suffixes = ".pt, .pth, .th, .ckpt, .bin, .safetensors"
+    counted = f"files must have one of the suffixes {suffixes}, got 4 with others (2 .txt, 1 without, 1 .gguf)"
+    (part, why), (folder, reason) = skipped(Zoo.open(tmp_path / "zoo"))
+    assert part == "nets/b-00001-of-00002.safetensors" and why.startswith(
+        "part of a checkpoint must lie beside its index"
+    )
+    assert folder == "nets" and reason.startswith(
+        f"{counted}; weights.gguf is a GGUF file of llama.cpp; let transformers"
+    )
+    printed = capsys.readouterr().out
+    assert f"  skipped: {tmp_path}/nets: {counted}" in printed and "  skipped: " + str(tmp_path / part) in printed
+
+
+EMPTY = {  # what lies in a folder without checkpoints, and what is said of it
+    "flax": (
+        ["config.json", "flax_model.msgpack"],
+        "flax_model.msgpack is a msgpack file, as Flax writes; read it with",
+    ),
+    "distributed": ([".metadata", "__0_0.distcp"], "got a folder of torch.distributed.checkpoint; convert it with"),
+    "DeepSpeed": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "got a DeepSpeed"),
+    "text": (["notes.txt"], r"got 1 with others \(1 .txt\)$"),
+}
+
+
+@pytest.mark.parametrize("names, sentence", EMPTY.values(), ids=EMPTY)
+def test_folder_without_checkpoints_says_what_it_has(tmp_path, names, sentence):
+    (tmp_path / "nets").mkdir()
+    for name in names:
+        (tmp_path / "nets" / name).write_bytes(b"\x81\xa6params\x80" if name.endswith("msgpack") else b"{}")
+    with pytest.raises(SystemExit, match=rf"source must hold checkpoints, got none; {tmp_path}/nets: .*{sentence}"):
+        main(["zoo", "read", "--paths", str(tmp_path / "nets"), "--out", str(tmp_path / "zoo")])
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_repositories_that_are_skipped_are_listed(tmp_path):
+    for name, files in {
+        "a": ["config.json"],
+        "b": ["config.json", "tf_model.h5"],
+        "c": [],
+        "d": ["config.json"],
+    }.items():
+        save(attention(), tmp_path / "hub" / name / "model.safetensors") if name == "a" else None
+        save(attention(), tmp_path / "hub" / name / "adapter.pt") if name == "c" else None
+        (tmp_path / "hub" / name).mkdir(exist_ok=True)
+        for file in files:
+            (tmp_path / "hub" / name / file).write_text("{}")
+    zoo = read_hub(tmp_path / "hub", tmp_path / "zoo")
+    repository = "repository must hold safetensors files or pytorch_model.bin"
+    assert skipped(zoo) == [
+        ("hub/b", f"{repository}, got tf_model.h5"),
+        ("hub/c", "repository must hold config.json, got adapter.pt without it"),
+        ("hub/d", f"{repository}, got no weights"),
+    ]

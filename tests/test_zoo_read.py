@@ -36,9 +36,9 @@ from fastws.zoo import (
 )
 from fastws.zoo.align import Alignment
 from fastws.zoo.making.architectures import build
-from fastws.zoo.readers import collect, states
-from fastws.zoo.readers.collect import read_report
+from fastws.zoo.readers import collect, record, states
 from fastws.zoo.readers.read import Config
+from fastws.zoo.readers.record import read_report
 from fastws.zoo.readers.unterthiner import PUBLISHED_STARTS, fixed_order, reference_order
 
 PLAIN, DROPOUT = (0, 3, 6), (0, 4, 8)  # module numbers of the layers, without and with dropout layers between them
@@ -241,7 +241,7 @@ def test_killed_reader_goes_on(tmp_path, monkeypatch):
     for deaths, function in ((4, "append"), (3, "append"), (5, "write_json")):
         out = tmp_path / f"{function}-{deaths}"
         with monkeypatch.context() as patch:
-            target = collect.ZooWriter if function == "append" else collect
+            target = collect.ZooWriter if function == "append" else record
             original, calls = getattr(target, function), iter(range(deaths))
 
             def die_after(*args, original=original, calls=calls, deaths=deaths):

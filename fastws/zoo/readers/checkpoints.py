@@ -2,28 +2,25 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastws.files import json
 from fastws.files.checkpoints import unreadable
+from fastws.files.kinds import STATES, find_folder_kind, find_kind
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import (
-    Population,
-    ReadOptions,
-    check_new,
-    collect,
-    find_expected,
-    name_models,
-    printable,
-    unique,
-)
+from fastws.zoo.readers.collect import Population, ReadOptions, collect, find_expected, name_models, printable, unique
 from fastws.zoo.readers.ray import flatten
+from fastws.zoo.readers.record import Skipped, check_new
 from fastws.zoo.readers.states import Like, StateReader
 
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
 INDEX, BIN_INDEX, BIN = ".safetensors.index.json", ".bin.index.json", "pytorch_model.bin"
+OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite", ".ot", ".keras")  # that no reader takes
+TEXT = ("a web page", "an XML", "text in JSON", "nothing")  # that lies beside checkpoints everywhere
+MAX_OPENED, MAX_SUFFIXES = 100, 5  # files without a suffix of checkpoints that are looked at; suffixes that are told
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)")  # of the hub's cache
 NUMBER = re.compile(r"\d+")
@@ -57,7 +54,11 @@ def read_checkpoints(
     check_new(out)
     options = options or ReadOptions()
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = unique(file for path in paths for file in find_checkpoints(Path(path)))
+    searches = [find_checkpoints(Path(path)) for path in paths]
+    files = unique(file for search in searches for file in search.files)
+    skipped = [skip for search in searches for skip in search.skipped]
+    if not files and skipped:
+        raise ValueError(f"zoo read: source must hold checkpoints, got none; {skipped[0].path}: {skipped[0].reason}")
     names = name_models([file.parent if model == "folder" else file for file in files])
     columns = {"model": names, "file": [printable(file.name) for file in files]}
     if model == "folder":
@@ -66,8 +67,8 @@ def read_checkpoints(
     states = [str(file) for file in files]
     expected = find_expected(states, like, options.key)
     source = {"kind": "checkpoints", "paths": [str(path) for path in paths], "model": model}
-    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source)
-    return collect(out, population, options)
+    reader = StateReader(expected, options.key)
+    return collect(out, Population(states, columns, reader, expected.layout, source, skipped=skipped), options)
 
 
 def read_hub(
@@ -110,9 +111,18 @@ def read_hub(
     states = [str(file) for _, file in files]
     expected = find_expected(states, like, options.key)
     source = {"kind": "hub", "paths": [str(path) for path in paths]}
+    skipped = [skip for path in paths for skip in skipped_repositories(Path(path))]
     parts = [part for folder in folders for part in sorted(folder.iterdir())]
-    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source, files=parts)
+    reader = StateReader(expected, options.key)
+    population = Population(states, columns, reader, expected.layout, source, files=parts, skipped=skipped)
     return collect(out, population, options)
+
+
+class Search(NamedTuple):
+    """What a folder holds."""
+
+    files: list[Path]  # checkpoints
+    skipped: list[Skipped]
 
 
 def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -128,16 +138,66 @@ def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(files)
 
 
-def find_checkpoints(path: Path) -> list[Path]:
+def find_checkpoints(path: Path) -> Search:
+    """A file itself, or the checkpoints in a folder by their names, sorted, with what is skipped."""
     if path.is_file():
-        return [path]
-    found = [folder / file for folder, files in walk(path) for file in files if is_checkpoint(file)]
-    return sorted(found)
+        return Search([path], [])
+    found, skipped, unnamed = [], [], []
+    for folder, files in walk(path):
+        own = [folder / file for file in files if is_checkpoint(file)]
+        found += own
+        kind = find_folder_kind(files)
+        if kind and not own:
+            skipped.append(Skipped(printable(str(folder)), f"folder must hold checkpoints, got {kind}"))
+            continue
+        if not any(file.endswith((INDEX, BIN_INDEX)) for file in files):
+            parts = [file for file in files if SHARD.fullmatch(file) and file.endswith(SUFFIXES)]
+            what = "part of a checkpoint must lie beside its index (*.index.json), got none"
+            skipped += [Skipped(printable(str(folder / file)), what) for file in parts]
+        unnamed += [folder / file for file in files if not file.endswith((*SUFFIXES, ".index.json"))]
+    if unnamed:
+        skipped.append(Skipped(printable(str(path)), describe_unnamed(unnamed)))
+    return Search(sorted(found), skipped)
+
+
+def describe_unnamed(files: Sequence[Path]) -> str:
+    """How many files have no suffix of checkpoints, and what the first of them is that is known to hold weights."""
+    counts = Counter(printable(file.suffix) or "without" for file in files)
+    told = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES))
+    told += ", ..." if len(counts) > MAX_SUFFIXES else ""
+    what = f"files must have one of the suffixes {', '.join(SUFFIXES)}, got {len(files):,} with others ({told})"
+    for file in files[:MAX_OPENED]:
+        kind = look(file)
+        if kind and not kind.startswith(TEXT):
+            return f"{what}; {printable(file.name)} is {kind}"
+    return what
+
+
+def look(file: Path) -> str:
+    try:
+        return find_kind(file, "torch")
+    except OSError:
+        return ""  # nobody has asked for it
 
 
 def is_checkpoint(file: str) -> bool:
     """By name; parts of a checkpoint of several files are found through its index."""
-    return file.endswith((INDEX, BIN_INDEX)) or (file.endswith(SUFFIXES) and not SHARD.fullmatch(file))
+    named = file.endswith(SUFFIXES) and not SHARD.fullmatch(file) and not STATES.fullmatch(file)
+    return named or file.endswith((INDEX, BIN_INDEX))
+
+
+def skipped_repositories(path: Path) -> list[Skipped]:
+    """Folders that are no repositories though they have weights, or are some without weights that are read."""
+    skipped = []
+    for folder, files in walk(path):
+        weights = [file for file in files if file.endswith((*SUFFIXES, *OTHER_WEIGHTS))]
+        got, reason = ", ".join(map(printable, weights[:3])) or "no weights", None
+        if "config.json" in files and not find_weights(folder):
+            reason = f"repository must hold safetensors files or {BIN}, got {got}"
+        elif "config.json" not in files and weights:
+            reason = f"repository must hold config.json, got {got} without it"
+        skipped += [Skipped(printable(str(folder)), reason)] if reason else []
+    return skipped
 
 
 def find_repositories(path: Path) -> list[Path]:

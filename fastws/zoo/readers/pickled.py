@@ -12,10 +12,11 @@ from fastws.files.state_dict import describe_value, split
 from fastws.files.torch_file import NOT_A_TORCH_FILE, TorchFile
 from fastws.files.values import Array, StoredTensor
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
+from fastws.zoo.readers.collect import Population, ReadOptions, collect
 from fastws.zoo.readers.names import Expected, check_dtype
 from fastws.zoo.readers.ray import add_columns, add_gap
 from fastws.zoo.readers.reasons import BadState
+from fastws.zoo.readers.record import check_new
 from fastws.zoo.readers.states import Like, fill, make_layout, read_expected
 
 PARTS = {"trainset": "train", "valset": "val", "testset": "test", "train": "train", "val": "val", "test": "test"}

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from fastws.files import json
 from fastws.files.limits import open_regular
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect, find_expected, name_models, unique
+from fastws.zoo.readers.collect import Population, ReadOptions, collect, find_expected, name_models, unique
+from fastws.zoo.readers.record import check_new
 from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"

@@ -13,13 +13,14 @@ from fastws.layout.layout import Layout
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.given import trace_network
 from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, read_hub
-from fastws.zoo.readers.collect import REPORT, ReadOptions, read_report
+from fastws.zoo.readers.collect import ReadOptions
 from fastws.zoo.readers.pickled import find_parts, read_pickle
 from fastws.zoo.readers.ray import find_trials, read_ray
+from fastws.zoo.readers.record import REPORT, read_report
 from fastws.zoo.readers.unterthiner import METRICS, WEIGHTS, read_unterthiner
 
 Kind = Literal["ray", "pickle", "checkpoints", "hub", "unterthiner"]
-MAX_NAMED = 3  # bad states per reason that are printed
+MAX_NAMED, MAX_SKIPPED = 3, 20  # bad states per reason, and skipped folders, that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,10 @@ def run(config: Config) -> None:
     report = read_report(zoo.path)
     if told := report.told():
         print(f"{'; '.join(told)}; {zoo.path / REPORT} names them")
+    for path, reason in report.skipped[:MAX_SKIPPED]:
+        print(f"  skipped: {path}: {reason}")
+    if len(report.skipped) > MAX_SKIPPED:
+        print(f"  skipped: {len(report.skipped) - MAX_SKIPPED:,} more, which {zoo.path / REPORT} names")
     named: dict[str, int] = {}
     for entry in report.bad:
         reason = entry.reason.partition(":")[0]

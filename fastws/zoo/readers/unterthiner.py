@@ -15,8 +15,9 @@ from fastws.files.limits import DAMAGED, open_regular
 from fastws.layout.layout import Layout
 from fastws.terminal import shorten
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, check_new, collect
+from fastws.zoo.readers.collect import Population, ReadOptions, collect
 from fastws.zoo.readers.ray import add_gap
+from fastws.zoo.readers.record import check_new
 
 WEIGHTS, METRICS = "weights.npy", "metrics.csv"
 SHAPES = {  # of the one architecture; modules as the published wrapper numbers them
