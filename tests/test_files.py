@@ -110,6 +110,10 @@ def test_teachers_may_be_saved_with_wrappers(tmp_path, suffix):
     assert load_checkpoint(path).keys() == state.keys()
     loaded = load_teacher("cifar-resnet20-a", path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    if suffix == "pt":
+        torch.save({"model": make_architecture("cifar-resnet20-a", 10).state_dict(), "ema": state}, path)
+        loaded = load_teacher("cifar-resnet20-a", path, key="ema").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 # --- keys

@@ -2,6 +2,8 @@
 
 import collections
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch import nn
 
 from fastws.cli import main
 from fastws.zoo import Zoo, read_checkpoints, read_hub
+from fastws.zoo.readers import reasons as reasons_of
+from fastws.zoo.readers.reasons import REASONS, BadState
 from fastws.zoo.readers.record import read_report
 
 
 def save(state, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     save_file(dict(state), path) if path.suffix == ".safetensors" else torch.save(state, path)
 
 
@@ -195,21 +199,37 @@ def test_folder_without_checkpoints_says_what_it_has(tmp_path, names, sentence):
 
 
 def test_repositories_that_are_skipped_are_listed(tmp_path):
-    for name, files in {
-        "a": ["config.json"],
-        "b": ["config.json", "tf_model.h5"],
-        "c": [],
-        "d": ["config.json"],
-    }.items():
-        save(attention(), tmp_path / "hub" / name / "model.safetensors") if name == "a" else None
-        save(attention(), tmp_path / "hub" / name / "adapter.pt") if name == "c" else None
-        (tmp_path / "hub" / name).mkdir(exist_ok=True)
+    held = {"a": ["config.json"], "b": ["config.json", "tf_model.h5"], "c": ["adapter.pt"], "d": ["config.json"]}
+    for name, files in held.items():
+        (tmp_path / "hub" / name).mkdir(parents=True)
         for file in files:
             (tmp_path / "hub" / name / file).write_text("{}")
+    save(attention(), tmp_path / "hub/a/model.safetensors")
     zoo = read_hub(tmp_path / "hub", tmp_path / "zoo")
     repository = "repository must hold safetensors files or pytorch_model.bin"
     assert skipped(zoo) == [
         ("hub/b", f"{repository}, got tf_model.h5"),
         ("hub/c", "repository must hold config.json, got adapter.pt without it"),
         ("hub/d", f"{repository}, got no weights"),
+    ]
+
+
+def test_reasons_stand_in_one_list():
+    source = "".join(path.read_text() for path in Path(reasons_of.__file__).parent.glob("*.py"))
+    assert set(re.findall(r'BadState\(\s*"([^"]+)"', source)) == REASONS.keys()
+    with pytest.raises(KeyError):
+        BadState("bad weather")
+
+
+def test_command_explains_what_it_left_out(tmp_path, capsys):
+    save(attention(), tmp_path / "nets/a.pt")
+    for number in range(5):
+        save({"attn.q_proj.weight": torch.ones(4, 5)}, tmp_path / f"nets/b{number}.pt")
+    with pytest.warns(UserWarning, match="5 of 6 states left out: 5 other architecture"):
+        main(["zoo", "read", "--paths", str(tmp_path / "nets"), "--out", str(tmp_path / "zoo")])
+    lines = capsys.readouterr().out.splitlines()
+    details = f"'attn.q_proj.weight' must be [4, 4] as in {tmp_path}/nets/a.pt, got [4, 5]"
+    assert lines[-4:] == [
+        f"  5 other architecture: {REASONS['other architecture']}",
+        *(f"    {tmp_path}/nets/b{number}.pt: {details}" for number in range(3)),
     ]

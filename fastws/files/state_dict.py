@@ -1,7 +1,7 @@
 """The state dict in what a training script saved: the network among several, its tensors, and what is kept aside."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy
@@ -16,7 +16,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys of weights
 AVERAGES = ("ema", "average", "avg", "swa")  # in keys of running averages, which are not taken beside the network
 EXTRA = "_extra_state"  # the name under which a module saves what is no tensor; there may be tensors in it
 OPTIMIZER = "optim"
-DEEPEST = 3  # keys that lead to a network
+DEEPEST, LONGEST = 3, 200  # keys that lead to a network, and their characters
+MAX_NETWORKS = 100  # that are looked for
 NO_NUMBERS = {getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}  # torch cannot convert it
 Stored = Tensor | StoredTensor | OtherTensor
 
@@ -65,19 +66,26 @@ def find_state(content: object, where: str, key: str | None = None) -> State:
 
 def find_networks(content: object) -> Iterator[tuple[str, Mapping]]:
     """Keys and state dicts, those that are less deep first; keys in keys are joined by dots."""
-    level, seen = [("", content)], set()
+    level, seen, found = [("", content)] if isinstance(content, Mapping) else [], {id(content)}, 0
     for _ in range(DEEPEST + 1):
         following = []
         for path, value in level:
-            if not isinstance(value, Mapping) or id(value) in seen:
-                continue
-            seen.add(id(value))
             if holds_network(value):
                 yield path, value
+                found += 1
+            if found == MAX_NETWORKS:
+                return
             for key, entry in value.items():
-                if isinstance(key, str) and not key.endswith(EXTRA) and OPTIMIZER not in key.lower():
+                if isinstance(entry, Mapping) and id(entry) not in seen and leads_on(path, key):
+                    seen.add(id(entry))
                     following.append((f"{path}.{key}" if path else key, entry))
         level = following
+
+
+def leads_on(path: str, key: object) -> bool:
+    """Whether there may be a network under a key."""
+    named = isinstance(key, str) and len(path) + len(key) < LONGEST
+    return named and not key.endswith(EXTRA) and OPTIMIZER not in key.lower()
 
 
 def choose(found: Mapping[str, Mapping], where: str) -> str:
@@ -148,9 +156,13 @@ def find_problem(tensor: Tensor | OtherTensor) -> str:
 
 
 def describe_aside(aside: Mapping[str, object]) -> str:
-    names = list(aside)
-    few = ", ".join(map(repr, map(shorten, names[:3]))) + (", ..." if len(names) > 3 else "")
-    return f"values that are no tensors of numbers ({len(names)}: {few}, with {count_numbers(aside):,} numbers)"
+    few, numbers = name_few(aside), count_numbers(aside)
+    return f"values that are no tensors of numbers ({len(aside)}: {few}, with {numbers:,} numbers)"
+
+
+def name_few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, map(shorten, names[:3]))) + (", ..." if len(names) > 3 else "")
 
 
 def count_numbers(value: object) -> int:

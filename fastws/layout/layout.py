@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastws.files.atomic import write_file
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
-from fastws.files.state_dict import EXTRA
+from fastws.files.state_dict import EXTRA, name_few
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.layout.roles import describe_source, load_parts, load_state
 from fastws.ops.tokenize import detokenize, tokenize
@@ -97,7 +97,7 @@ class Layout:
                 entries.append(Entry(name, shape, dtype, "other", -1))
         layout = cls(tuple(entries), aliases, 1, norm, aside)
         if lost := layout.lost:
-            what = f"{lost:,} numbers of the checkpoint are not in it, in {', '.join(map(repr, aside))}"
+            what = f"{lost:,} numbers of the checkpoint are not in it, in {name_few(aside)}"
             warnings.warn(
                 f"layout: {what}; quantised networks are dequantised by the library that made them", stacklevel=2
             )

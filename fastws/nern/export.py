@@ -38,6 +38,7 @@ class Config:
     out: str  # file to write, a safetensors file with the names of the original network; a report goes to <out>.json
 
     weights: str | None = None  # checkpoint of the original network; by default the one that was stored
+    key: str | None = None  # under which that torch file holds the network; by default the only or the usual one
     images: str | None = None  # data set whose test images compare the original and the stored network
     precision: Precision = "fp32"  # of the predictor whose kernels are written; the report has all precisions
     image_size: int | None = None  # height and width of images from folders of large ones; by default those of training
@@ -72,7 +73,8 @@ def run(config: Config) -> None:
     weights = config.weights or training["weights"]
     if Path(config.out).resolve() == Path(weights).resolve():
         raise ValueError(f"nern export: out must not be the original network, got {config.out!r}; give another file")
-    original = load_teacher(training["architecture"], weights)
+    place = config.key or (None if config.weights else training["key"])
+    original = load_teacher(training["architecture"], weights, key=place)
     layers = list(stored.originals(original).values())
     if content_key(layers, training["order"], training["improve"]) != key:
         raise ValueError(f"nern export: weights must be those that {config.model} stores, got others in {weights}")
@@ -104,7 +106,8 @@ def run(config: Config) -> None:
 def read_training(path: str) -> tuple[dict[str, Any], str]:
     """The config of a run, whose checkpoint ``load_nern`` has read before, and the key of the weights it stores."""
     content = load_plain(path)
-    config = content.get("config", {})
+    config = content.get("config")
+    config = {"key": None, **config} if isinstance(config, dict) else {}
     for name in ("architecture", "weights", "image_size", "order", "improve"):
         if name not in config:
             raise ValueError(f"{path}: config must be that of fastws train nern, got no {name}")

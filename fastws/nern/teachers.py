@@ -28,7 +28,9 @@ FEW_CHANNELS = 16
 LIBRARIES = ("torchvision", "timm")  # that may be installed, and have more
 
 
-def load_teacher(architecture: str, weights: str | Path, num_classes: int | None = None) -> nn.Module:
+def load_teacher(
+    architecture: str, weights: str | Path, num_classes: int | None = None, *, key: str | None = None
+) -> nn.Module:
     """A trained network, in evaluation mode, without gradients.
 
     Args:
@@ -36,12 +38,13 @@ def load_teacher(architecture: str, weights: str | Path, num_classes: int | None
             installed, ``"torchvision:vgg16"`` or ``"timm:resnet10t"``.
         weights: Checkpoint, safetensors or torch; nothing in it is executed.
         num_classes: Of the network; by default what the checkpoint says where it depends on them.
+        key: Under which a torch file holds the network; by default the only or the usual one.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the architecture is unknown, or the weights are not finite or of another network.
     """
-    state = load_checkpoint(weights)
+    state = load_checkpoint(weights, key)
     if num_classes is None:
         num_classes = count_classes(architecture, state)
     teacher = make_architecture(architecture, num_classes)

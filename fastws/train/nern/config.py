@@ -22,6 +22,7 @@ class Config(loop.Config):
     """
 
     weights: str  # checkpoint of the network: safetensors or torch
+    key: str | None = None  # under which a torch file holds the network; by default the only or the usual one
     preset: str | None = None  # a published run, as cifar10-resnet20-180-crossfilter
     architecture: str | None = None  # of the network: cifar-resnet20-a, resnet18, torchvision:vgg16, timm:resnet10t
     images: str | None = None  # data set to distil on and to evaluate on: cifar10, or a folder

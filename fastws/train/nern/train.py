@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 def run(config: Config) -> None:
     with processes.join(config.device) as device:
-        teacher = load_teacher(config.architecture, config.weights)
+        teacher = load_teacher(config.architecture, config.weights, key=config.key)
         images = None
         if config.images is not None:
             held_out = {"validation": 0} if config.select == "test" else {}

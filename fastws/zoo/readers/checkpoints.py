@@ -50,7 +50,7 @@ def read_checkpoints(
         ValueError: If there is nothing to read, or as ``options`` say.
     """
     if model not in ("file", "folder"):
-        raise ValueError(f"read_checkpoints: model must be 'file' or 'folder', got {model!r}")
+        raise ValueError(f"zoo read: --model must be 'file' or 'folder', got {model!r}")
     check_new(out)
     options = options or ReadOptions()
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)

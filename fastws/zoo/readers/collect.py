@@ -102,7 +102,8 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     """
     out, count = Path(out), len(population.states)
     if count == 0:
-        raise ValueError(f"zoo read: source must hold states, got none in {population.source}")
+        where = ", ".join(map(str, population.source["paths"]))
+        raise ValueError(f"zoo read: source must hold states, got none in {where}")
     table = to_table(population.columns)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
     splits = options.splits or population.splits

@@ -5,7 +5,7 @@ as they come.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from fastws.layout.entries import Entry, flat_dtype
 from fastws.layout.layout import Layout
 from fastws.layout.roles import storage_key
+from fastws.terminal import shorten
 from fastws.zoo.readers.reasons import BadState
 
+MAX_DOTS = 500_000  # in names that are compared part by part, which takes memory
 VARIANCE = "log_sigma"  # how names of the variances of sparsified twins begin; no part of the network
 Keys = dict[str, str]  # what names are compared by: the name that it stands for
 
@@ -67,7 +69,7 @@ def match(expected: Expected, held: Mapping[str, Held]) -> Matched:
     names, ties = [], []
     for entry in entries.values():
         first, *others = found[entry.name]
-        check_dtype(repr(first), theirs[first].dtype, entry.dtype, source)
+        check_dtype(quoted(first), theirs[first].dtype, entry.dtype, source)
         names.append(first)
         ties += [(other, first) for other in others if theirs[other].place != theirs[first].place]
     notes = [f"{len(variances)} tensors named {VARIANCE}* beside a weight of their shape"] if variances else []
@@ -124,27 +126,36 @@ def same(names: Iterable[str]) -> Keys:
 
 def without_prefix(names: Iterable[str]) -> Keys:
     """Names without the modules that all are in."""
-    split = {name: name.split(".") for name in names}
-    shared = len(os.path.commonprefix([parts[:-1] for parts in split.values()]))
-    return {".".join(parts[shared:]): name for name, parts in split.items()}
+    names = [*names]
+    if sum(name.count(".") for name in names) > MAX_DOTS:
+        return same(names)
+    split = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([parts[:-1] for parts in split]))
+    return {".".join(parts[shared:]): name for parts, name in zip(split, names, strict=True)}
 
 
 def counted(names: Iterable[str]) -> Keys:
     """Names with the ranks of numbers among those that stand in one place, without the modules that all are in."""
-    parts = {name: key.split(".") for key, name in without_prefix(names).items()}
-    numbers: dict[tuple[str, ...], set[int]] = {}
-    for split in parts.values():
-        for place, part in enumerate(split):
+    split = {name: key.split(".") for key, name in without_prefix(names).items()}
+    if sum(map(len, split.values())) > MAX_DOTS:
+        return same(split)
+    places: dict[tuple[int, str], int] = {}  # the number of a place is that of the one around it and a part
+    numbers: dict[int, set[int]] = {}
+    for parts in split.values():
+        place = 0
+        for part in parts:
             if is_number(part):
-                numbers.setdefault((*split[:place],), set()).add(int(part))
+                numbers.setdefault(place, set()).add(int(part))
+            place = places.setdefault((place, part), len(places) + 1)
     ranks = {place: {number: rank for rank, number in enumerate(sorted(found))} for place, found in numbers.items()}
 
-    def key(split: list[str]) -> str:
-        return ".".join(
-            str(ranks[(*split[:place],)][int(part)]) if is_number(part) else part for place, part in enumerate(split)
-        )
+    def ranked(parts: Iterable[str]) -> Iterator[str]:
+        place = 0
+        for part in parts:
+            yield str(ranks[place][int(part)]) if is_number(part) else part
+            place = places[place, part]
 
-    return {key(split): name for name, split in parts.items()}
+    return {".".join(ranked(parts)): name for name, parts in split.items()}
 
 
 def is_number(part: str) -> bool:
@@ -162,23 +173,26 @@ def explain(
     for key, name in names.items():
         our = ours.get(key)
         if our is not None and theirs[name].shape != entries[aliases.get(our, our)].shape:
-            shape = entries[aliases.get(our, our)].shape
-            return BadState(
-                "other architecture", f"{name!r} must be {list(shape)} as in {source}, got {list(theirs[name].shape)}"
-            )
+            expected, got = (list(x.shape) for x in (entries[aliases.get(our, our)], theirs[name]))
+            return BadState("other architecture", f"{quoted(name)} must be {expected} as in {source}, got {got}")
     extra = next((name for key, name in names.items() if key not in ours), None)
     missing = next((name for key, name in ours.items() if key not in names and name in entries), None)
     if missing is None and extra is None:
         return BadState("other names", f"names must be those in {source}, got some that are the same without numbers")
     if extra is None:
         shape = list(entries[missing].shape)
-        return BadState("tensors missing", f"{missing!r} must be {shape} as in {source}, got nothing")
+        return BadState("tensors missing", f"{quoted(missing)} must be {shape} as in {source}, got nothing")
     if missing is None:
         got = list(theirs[extra].shape)
-        return BadState("other architecture", f"{extra!r} must not be there, as in {source}, got {got}")
+        return BadState("other architecture", f"{quoted(extra)} must not be there, as in {source}, got {got}")
     if sorted(tensor.shape for tensor in theirs.values()) == sorted(entry.shape for entry in entries.values()):
-        return BadState("other names", f"{extra!r} must have the name that it has in {source}, perhaps {missing!r}")
-    return BadState("other architecture", f"{missing!r} must be there as in {source}, got {extra!r}")
+        what = f"{quoted(extra)} must have the name that it has in {source}, perhaps {quoted(missing)}"
+        return BadState("other names", what)
+    return BadState("other architecture", f"{quoted(missing)} must be there as in {source}, got {quoted(extra)}")
+
+
+def quoted(name: str) -> str:
+    return repr(shorten(name))
 
 
 def nearest(entries: Mapping[str, Entry], aliases: Mapping[str, str], theirs: Mapping[str, Held]) -> tuple[Keys, Keys]:

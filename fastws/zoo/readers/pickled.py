@@ -243,5 +243,5 @@ def to_splits(states: Sequence[State], models: Sequence[str]) -> dict[str, list[
     shared = next((m for name in ("val", "test") for m in splits[name] if m in splits["train"]), None)
     shared = shared or next((m for m in splits["test"] if m in splits["val"]), None)
     if shared is not None:
-        raise ValueError(f"read_pickle: networks must be in one data set each, got {shared!r} in several")
+        raise ValueError(f"zoo read: networks must be in one data set each, got {shared!r} in several")
     return {name: list(members) for name, members in splits.items()}

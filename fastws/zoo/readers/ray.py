@@ -102,7 +102,7 @@ def read_ray(
     if properties is not None:
         wanted = {COLUMNS.get(name, name) for name in properties}
         if unknown := sorted(wanted - columns.keys()):
-            raise ValueError(f"read_ray: properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
+            raise ValueError(f"zoo read: --properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
         columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
     expected = find_expected(states, like, options.key)
     source = {"kind": "ray", "paths": [str(path) for path in paths]}

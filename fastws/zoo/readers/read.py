@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,8 @@ from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, 
 from fastws.zoo.readers.collect import ReadOptions
 from fastws.zoo.readers.pickled import find_parts, read_pickle
 from fastws.zoo.readers.ray import find_trials, read_ray
-from fastws.zoo.readers.record import REPORT, read_report
+from fastws.zoo.readers.reasons import REASONS
+from fastws.zoo.readers.record import REPORT, Bad, read_report
 from fastws.zoo.readers.unterthiner import METRICS, WEIGHTS, read_unterthiner
 
 Kind = Literal["ray", "pickle", "checkpoints", "hub", "unterthiner"]
@@ -129,9 +130,17 @@ def run(config: Config) -> None:
         print(f"  skipped: {path}: {reason}")
     if len(report.skipped) > MAX_SKIPPED:
         print(f"  skipped: {len(report.skipped) - MAX_SKIPPED:,} more, which {zoo.path / REPORT} names")
-    named: dict[str, int] = {}
-    for entry in report.bad:
-        reason = entry.reason.partition(":")[0]
-        named[reason] = named.get(reason, 0) + 1
-        if named[reason] <= MAX_NAMED:
-            print(f"  {entry.state}: {entry.reason}")
+    for line in explain(report.bad):
+        print(line)
+
+
+def explain(bad: Sequence[Bad]) -> Iterator[str]:
+    """Why states were left out, reason by reason, with the first few of each."""
+    by_reason: dict[str, list[Bad]] = {}
+    for entry in bad:
+        by_reason.setdefault(entry.reason.partition(":")[0], []).append(entry)
+    for reason, entries in by_reason.items():
+        yield f"  {len(entries):,} {reason}: {REASONS.get(reason, 'a reason of another version')}"
+        for entry in entries[:MAX_NAMED]:
+            details = entry.reason.partition(": ")[2]
+            yield f"    {entry.state}: {details}" if details else f"    {entry.state}"

@@ -23,7 +23,7 @@ from fastws.files.torch_file import (
 )
 from fastws.files.unpickle import Unpickler
 from fastws.layout.layout import Layout
-from fastws.zoo.readers.names import Expected, Held, describe, find_variances, match
+from fastws.zoo.readers.names import Expected, Held, describe, find_variances, match, quoted
 from fastws.zoo.readers.reasons import BadState
 
 Like = str | os.PathLike | Layout  # a checkpoint of the architecture, or what is known of it without one
@@ -139,7 +139,7 @@ def fill(row: Tensor, expected: Expected, state: Mapping[str, Tensor]) -> list[s
     for one, other in matched.ties:
         if not torch.equal(state[one], state[other]):
             fix = "say --like <a checkpoint in which they are two>"
-            what = f"{one!r} must be equal to {other!r} as in {expected.source}, got other numbers; {fix}"
+            what = f"{quoted(one)} must be equal to {quoted(other)} as in {expected.source}, got other numbers; {fix}"
             raise BadState("ties differ", what)
     for name in matched.names:
         tensor = state[name]

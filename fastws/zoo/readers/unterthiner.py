@@ -57,7 +57,7 @@ def read_unterthiner(
         ValueError: If the files do not fit, or as ``options`` say.
     """
     if layout not in ("fixed", "reference"):
-        raise ValueError(f"read_unterthiner: layout must be 'fixed' or 'reference', got {layout!r}")
+        raise ValueError(f"zoo read: --layout must be 'fixed' or 'reference', got {layout!r}")
     check_new(out)
     weights, columns = read_weights(Path(path) / WEIGHTS), read_metrics(Path(path) / METRICS)
     if len(weights) != len(columns["model"]):
