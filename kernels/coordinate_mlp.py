@@ -80,9 +80,13 @@ def _coordinate_mlp_kernel(
     for block in range(program, tl.cdiv(count, ROWS), tl.num_programs(0)):
         r = block * ROWS + tl.arange(0, ROWS)
         kernel = tl.load(rows + r, mask=r < count, other=0)
-        layer = tl.zeros([ROWS], tl.int64)
-        for other in range(num_layers):
-            layer += (kernel >= tl.load(ends + other)).to(tl.int64)
+        layer, last = tl.zeros([ROWS], tl.int64), tl.zeros([ROWS], tl.int64) + num_layers
+        size = num_layers
+        while size > 1:  # a binary search: there may be as many layers as rows
+            middle = (layer + last) // 2
+            before = tl.load(ends + middle - 1, mask=middle > layer, other=0) <= kernel
+            layer, last = tl.where(before, middle, layer), tl.where(before, last, middle)
+            size = (size + 1) // 2
         kernel -= tl.load(ends + layer - 1, mask=layer > 0, other=0)
         channels = tl.load(grid + 2 * layer + 1)
         f, c = kernel // channels, kernel % channels

@@ -59,7 +59,9 @@ void run(Network network, void* const* pointers, int64_t processors, int64_t sha
   const Parameters<scalar_t> from{{at(0), at(1), at(2)}, at(3), at(4), at(5), at(6)};
   std::vector<float> numbers(network.size(), NAN);
   network.numbers = numbers.data();
-  pack(network, from, numbers.data(), Launch{});
+  std::vector<int64_t> ends(network.num_layers, -1);
+  network.ends = ends.data();
+  pack(network, from, numbers.data(), ends.data(), Launch{});
   if (!backward) {
     if constexpr (sizeof(scalar_t) == 4) {
       predict(network, at(7), processors, Launch{});

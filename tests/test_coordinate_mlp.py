@@ -319,6 +319,22 @@ def test_coordinate_mlp_narrow_with_little_shared_memory_on_host(on_host):
     assert all(torch.equal(on_host(args, shared=shared), y) for shared in (8192, 20000))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coordinate_mlp_narrow_of_a_table_row_for_each_kernel_on_host(on_host, dtype, axis):
+    """Layers of one kernel, more of them than threads, or filters of one channel."""
+    *tables, _, rows, weights, biases, weight, bias, kind = example(90, 20, 1, 9, dtype)
+    rng = torch.Generator().manual_seed(2)
+    tables = [table[:1].contiguous() for table in tables]
+    tables[axis] = torch.randn(600, 20, generator=rng).to(dtype)
+    grid = torch.tensor([[600, 1]]) if axis else torch.ones(600, 2, dtype=torch.int64)
+    rows = torch.randint(600, (90,), generator=rng)
+    args = *tables, grid, rows, weights, biases, weight, bias, kind
+    grad = torch.randn(90, 9, generator=rng).to(dtype)
+    assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+
+
 def test_coordinate_mlp_narrow_sums_parts_on_host(on_host):
     args = example(8192 + 40, 5, 1, 2)
     grad = torch.randn(8192 + 40, 2, generator=torch.Generator().manual_seed(1))

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import numpy
 import pytest
 import torch
@@ -99,6 +101,20 @@ def test_layer_statistics_of_a_few_hard_numbers(name, function, device):
 def test_layer_statistics_of_a_segment_of_several_blocks(name, function, device):
     flat = torch.randn(1, 2100, generator=torch.Generator().manual_seed(0))
     assert_is_numpy(function, flat, torch.tensor([[3, 2099]]), device)
+
+
+@pytest.mark.parametrize(
+    "name, function, device", [found for found in implementations("layer_statistics") if found[0] == "triton"]
+)
+def test_layer_statistics_by_programs_that_share_a_segment(name, function, device, monkeypatch):
+    for constant, value in {"BLOCK": 64, "PART": 128, "TOGETHER": 2}.items():
+        monkeypatch.setattr(import_module(function.__module__), constant, value)
+    flat = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    flat[:, 50:250] = flat[:, 50:250].round()  # many equal ones
+    offsets = torch.tensor([[3, 300], [50, 250], [0, 70]])
+    assert_is_numpy(function, flat, offsets, device)
+    flat[0, 260] = torch.nan
+    assert function(flat.to(device), offsets.to(device))[0].isnan().all(1).tolist() == [True, False, False]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -56,6 +57,23 @@ def test_nt_xent_backward_is_the_reference(name, function, device, temperature, 
     _, logsumexp = nt_xent_reference(z_i.double(), z_j.double(), temperature)
     grad = torch.tensor(0.7, dtype=dtype, device=device)
     args = grad, z_i, z_j, logsumexp.to(torch.promote_types(dtype, torch.float32)), temperature
+    for output, actual in enumerate(function(*args)):
+        assert_as_accurate(actual, nth(nt_xent_backward_reference, output), *args)
+
+
+TRITON = [found for op in ("nt_xent", "nt_xent_backward") for found in implementations(op) if found[0] == "triton"]
+
+
+@pytest.mark.parametrize("name, function, device", TRITON)
+@pytest.mark.parametrize("programs", [1, 5])
+def test_nt_xent_of_wide_rows_and_few_programs(name, function, device, programs, monkeypatch):
+    for constant, value in {"BLOCK": 16, "CHUNK": 16, "WIDEST": 16, "PROGRAMS": programs}.items():
+        monkeypatch.setattr(import_module(function.__module__), constant, value)
+    z_i, z_j = example(20, 40, device=device)
+    if function.__name__ == "nt_xent":
+        assert_as_accurate(function(z_i, z_j, 0.1)[0], nth(nt_xent_reference, 0), z_i, z_j, 0.1)
+        return
+    args = torch.tensor(0.7, device=device), z_i, z_j, nt_xent_reference(z_i, z_j, 0.1)[1], 0.1
     for output, actual in enumerate(function(*args)):
         assert_as_accurate(actual, nth(nt_xent_backward_reference, output), *args)
 

@@ -60,7 +60,7 @@ int64_t attribute(cudaDeviceAttr name, const Tensor& x) {
 // Parameters as the op takes them, contiguous, and their network.
 struct Arguments {
   std::array<Tensor, kTargets> parameters;
-  Tensor grid, rows, numbers;
+  Tensor grid, rows, numbers, ends;
   Network network;
 
   Arguments(const std::array<const Tensor*, kTargets>& given, const Tensor& grid_, const Tensor& rows_,
@@ -78,6 +78,8 @@ struct Arguments {
     network.count = rows.size(0);
     numbers = torch::stable::new_empty(rows, {network.size()}, ScalarType::Float);
     network.numbers = numbers.const_data_ptr<float>();
+    ends = torch::stable::new_empty(rows, {network.num_layers});
+    network.ends = ends.const_data_ptr<int64_t>();
   }
 
   template <typename scalar_t>
@@ -118,7 +120,7 @@ std::tuple<Tensor, Tensor> coordinate_mlp_narrow_cuda(const Tensor& layer_table,
     float* const numbers = a.numbers.mutable_data_ptr<float>();
     scalar_t* const to = predictions.mutable_data_ptr<scalar_t>();
     const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, rows);
-    pack(network, from, numbers, a.launch());
+    pack(network, from, numbers, a.ends.mutable_data_ptr<int64_t>(), a.launch());
     if constexpr (sizeof(scalar_t) == 4) {
       predict(network, to, processors, a.launch());
     } else {
@@ -153,7 +155,8 @@ Gradients coordinate_mlp_narrow_backward_cuda(const Tensor& grad_, const Tensor&
   dispatch(layer_table, [&]<typename scalar_t>() {
     Finish<scalar_t> finish{workspace};
     for (int i = 0; i < kTargets; ++i) finish.targets[i] = targets[i].template mutable_data_ptr<scalar_t>();
-    pack(a.network, a.pointers<scalar_t>(), a.numbers.mutable_data_ptr<float>(), a.launch());
+    pack(a.network, a.pointers<scalar_t>(), a.numbers.mutable_data_ptr<float>(), a.ends.mutable_data_ptr<int64_t>(),
+         a.launch());
     differentiate(workspace, grad.const_data_ptr<float>(), finish, a.launch());
   });
   return {targets[0], targets[1], targets[2], targets[3], targets[4], targets[5], targets[6]};

@@ -66,7 +66,7 @@ C10_HOST_DEVICE inline int64_t least(int64_t a, int64_t b) { return a < b ? a : 
 struct Network {
   int width, depth, outputs, side, activation, num_layers, indices[3];
   const float* numbers;
-  const int64_t *grid, *rows;
+  const int64_t *grid, *ends, *rows;  // ends: of the kernels of each layer, from Ends
   int64_t count;
 
   C10_HOST_DEVICE int64_t matrix() const { return int64_t(side) * side; }
@@ -118,13 +118,43 @@ struct Pack {
   }
 };
 
-// Layer, filter and channel of a kernel.
+// Where the kernels of each layer end, by one block: each thread sums what follows each other, and then what is before.
+struct Ends {
+  static constexpr int kResident = 1;
+  static constexpr int64_t kBytes = 8 * kThreads;
+  const int64_t* grid;
+  int64_t* ends;
+  int64_t layers;
+
+  __device__ int64_t kernels(int64_t layer) const { return grid[2 * layer] * grid[2 * layer + 1]; }
+
+  __device__ void run(int64_t, char* shared) const {
+    int64_t* const sums = reinterpret_cast<int64_t*>(shared);
+    const int64_t share = (layers + kThreads - 1) / kThreads;
+    const int64_t begin = least(layers, threadIdx.x * share), end = least(layers, begin + share);
+    int64_t sum = 0;
+    for (int64_t layer = begin; layer < end; ++layer) sum += kernels(layer);
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    int64_t before = 0;
+    for (unsigned thread = 0; thread < threadIdx.x; ++thread) before += sums[thread];
+    for (int64_t layer = begin; layer < end; ++layer) ends[layer] = before += kernels(layer);
+  }
+};
+
+// Layer, filter and channel of a kernel. There may be as many layers as kernels.
 __device__ inline void find(const Network& network, int64_t kernel, int (&place)[3]) {
-  const int64_t* sizes = network.grid;
-  int layer = 0;
-  for (; layer + 1 < network.num_layers && kernel >= sizes[0] * sizes[1]; ++layer, sizes += 2)
-    kernel -= sizes[0] * sizes[1];
-  place[0] = layer, place[1] = int(kernel / sizes[1]), place[2] = int(kernel % sizes[1]);
+  int layer = 0, last = network.num_layers - 1;
+  while (layer < last) {
+    const int middle = layer + (last - layer) / 2;
+    if (kernel < network.ends[middle])
+      last = middle;
+    else
+      layer = middle + 1;
+  }
+  if (layer > 0) kernel -= network.ends[layer - 1];
+  const int64_t channels = network.grid[2 * layer + 1];
+  place[0] = layer, place[1] = int(kernel / channels), place[2] = int(kernel % channels);
 }
 
 struct alignas(16) Quad {
@@ -300,9 +330,12 @@ void dispatch_side(int side, const Body& body) {
                 : body.template operator()<6>();
 }
 
+// Writes the numbers of a network, and where its layers end.
 template <typename scalar_t, typename Launch>
-void pack(const Network& network, const Parameters<scalar_t>& from, float* numbers, const Launch& launch) {
+void pack(const Network& network, const Parameters<scalar_t>& from, float* numbers, int64_t* ends,
+          const Launch& launch) {
   launch(Pack<scalar_t>{network, from, numbers}, (network.size() + kThreads - 1) / kThreads, 0);
+  launch(Ends{network.grid, ends, network.num_layers}, 1, Ends::kBytes);
 }
 
 // Predictions of all rows. Few of them are dealt to more blocks.

@@ -132,6 +132,7 @@ struct Accumulate {
     sums.each([](float& sum, int, int) { sum = 0; });
     for (int r = split * kSplit; r < end; r += kStep) {
       const int depth = int(least(kStep, end - r));
+      if (!reaches(job, r, depth)) continue;
       for (int i = threadIdx.x; i < depth * kTile; i += kThreads)
         x[i / kTile * S::kStride + i % kTile] = left(job, r + i / kTile, job.first + i % kTile);
       sums.multiply(x, job.right + int64_t(r) * w.network.side, w.network.side, depth, slabs);
@@ -141,6 +142,15 @@ struct Accumulate {
       float& total = to[row * S::kColumns + column];
       total = first ? sum : total + sum;
     });
+  }
+
+  // Whether some of these rows are in the tile; of a table that has a row for each kernel few are.
+  __device__ bool reaches(const Job& job, int r, int depth) const {
+    if (job.left || job.axis < 0) return true;
+    const int* const places = w.places() + job.axis * kPart + r;
+    bool any = false;
+    for (int i = 0; i < depth; ++i) any |= places[i] >= job.first && places[i] < job.first + kTile;
+    return any;
   }
 
   __device__ float left(const Job& job, int r, int row) const {

@@ -109,14 +109,12 @@ class NeRN(nn.Module):
         """What each coordinate adds to the first layer, and grid and rows that read it."""
         weight, bias = self.layers[0].weight, self.layers[0].bias
         with torch.autocast(weight.device.type, enabled=False):
-            if self.config.encoding == "ffn":  # no sum of three axes: each row is a layer of one kernel
+            if self.config.encoding == "ffn":  # no sum of three axes: each row is a filter of one channel
                 first = F.linear(encode_rows(self.constants, self.grid, rows).to(weight.dtype), weight, bias)
                 nothing = first.new_zeros(1, first.shape[1])
-                return (
-                    [first, nothing, nothing],
-                    rows.new_ones(len(rows), 2),
-                    torch.arange(len(rows), device=rows.device),
-                )
+                grid = rows.new_ones(1, 2)
+                grid[:, 0].fill_(len(rows))
+                return [nothing, first, nothing], grid, torch.arange(len(rows), device=rows.device)
             parts = weight.split(2 * self.config.levels, 1) if self.config.fusion == "concat" else [weight] * AXES
             encodings = [self.constants[:size].to(weight.dtype) for size in self.sizes]
             layer, filters, channels = (F.linear(x, part) for x, part in zip(encodings, parts, strict=True))

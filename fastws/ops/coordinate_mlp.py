@@ -11,6 +11,7 @@ from fastws import _native
 
 CHUNK = 2048  # rows that the reference computes at once
 NARROW = 192  # width of layers that CUDA C++ computes, at most
+SUMMED = 2**14  # rows of a table whose gradient CUDA C++ sums, at most
 KEPT = 2**26  # bytes of activations that a CPU keeps for the backward pass, at most
 ACTIVATIONS = {  # name: the function, and its derivative
     "relu": (functional.relu, lambda x: (x > 0).to(x.dtype)),
@@ -38,7 +39,8 @@ def coordinate_mlp(
     for all but the last weight, and ``weights[-1] @ x + biases[-1]`` is the result. A first linear layer on joined
     embeddings of the three coordinates is such a sum of tables, exactly: each table is the embeddings of one axis times
     its columns of the weight, and one of them holds the bias. Of added embeddings all three share one weight. For any
-    other first layer ``tables[0]`` holds a row for each of n layers of one kernel, and the other tables a row of zeros.
+    other first layer ``tables[1]`` holds a row for each of n filters of one channel, and the other tables a row of
+    zeros.
 
     Activations of more rows than 64 MiB hold are not stored: the backward pass computes each block of rows again, so
     that memory does not grow with the number of rows. Sums are at least float32. Differentiable once, in tables,
@@ -270,6 +272,6 @@ _native.register_part(
 _native.register_part(
     "coordinate_mlp_backward",
     "coordinate_mlp_narrow_backward",
-    lambda grad, kept, *arguments: fits_narrow(*arguments),
+    lambda grad, kept, *arguments: fits_narrow(*arguments) and max(map(len, arguments[:3])) <= SUMMED,
     coordinate_mlp_backward_reference,
 )
