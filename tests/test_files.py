@@ -3,6 +3,7 @@
 import bz2
 import copy
 import gzip
+import io
 import json
 import lzma
 import tarfile
@@ -20,7 +21,7 @@ from fastws.cli import main
 from fastws.files.checkpoints import load_checkpoint, open_checkpoint
 from fastws.files.names import plain_names
 from fastws.nern.teachers import load_teacher, make_architecture
-from fastws.zoo import Zoo, read_checkpoints
+from fastws.zoo import ReadOptions, Zoo, read_checkpoints
 from fastws.zoo.readers.record import read_report
 
 
@@ -42,6 +43,7 @@ NAMES = {
     "both": (["module._orig_mod.a", "module._orig_mod.b"], ["a", "b"]),
     "both, otherwise": (["_orig_mod.module.module._orig_mod.a", "_orig_mod.module.module._orig_mod.b"], ["a", "b"]),
     "compiled inside": (["layers.0._orig_mod.weight", "head.weight"], ["layers.0.weight", "head.weight"]),
+    "averaged": (["n_averaged", "module.a", "module.b"], ["n_averaged", "a", "b"]),
     "not around all": (["module.a", "b"], ["module.a", "b"]),
     "not in front": (["a.module.b", "a.module.c"], ["a.module.b", "a.module.c"]),
     "two would become one": (["_orig_mod.a", "a"], ["_orig_mod.a", "a"]),
@@ -164,6 +166,16 @@ def test_key_that_is_wrong_or_wanted_is_told(tmp_path):
     main(["layout", str(tmp_path / "a.pt"), "--key", "teacher"])
 
 
+def test_key_is_of_torch_files_alone(tmp_path):
+    save({"model": AVERAGE, "ema": WEIGHTS}, tmp_path / "a.pt")
+    save(WEIGHTS, tmp_path / "b.safetensors")
+    for like in (None, tmp_path / "b.safetensors"):
+        files, out = [tmp_path / "a.pt", tmp_path / "b.safetensors"], tmp_path / f"zoo-{like is None}"
+        with pytest.warns(UserWarning, match="further networks under 'model'"):
+            zoo = read_checkpoints(files, out, like=like, options=ReadOptions(key="ema"))
+        assert (zoo.weights == 1).all() and len(zoo) == 2
+
+
 def test_zoo_read_takes_a_key_and_says_which_it_took(tmp_path):
     for number in range(2):
         content = {"model": {"fc.weight": torch.full((2, 3), number)}, "ema": {"fc.weight": torch.full((2, 3), 7.0)}}
@@ -237,6 +249,13 @@ def test_dtypes_that_torch_has_not_are_named(tmp_path, dtype, bits):
             read(tmp_path / "a.safetensors")
 
 
+def test_float4_of_torch_is_named(tmp_path):
+    state = {"w": torch.zeros(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "b": torch.ones(3)}
+    for source in (state, save(state, tmp_path / "a.pt"), save(state, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match="'w' must be of a dtype that torch converts, got .*; dequantise it"):
+            fastws.Layout.from_checkpoint(source)
+
+
 class Extra(nn.Module):
     def __init__(self):
         super().__init__()
@@ -279,14 +298,32 @@ def test_quantised_networks_say_how_many_numbers_are_not_in_the_layout(tmp_path)
         net = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
         file = save(net.state_dict(), tmp_path / "a.pt")
     for source in (net, file):
-        with pytest.warns(UserWarning, match="layout: 67 numbers of the checkpoint are not in it, in '0._pack"):
+        with pytest.warns(UserWarning, match="layout: 67 quantised numbers of the checkpoint are not in it"):
             layout = fastws.Layout.from_checkpoint(source)
         assert layout.lost == 67
     quantised = torch.quantize_per_tensor(torch.ones(4, 5), 0.1, 0, torch.qint8)
     state = {"fc.weight": quantised, "fc.bias": torch.ones(4)}
     for source in (state, save(state, tmp_path / "b.pt")):
-        with pytest.warns(UserWarning, match="layout: 20 numbers"):
+        with pytest.warns(UserWarning, match="layout: 20 quantised numbers"):
             assert fastws.Layout.from_checkpoint(source).num_weights == 4
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_integers_are_counted(tmp_path, suffix):
+    """Packed by bitsandbytes, GPTQ and their like; masks and positions are no weights."""
+    state = {"fc.weight": torch.zeros(40, 1, dtype=torch.uint8), "fc.qweight": torch.zeros(2, 4, dtype=torch.int32)}
+    state |= {"fc.scales": torch.ones(4), "mask": torch.ones(9, 9, dtype=torch.bool), "position_ids": torch.arange(9)}
+    file = save(state, tmp_path / f"a.{suffix}")
+    with pytest.warns(UserWarning, match="layout: 48 quantised numbers of the checkpoint are not in it"):
+        layout = fastws.Layout.from_checkpoint(file)
+    assert (layout.num_weights, layout.lost) == (4, 48) and "not in it: 48 quantised numbers" in repr(layout)
+    with pytest.warns(UserWarning, match="states with 48 quantised numbers in 'fc.*, which are not in the zoo: 1"):
+        read_checkpoints(file, tmp_path / "zoo")
+
+
+def test_extra_state_in_a_buffer_of_bytes_is_left_aside(tmp_path):
+    file = save({"w": torch.ones(3), "_extra_state": io.BytesIO(b"amax")}, tmp_path / "a.pt")
+    assert fastws.Layout.from_checkpoint(file).aside == {"_extra_state": 0}
 
 
 def nested_tensor():

@@ -72,7 +72,12 @@ CHANGES = {  # how another network differs, and what is said of it
     "missing": ({"fc.bias": None}, "tensors missing: 'fc.bias' must be [3] as in {}, got nothing"),
     "more": ({"fc.scale": torch.ones(7)}, "other architecture: 'fc.scale' must not be there, as in {}, got [7]"),
     "integers": ({"fc.bias": torch.arange(3)}, "tensors missing: 'fc.bias' must be [3] as in {}, got nothing"),
+    "complex": ({"z": torch.ones(2) * 1j}, "other architecture: 'z' must not be there, as in {}, got [2]"),
     "not finite": ({"fc.bias": torch.full((3,), torch.nan)}, "not finite: weights must be finite, got 3 that are not"),
+    "complex in place of real": (
+        {"fc.bias": torch.ones(3) * 1j},
+        "other architecture: 'fc.bias' must be of real numbers as in {}, got torch.complex64",
+    ),
     "other dtype": (
         {"fc.bias": torch.ones(3).double()},
         "other dtype: 'fc.bias' must be torch.float32 or narrower as in {}, got torch.float64;"

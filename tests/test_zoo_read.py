@@ -111,6 +111,7 @@ def test_raw_zoo(tmp_path):
     assert zoo.properties["dropout"].to_pylist() == [None] * 7 + [0.5] * 4
     columns = {"model", "epoch", "train_accuracy", "test_accuracy", "generalisation_gap", "activation", "dropout"}
     assert set(zoo.properties.column_names) == columns | {"lr", "weight_decay", "seed", "training::batchsize"}
+    assert [Path(entry.path).name for entry in read_report(zoo.path).skipped] == ["logs"]
     assert sorted(sum(zoo.splits.values(), [])) == ["a", "b", "c"] and not read_report(zoo.path).bad
     assert list(zoo.checkpoint(0)) == list(make_state(0))
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 COMPILED = "_orig_mod"  # how torch.compile calls what it compiled, wherever in a network that is
-PARALLEL = "module."  # how DataParallel and DistributedDataParallel call the network that they hold
+PARALLEL = "module."  # how DataParallel, DistributedDataParallel and AveragedModel call the network that they hold
+AVERAGED = "n_averaged"  # what AveragedModel has beside it
 Value = TypeVar("Value")
 
 
@@ -15,9 +16,14 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     plain = [without_compiled(name) for name in names]
-    while plain and all(name.startswith(PARALLEL) and name != PARALLEL for name in plain):
+    while is_wrapped(plain):
         plain = [name.removeprefix(PARALLEL) for name in plain]
     return dict(zip(names, plain if len(set(plain)) == len(plain) else names, strict=True))
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    inner = [name for name in names if name != AVERAGED]
+    return bool(inner) and all(name.startswith(PARALLEL) and name != PARALLEL for name in inner)
 
 
 def check_names(where: str, names: Iterable[object]) -> None:

@@ -128,7 +128,7 @@ def split(where: str, state: Mapping[str, object]) -> tuple[dict[str, Tensor | S
     check_names(where, state)
     state = unwrap_names(state)
     for name, value in state.items():
-        if isinstance(value, Tensor | OtherTensor) and (problem := find_problem(value)):
+        if isinstance(value, Stored) and (problem := find_problem(value)):
             raise ValueError(f"{where}: {shorten(name)!r} {problem}")
     tensors = {name: value for name, value in state.items() if is_plain(value)}
     return tensors, {name: value for name, value in state.items() if name not in tensors}
@@ -138,18 +138,28 @@ def is_plain(value: object) -> bool:
     return isinstance(value, StoredTensor) or (isinstance(value, Tensor) and not value.is_quantized)
 
 
-def find_problem(tensor: Tensor | OtherTensor) -> str:
+def find_problem(tensor: Stored) -> str:
     """Why a tensor is none whose numbers can be read; "" if it is one, or quantised, which are kept aside."""
     if isinstance(tensor, OtherTensor):
         fix = "; save the weights themselves" if tensor.kind == "meta" else ""
         return "" if tensor.kind == "quantised" else f"must be a dense tensor, got a {tensor.kind} one{fix}"
+    dtype = tensor.storage.dtype if isinstance(tensor, StoredTensor) else tensor.dtype
+    if dtype in NO_NUMBERS:
+        return f"must be of a dtype that torch converts, got {dtype}; dequantise it where it was made"
+    if isinstance(tensor, StoredTensor):
+        return ""
     if tensor.is_nested:
         return "must be a dense tensor, got a nested one"
     if tensor.layout != torch.strided:
         return f"must be a dense tensor, got {tensor.layout}"
-    if tensor.dtype in NO_NUMBERS:
-        return f"must be of a dtype that torch converts, got {tensor.dtype}; dequantise it where it was made"
     return ""
+
+
+def is_quantised(name: str, dtype: torch.dtype, axes: int) -> bool:
+    """Whether a tensor of integers holds weights: masks and positions have other names."""
+    integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    last = name.rpartition(".")[2]
+    return integers and axes > 0 and ("weight" in last or last.endswith("_blocks"))
 
 
 # --- what is kept aside

@@ -266,6 +266,9 @@ ALLOWED = {
     "torch.nn.parameter.Parameter": "torch.nn.Parameter",
     "torch.per_tensor_affine": "torch.per_tensor_affine",
     "torch.per_channel_affine": "torch.per_channel_affine",
+    "_io.BytesIO": Call(
+        lambda spend, *_: Record()
+    ),  # some modules keep their extra state in one; what is in it is left
     "numpy.ndarray": Call(lambda spend, *_: Array()),
     "numpy.dtype": Call(lambda spend, code="", *_: ArrayType(code)),
     "_codecs.encode": Call(make_bytes),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastws.files.atomic import write_file
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
-from fastws.files.state_dict import EXTRA, name_few
+from fastws.files.state_dict import EXTRA, is_quantised
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.layout.roles import describe_source, load_parts, load_state
 from fastws.ops.tokenize import detokenize, tokenize
@@ -97,10 +97,8 @@ class Layout:
                 entries.append(Entry(name, shape, dtype, "other", -1))
         layout = cls(tuple(entries), aliases, 1, norm, aside)
         if lost := layout.lost:
-            what = f"{lost:,} numbers of the checkpoint are not in it, in {name_few(aside)}"
-            warnings.warn(
-                f"layout: {what}; quantised networks are dequantised by the library that made them", stacklevel=2
-            )
+            what = f"{lost:,} quantised numbers of the checkpoint are not in it; describe() names them"
+            warnings.warn(f"layout: {what}; dequantise the network where it was made", stacklevel=2)
         return layout.with_tokens(token_size, norm)
 
     def with_tokens(self, token_size: int | None = None, norm: Literal["keep", "skip"] | None = None) -> "Layout":
@@ -275,8 +273,10 @@ class Layout:
 
     @property
     def lost(self) -> int:
-        """Numbers of a quantised network that are not in the layout."""
-        return sum(count for name, count in self.aside.items() if not name.endswith(EXTRA))
+        """Numbers of a quantised network that are not in the flat vector: packed weights, and those of integers."""
+        quantised = [e for e in self.entries if is_quantised(e.name, e.dtype, len(e.shape))]
+        packed = sum(count for name, count in self.aside.items() if not name.endswith(EXTRA))
+        return packed + sum(entry.numel for entry in quantised)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -306,6 +306,7 @@ class Layout:
     def __repr__(self) -> str:
         sizes = f"{self.num_weights:,} weights, {self.num_tokens:,} tokens of {self.token_size}"
         aside = f", kept aside: {len(self.aside)} ({sum(self.aside.values()):,} numbers)" if self.aside else ""
+        aside += f", not in it: {self.lost:,} quantised numbers" if self.lost else ""
         return f"Layout({sizes}, norm={self.norm!r}, {len(self.entries)} tensors{aside})"
 
     def describe(self) -> str:

@@ -4,6 +4,7 @@ A safetensors file is sorted by name and a module is not, so tensors of one shap
 as they come.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastws.files.state_dict import is_quantised, name_few
 from fastws.layout.entries import Entry, flat_dtype
 from fastws.layout.layout import Layout
 from fastws.layout.roles import storage_key
@@ -59,9 +61,9 @@ def match(expected: Expected, held: Mapping[str, Held]) -> Matched:
         BadState: If a tensor is missing, has numbers that the layout cannot hold, or the architecture is another one.
     """
     layout, source = expected
-    floating = {name: tensor for name, tensor in held.items() if tensor.dtype.is_floating_point}
-    variances = find_variances({name: tensor.shape for name, tensor in floating.items()})
-    theirs = {name: tensor for name, tensor in floating.items() if name not in variances}
+    numbers = {name: x for name, x in held.items() if x.dtype.is_floating_point or x.dtype.is_complex}
+    variances = find_variances({name: tensor.shape for name, tensor in numbers.items()})
+    theirs = {name: tensor for name, tensor in numbers.items() if name not in variances}
     entries = {entry.name: entry for entry in layout.entries if entry.offset >= 0}
     found = find_names(entries, layout.aliases, theirs)
     if found is None:
@@ -73,6 +75,10 @@ def match(expected: Expected, held: Mapping[str, Held]) -> Matched:
         names.append(first)
         ties += [(other, first) for other in others if theirs[other].place != theirs[first].place]
     notes = [f"{len(variances)} tensors named {VARIANCE}* beside a weight of their shape"] if variances else []
+    quantised = [name for name, tensor in held.items() if is_quantised(name, tensor.dtype, len(tensor.shape))]
+    if quantised:
+        count = sum(math.prod(held[name].shape) for name in quantised)
+        notes.append(f"{count:,} quantised numbers in {name_few(quantised)}")
     return Matched(names, ties, notes)
 
 
@@ -204,6 +210,8 @@ def nearest(entries: Mapping[str, Entry], aliases: Mapping[str, str], theirs: Ma
 
 def check_dtype(what: str, dtype: torch.dtype, held: torch.dtype, source: str) -> None:
     """Raises BadState unless ``held`` holds all numbers of ``dtype``: a cast that may change one is not made."""
+    if dtype.is_complex:
+        raise BadState("other architecture", f"{what} must be of real numbers as in {source}, got {dtype}")
     if dtype != held and flat_dtype((dtype, held)) != held:
         fix = "; say --like <a checkpoint of wider dtypes>"
         raise BadState("other dtype", f"{what} must be {held} or narrower as in {source}, got {dtype}{fix}")

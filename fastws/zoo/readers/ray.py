@@ -21,8 +21,8 @@ from tqdm import tqdm
 from fastws.files import json
 from fastws.files.limits import open_regular
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.readers.collect import Population, ReadOptions, collect, find_expected, name_models, unique
-from fastws.zoo.readers.record import check_new
+from fastws.zoo.readers.collect import Population, ReadOptions, collect, find_expected, name_models, printable, unique
+from fastws.zoo.readers.record import Skipped, check_new
 from fastws.zoo.readers.states import Like, StateReader
 
 RESULTS, STATE = "result.json", "checkpoints"
@@ -108,8 +108,9 @@ def read_ray(
     source = {"kind": "ray", "paths": [str(path) for path in paths]}
     for name, chosen in (("epochs", epochs), ("properties", properties)):
         source[name] = None if chosen is None else list(chosen)
-    population = Population(states, columns, StateReader(expected, options.key), expected.layout, source)
-    return collect(out, population, options)
+    skipped = [skip for path in paths for skip in skipped_trials(Path(path))]
+    reader = StateReader(expected, options.key)
+    return collect(out, Population(states, columns, reader, expected.layout, source, skipped=skipped), options)
 
 
 def is_trial(path: Path) -> bool:
@@ -127,6 +128,13 @@ def find_trials(path: Path) -> list[Path]:
     if is_trial(path):
         return [path]
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and is_trial(folder))
+
+
+def skipped_trials(path: Path) -> list[Skipped]:
+    """The folders of a raw zoo that are no networks."""
+    folders = [] if is_trial(path) else sorted(folder for folder in path.iterdir() if folder.is_dir())
+    what = f"folder of a network must hold {RESULTS} or checkpoint_<epoch>, got neither"
+    return [Skipped(printable(str(folder)), what) for folder in folders if not is_trial(folder)]
 
 
 def read_trial(folder: Path, epochs: Sequence[int] | None) -> Trial:

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastws.files.checkpoints import open_checkpoint
+from fastws.files.checkpoints import find_checkpoint, is_safetensors, open_checkpoint
 from fastws.files.limits import open_regular
 from fastws.files.state_dict import find_state
 from fastws.files.torch_file import (
@@ -63,7 +63,7 @@ class StateReader:
             form = self.copy(buffer, row) if buffer[:4] == ZIP else None
             if form:
                 return form.notes
-            state = open_checkpoint(path, self.key)
+            state = open_checkpoint(path, key_in(path, self.key))
             return fill(row, self.expected, state.tensors) + state.told()
         except FileNotFoundError as error:
             raise BadState("missing", "no such file") from error
@@ -152,11 +152,16 @@ def read_expected(like: Like, key: str | None = None) -> Expected:
     """The layout of a population from the file of one of its checkpoints, in which the network is under ``key``."""
     if isinstance(like, Layout):
         return Expected(like, "the layout that is given")
-    state = open_checkpoint(like, key).tensors
+    state = open_checkpoint(like, key_in(like, key)).tensors
     try:
         return Expected(make_layout(state), str(like))
     except ValueError as error:
         raise ValueError(f"{like}: {error}") from error
+
+
+def key_in(path: str | os.PathLike, key: str | None) -> str | None:
+    """The key of a torch file; files without keys may lie beside such."""
+    return None if is_safetensors(find_checkpoint(path)) else key
 
 
 def make_layout(state: Mapping[str, Tensor]) -> Layout:
