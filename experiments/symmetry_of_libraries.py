@@ -1,11 +1,12 @@
 """Traces networks that nobody here wrote: families of pytorchcv, and of transformers with tiny random configurations.
 
-    python experiments/symmetry_of_libraries.py [--only NAME ..] [--results FILE]
+    python experiments/symmetry_of_libraries.py [--only EXPRESSION] [--results FILE]
 
 Both libraries install beside a CPU torch (``pip install --no-deps pytorchcv``, ``pip install transformers``); networks
-of a library that is absent are left out. No weights are fetched. A line of ``results/symmetry_of_libraries.jsonl`` says
-of a network how many groups and units move, what its permutations do to outputs of random weights that the trace did
-not see, and which tensors stay for which reasons; ``--table`` prints these lines as a table.
+of a library that is absent are left out. No weights are fetched. Each network is traced in a process of its own, with
+limits of time and memory. A line of ``results/symmetry_of_libraries.jsonl`` says of a network how many groups and units
+move, what its permutations do to outputs of random weights that the trace did not see, and how many axes stay for which
+reasons; ``--table`` prints these lines as a table.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import importlib.util
 import json
 import re
 import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -212,8 +215,9 @@ def transformer(name, options):
 def measure(name, build):
     torch.manual_seed(0)
     module, inputs = build()
-    begin = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {"network": name, "parameters": sum(p.numel() for p in module.parameters())}
+    begin = time.perf_counter()
     try:
         symmetry = fastws.Symmetry.trace(module, inputs)
     except ValueError as error:
@@ -222,42 +226,66 @@ def measure(name, build):
         "groups": len(symmetry.sizes),
         "units": sum(symmetry.sizes),
         "seconds": round(time.perf_counter() - begin, 1),
+        "gigabytes": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, 1),
+        "tensors": len(symmetry.axes),
+        "still": sum(not any(axes) for axes in symmetry.axes.values()),
+        "error": symmetry.verify(module, inputs, 1, seed=11),
     }
-    still = [tensor for tensor, axes in symmetry.axes.items() if not any(axes)]
-    line |= {"tensors": len(symmetry.axes), "still": len(still), "error": symmetry.verify(module, inputs, 1, seed=11)}
-    line["memory"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
-    reasons = Counter(sentence.partition(" stays: ")[2] for sentence in symmetry.unpermuted)
-    return line | {"reasons": dict(reasons.most_common())}
+    for key in ("unpermuted", "fixed"):
+        reasons = Counter(sentence.partition(" stays: ")[2] for sentence in getattr(symmetry, key))
+        line[key] = dict(reasons.most_common())
+    return line
+
+
+def in_own_process(name, seconds, gigabytes):
+    """The line of a network, or one that says why there is none."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+
+    command = [sys.executable, __file__, "--measure", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit)
+    except subprocess.TimeoutExpired:
+        return {"network": name, "refused": f"no answer in {seconds} seconds"}
+    if done.returncode:
+        return {"network": name, "refused": (done.stderr.strip().splitlines() or ["ended without a word"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(lines):
-    print(
-        "| network | groups | units | tensors | that stay | error | axes that stay, and why |\n| --- "
-        + "| --- " * 6
-        + "|"
-    )
+    columns = "network | groups | units | tensors | that stay | error | seconds | GB | axes that stay, and why"
+    print(f"| {columns} |\n| --- {'| --- ' * columns.count('|')}|")
     for line in lines:
         if "refused" in line:
-            print(f"| {line['network']} | refused | | | | | {line['refused']} |")
+            print(f"| {line['network']} | refused | | | | | | | {line['refused']} |")
             continue
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in line["reasons"].items())
-        numbers = f"{line['groups']} | {line['units']} | {line['tensors']} | {line['still']} | {line['error']:.0e}"
-        print(f"| {line['network']} | {numbers} | {reasons} |")
+        kinds = (line["unpermuted"], line["fixed"])
+        reasons = ["; ".join(f"{count}: {reason}" for reason, count in kind.items()) for kind in kinds]
+        numbers = [line[key] for key in ("groups", "units", "tensors", "still")]
+        numbers += [f"{line['error']:.0e}", line["seconds"], line["gigabytes"]]
+        told = ". By nature: ".join(reasons) if reasons[0] else f"By nature: {reasons[1]}"
+        print(f"| {line['network']} | {' | '.join(map(str, numbers))} | {told} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="networks whose names match this expression")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the lines")
+    parser.add_argument("--seconds", type=float, default=900, help="limit of time for a network")
+    parser.add_argument("--gigabytes", type=float, default=16, help="limit of address space for a network")
+    parser.add_argument("--measure", help="print the line of this network")
     parser.add_argument("--table", action="store_true", help="print the lines that are there as a table")
     args = parser.parse_args()
     if args.table:
         return table(map(json.loads, args.results.read_text().splitlines()))
+    if args.measure:
+        return print(json.dumps(measure(args.measure, dict(networks())[args.measure])))
     args.results.parent.mkdir(exist_ok=True)
     with args.results.open("a" if args.only else "w") as file:
-        for name, build in networks():
+        for name, _ in networks():
             if re.search(args.only, name):
-                line = measure(name, build)
+                line = in_own_process(name, args.seconds, args.gigabytes)
                 print(json.dumps(line), flush=True)
                 file.write(json.dumps(line) + "\n")
                 file.flush()

@@ -434,3 +434,35 @@ def test_every_axis_moves_or_is_listed(name):
         for axis, segments in enumerate(axes):
             stays = segments is None or any(group is None for group, _, _ in segments)
             assert symmetry.shapes[tensor][axis] == 1 or stays == (f"{tensor} axis {axis}" in listed)
+
+
+def split_attention(net, x):
+    """ResNeSt: halves of the channels of a grouped convolution, weighed against each other."""
+    halves = torch.relu(net.split(torch.relu(net.enter(x)))).unflatten(1, (2, 12))
+    weights = net.expand(torch.relu(net.squeeze(halves.sum(1).mean((2, 3))))).unflatten(1, (2, 12)).softmax(1)
+    return net.leave((halves * weights[..., None, None]).sum(1).mean((2, 3)))
+
+
+def test_channels_of_few_wide_groups_move_inside_them():
+    parts = {"enter": nn.Conv2d(3, 12, 1), "split": nn.Conv2d(12, 24, 3, padding=1, groups=2)}
+    parts |= {"squeeze": nn.Linear(12, 5), "expand": nn.Linear(5, 24), "leave": nn.Linear(12, 2)}
+    symmetry = traced(Net(split_attention, **parts), torch.randn(1, 3, 4, 4))
+    # inputs move alike in both groups, because they have one axis of the weight; halves of the outputs are summed
+    assert sorted(symmetry.sizes) == [5, 6, 12] and symmetry.unpermuted == []
+
+
+@pytest.mark.parametrize("operation", [lambda h: h.unflatten(1, (2, 6)).sum(1), lambda h: h.unflatten(1, (2, 6))[:, 1]])
+def test_the_larger_of_two_axes_moves(operation):
+    symmetry = traced(hidden(operation, width=12, after=6))
+    assert 6 in symmetry.sizes
+
+
+def test_memory_that_a_module_lets_go_of():
+    def rule(net, x):
+        h = net.enter(x)
+        y = net.leave(torch.relu(h))
+        h.set_()
+        return y
+
+    symmetry = traced(Net(rule, enter=nn.Linear(3, 6), leave=nn.Linear(6, 2)))
+    assert symmetry.sizes == (6,) and symmetry.unpermuted == []

@@ -64,6 +64,14 @@ def move(tracer: Tracer, call: Call) -> list[Fields]:
     return results
 
 
+def other_memory(tracer: Tracer, call: Call) -> list[Fields]:
+    """``set_``: a tensor that lets go of its memory, or takes that of another one."""
+    source = call.get("source")
+    if isinstance(source, Tensor) and source.shape == call.output.shape:
+        return [tracer.raw(source)]
+    return [[]] if call.output.numel() == 0 else not_understood(tracer, call)
+
+
 def expand(tracer: Tracer, call: Call) -> list[Fields]:
     """``expand`` and ``repeat``: an axis of copies has free units."""
     missing = call.output.dim() - call.x.dim()

@@ -20,12 +20,13 @@ from fastws.symmetry.picking import (
     index_put,
     move,
     order,
+    other_memory,
     pad,
     picks,
     scatter,
     stack,
 )
-from fastws.symmetry.tracer import Call, Fields, Tracer, moving, not_understood, tensors_in
+from fastws.symmetry.tracer import Call, Fields, Grouped, Tracer, moving, not_understood, tensors_in
 from fastws.symmetry.units import NEIGHBOURS, TRIANGLE
 
 Labelled = tuple[Fields, list[int]]  # fields and shape of a tensor
@@ -191,7 +192,7 @@ def convolution(tracer: Tracer, call: Call) -> list[Fields]:
     within = False
     if groups > 1 and inputs > 1 and not transposed:
         within = len(tracer.grouped) in tracer.within
-        tracer.grouped.append(tracer.raw(weight))
+        tracer.grouped.append(Grouped(tracer.raw(weight), groups, inputs, outputs))
     fields = tracer.without(tracer.fields(x), range(2, x.dim()), NEIGHBOURS)
     fields = tracer.outermost(fields, [1])
     batch = [field for field in fields if moving(field) == [0]]
@@ -266,6 +267,7 @@ MOVES = {
     **named(move, "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat_interleave lift_fresh"),
     **named(move, "rot90 swapaxes narrow movedim swapdims"),
     **named(as_strided, "as_strided"),
+    **named(other_memory, "set"),
     **named(expand, "expand repeat"),
     **named(index, "index index_select"),
     **named(cat, "cat"),

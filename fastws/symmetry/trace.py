@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastws.layout.roles import load_state, storage_key
 from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
 from fastws.symmetry.notes import UNREACHED, Axis, Note, note
+from fastws.symmetry.segments import unstorable
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
 from fastws.symmetry.units import OUTPUT
 
@@ -98,11 +99,11 @@ def trace(
     failures = []
     for double in (True, False):
         try:
-            traced, stuck = watch(module, examples, Tracer(rules, passing), double)
-            if stuck:  # whole groups of these convolutions cannot move; perhaps channels inside them can
-                other, _ = watch(module, examples, Tracer(rules, passing, stuck), double)
-                traced = max(traced, other, key=freedom)
-            return traced
+            traced, *better = watch(module, examples, Tracer(rules, passing), double)
+            found = [traced]
+            for inside in {frozenset(numbers) for numbers in better} - {frozenset()}:
+                found.append(watch(module, examples, Tracer(rules, passing, inside), double)[0])
+            return max(found, key=freedom)
         except Returned as error:
             raise ValueError(f"trace: module must return tensors, got {error}") from None
         except FAILURES as error:
@@ -116,12 +117,18 @@ class Returned(Exception):
 
 
 def freedom(traced: Traced) -> float:
-    """The logarithm of the number of permutations."""
-    return sum(math.lgamma(size + 1) for size in traced.sizes)
+    """The logarithm of the number of permutations that tables can hold."""
+    dropped = unstorable(traced.axes, traced.sizes)
+    return sum(math.lgamma(size + 1) for family, size in enumerate(traced.sizes) if family not in dropped)
 
 
-def watch(module: nn.Module, examples: Sequence[Example], tracer: Tracer, double: bool) -> tuple[Traced, list[int]]:
-    """What a tracer finds, and the numbers of the grouped convolutions of which nothing moves."""
+def watch(
+    module: nn.Module, examples: Sequence[Example], tracer: Tracer, double: bool
+) -> tuple[Traced, list[int], list[int]]:
+    """What a tracer finds, and the numbers of the grouped convolutions inside whose groups channels should move.
+
+    First those of which nothing moves, then also those that have few groups of many channels.
+    """
     ties = {name: storage_key(name, tensor) for name, tensor in load_state(module).items()}
     module, examples = fresh(module, double), [fresh_example(example, double) for example in examples]
     state = {k: v for k, v in load_state(module).items() if v.is_floating_point() and v.numel() > 0}
@@ -143,8 +150,8 @@ def watch(module: nn.Module, examples: Sequence[Example], tracer: Tracer, double
         traced = collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
     moved = {family for family, size in enumerate(traced.sizes) if size > 1}
     still = {id(f) for name, fields in parameters.items() for f in fields if not moved & {*traced.axes[name][0].family}}
-    stuck = [n for n, fields in enumerate(tracer.grouped) if any(id(field) in still for field in fields)]
-    return traced, stuck
+    stuck = [n for n, conv in enumerate(tracer.grouped) if any(id(field) in still for field in conv.weight)]
+    return traced, stuck, sorted({*stuck, *(n for n, conv in enumerate(tracer.grouped) if conv.freer_inside)})
 
 
 class Leaving(TorchFunctionMode):

@@ -12,8 +12,10 @@ Operations are watched as they run rather than in an exported graph: they are th
 exported can be traced.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +104,21 @@ def tensors_in(tree) -> Iterable[Tensor]:
             yield from tensors_in(value)
 
 
+class Grouped(NamedTuple):
+    """A grouped convolution: the fields of its weight, its groups, and their input and output channels."""
+
+    weight: Fields
+    groups: int
+    inputs: int
+    outputs: int
+
+    @property
+    def freer_inside(self) -> bool:
+        """Whether channels inside groups have far more permutations than the groups; if not, groups are the units."""
+        inside = math.lgamma(self.inputs + 1) + self.groups * math.lgamma(self.outputs + 1)
+        return inside > 8 * math.lgamma(self.groups + 1)
+
+
 class Tracer(TorchDispatchMode):
     """Runs every operation as it is and gives its results fields.
 
@@ -125,7 +142,7 @@ class Tracer(TorchDispatchMode):
         self.sharing: dict[int, dict[int, Tensor]] = {}  # by address of their memory and by id, tensors with labels
         self.layers: dict[int, tuple[Tensor, int, list[Fields]]] = {}  # by id, stacks: their axis and what lies on it
         self.random = False  # whether an operation drew random numbers
-        self.grouped: list[Fields] = []  # of each grouped convolution that ran, the fields of its weight
+        self.grouped: list[Grouped] = []  # the grouped convolutions that ran
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -261,20 +278,28 @@ class Tracer(TorchDispatchMode):
         return self.simplify([field])
 
     def outermost(self, fields: Fields, axes: Iterable[int]) -> Fields:
-        """Fields for an operation that mixes the entries along ``axes``: none varies over those and others."""
+        """Fields for an operation that mixes the entries along ``axes``: none varies over those and others.
+
+        The outermost axis is kept; but if that is the one that is mixed, as of channels in two halves that are summed,
+        the inner ones are, if they have more units.
+        """
         axes, result = set(axes), []
         for field in fields:
             first, *others = moving(field)
-            result += self.still(field, others) if others and axes & {first, *others} else [field]
+            if not (others and axes & {first, *others}):
+                result.append(field)
+            elif axes & {*others} or field.numel() <= field.shape[first] ** 2:
+                result += self.still(field, others)
+            else:
+                result += self.still(field, [first])
         return result
 
     def without(self, fields: Fields, axes: Iterable[int], reason: str) -> Fields:
         """Fields for an operation that forbids moving entries along ``axes``."""
         axes = set(axes)
-        mixed = self.outermost(fields, axes)
         return [
             rest
-            for field in mixed
+            for field in fields
             for rest in (self.still(field, axes, reason) if axes & {*moving(field)} else [field])
         ]
 
