@@ -192,6 +192,22 @@ def test_zoo_read_takes_a_key_and_says_which_it_took(tmp_path):
     assert (Zoo.open(tmp_path / "average").weights == 7).all()
 
 
+NOTHING = {
+    "tensor": (torch.ones(3), "a tensor without a name"),
+    "list": ([torch.ones(3)], "list"),
+    "none": (None, "NoneType"),
+    "empty": ({}, "an empty one"),
+    "counters": ({"epoch": 3, "args": {"lr": 0.1}}, "a dictionary of 'epoch', 'args'"),
+}
+
+
+@pytest.mark.parametrize("content, got", NOTHING.values(), ids=NOTHING)
+def test_file_without_named_tensors_says_what_it_holds(tmp_path, content, got):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt: checkpoint must hold a dictionary of tensors, got {got}$"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 # --- tied names
 
 

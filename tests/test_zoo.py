@@ -461,7 +461,7 @@ def rewrite_header(path, change):
 DAMAGES = {
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "file must have .* bytes, got"),
     "cut in the header": (lambda path: os.truncate(path, 20), "header must fit into the file"),
-    "empty": (lambda path: os.truncate(path, 0), "header must fit into the file"),
+    "empty": (lambda path: os.truncate(path, 0), "file must be a safetensors file, got nothing"),
     "offsets out of range": (
         lambda path: rewrite_header(path, lambda h: h["weights"].update(data_offsets=[64, 64 + 3 * P * 4])),
         "leaves a gap after the header",

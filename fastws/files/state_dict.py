@@ -197,6 +197,10 @@ def count_numbers(value: object) -> int:
 
 
 def describe_value(value: object) -> str:
+    if isinstance(value, Stored):
+        return "a tensor without a name"
     if not isinstance(value, Mapping):
         return type(value).__name__
+    if not value:
+        return "an empty one"
     return f"a dictionary of {', '.join(repr(shorten(str(key))) for key in list(value)[:5])}"
