@@ -52,8 +52,8 @@ CHECK
   for op in $(ls fastws/ops | sed -n 's/^\([a-z].*\)\.py$/\1/p'); do files+=("tests/test_$op.py"); done
   limited 150 operators $PYTHON -m pytest -q -p no:cacheprovider -k cuda "${files[@]}" > "$LOGS/operators.log" 2>&1 || failed=1
   tail -20 "$LOGS/operators.log"
-  limited 90 trainers $PYTHON -m pytest -q -p no:cacheprovider -k cuda tests/test_train_sane.py tests/test_nern_train.py \
-    tests/test_zoo_make.py > "$LOGS/trainers.log" 2>&1 || failed=1
+  limited 90 trainers $PYTHON -m pytest -q -p no:cacheprovider -k cuda tests/test_train_sane.py tests/test_train_ae.py \
+    tests/test_nern_train.py tests/test_zoo_make.py tests/test_waiting.py > "$LOGS/trainers.log" 2>&1 || failed=1
   tail -20 "$LOGS/trainers.log"
   if command -v compute-sanitizer > /dev/null; then
     limited 60 memcheck compute-sanitizer --error-exitcode 1 $PYTHON -m pytest -q -p no:cacheprovider \

@@ -43,7 +43,8 @@ def linear(x, n, weight, bias, depth, outs, real: tl.constexpr, ROWS: tl.constex
     return y + tl.load(bias + n, mask=n < outs, other=0.0).to(real)[None, :]
 
 
-@triton.jit
+# a search whose size is a constant 1 breaks the compiler of Triton 3.6
+@triton.jit(do_not_specialize=["num_layers"])
 def _coordinate_mlp_kernel(
     layer_table,
     filter_table,

@@ -19,7 +19,8 @@ from fastws.kernels.table import (
 BLOCK = 1024
 
 
-@triton.jit
+# a search whose size is a constant 1 breaks the compiler of Triton 3.6
+@triton.jit(do_not_specialize=["num_layers"])
 def _permute_kernel(
     flat,
     table,
