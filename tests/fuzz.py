@@ -34,7 +34,7 @@ from torch import nn
 
 from fastws.data.images import load
 from fastws.downstream.embed import load_embeddings, save_embeddings
-from fastws.files.checkpoints import load_checkpoint, load_plain
+from fastws.files.checkpoints import load_checkpoint, load_plain, open_checkpoint
 from fastws.files.limits import room
 from fastws.files.safetensors import read_safetensors_header
 from fastws.layout.layout import Layout
@@ -253,11 +253,22 @@ def run_checkpoint(folder):
     return folder / "checkpoint.pt"
 
 
+def several_networks(folder):
+    quantised = {
+        "w": torch.quantize_per_tensor(torch.ones(4, 5), 0.1, 0, torch.qint8),
+        "_extra_state": (1, torch.ones(2)),
+    }
+    state = {"epoch": 3, "module.model": make_state(1) | quantised, "ema": {"state_dict": make_state(2)}}
+    torch.save(state, folder / "several.pt")
+    return folder / "several.pt"
+
+
 CASES |= {
     "torch file": Case(state_file(), load_checkpoint, True),
     "torch file, legacy": Case(state_file(_use_new_zipfile_serialization=False), load_checkpoint),
     "torch file, layout": Case(state_file(), lambda path: Layout.from_checkpoint(path).describe()),
     "torch file, states": Case(state_file(), lambda path: rows(read_checkpoints(path, fresh(path), like=LAYOUT)), True),
+    "several networks": Case(several_networks, lambda path: open_checkpoint(path).tensors, True),
     "checkpoint of a run": Case(run_checkpoint, load_plain, True),
     "safetensors": Case(tensors_file, load_checkpoint),
     "safetensors header": Case(tensors_file, read_safetensors_header),
