@@ -15,18 +15,18 @@ OURS = ("kernel", "Triton", "triton", "fastws")  # the first of these that has a
 ABOUT = """# Results of the benchmarks
 
 Written by `python benchmarks/tables.py` from [results](results), to which `fastws bench --out benchmarks/results`
-adds rows. Times are medians of single calls, "cold" those with 64 MB touched before each. "Of a copy" compares with
-`clone` of as many bytes, which makes a new tensor as most operators do, and with a copy into memory that is there
-already. The columns behind it say how many times as long others take, warm and cold. "Published" is what the authors'
-code computes, restated in PyTorch or numpy in the benchmark's own file without their loading, logging and
-configuration; only "published code" is their program. Rows with a * were measured beside other work on the machine:
-of these only the ratios count, for whatever is compared takes turns. Rows without a cold time are from before there
-was one.
+adds rows. Times are medians of single calls, of one thread those of the processor, "cold" those with 64 MB touched
+before each. "Of a copy" compares with `clone` of as many bytes, which makes a new tensor as most operators do, and
+with a copy into memory that is there already. The columns behind it say how many times as long others take, warm and
+cold. "Published" is what the authors' code computes, restated in PyTorch or numpy in the benchmark's own file without
+their loading, logging and configuration; only "published code" is their program. Rows with a * were measured beside
+other work on the machine: of these only the ratios count, for whatever is compared takes turns. Rows without a cold
+time are from before there was one.
 """
 README_MACHINE = ("AMD EPYC", 1, "AVX2")
 README_ROWS = [
     ("token_views", "resnet18 float32 noise=0.0"),
-    ("tokenize", "resnet18 norm=keep"),
+    ("tokenize_out", "resnet18 norm=keep"),
     ("masked_mse", "views"),
     ("weighted_sample", "4,096 of resnet18"),
     ("kernel_order", "131072 x 9"),

@@ -43,21 +43,30 @@ def _tokenize_kernel(
 
 
 def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int) -> Tensor:
-    flat, table = flat.contiguous(), table.contiguous()
     tokens = flat.new_empty(len(flat), num_tokens, token_size)
-    if tokens.numel() > 0:
-        block = triton.next_power_of_2(token_size)
-        sizes = flat.shape[1], num_tokens, len(table), token_size
-        _tokenize_kernel[(len(flat) * num_tokens,)](flat, table, tokens, *sizes, block, False)
+    tokenize_out(flat, table, token_size, tokens)
     return tokens
 
 
+def tokenize_out(flat: Tensor, table: Tensor, token_size: int, tokens: Tensor) -> None:
+    flat, table = flat.contiguous(), table.contiguous()
+    if tokens.numel() > 0:
+        block, num_tokens = triton.next_power_of_2(token_size), tokens.shape[1]
+        sizes = flat.shape[1], num_tokens, len(table), token_size
+        _tokenize_kernel[(len(flat) * num_tokens,)](flat, table, tokens, *sizes, block, False)
+
+
 def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
+    flat = tokens.new_empty(len(tokens), num_weights)
+    detokenize_out(tokens, table, flat)
+    return flat
+
+
+def detokenize_out(tokens: Tensor, table: Tensor, flat: Tensor) -> None:
     tokens, table = tokens.contiguous(), table.contiguous()
-    flat = tokens.new_zeros(len(tokens), num_weights)
+    flat.zero_()  # weights that no token holds
     if tokens.numel() > 0:
         num_tokens, token_size = tokens.shape[1:]
         block = triton.next_power_of_2(token_size)
-        sizes = num_weights, num_tokens, len(table), token_size
+        sizes = flat.shape[1], num_tokens, len(table), token_size
         _tokenize_kernel[(len(tokens) * num_tokens,)](flat, table, tokens, *sizes, block, True)
-    return flat

@@ -127,3 +127,116 @@ def test_tokenize_names_the_wrong_argument():
             fastws.tokenize(flat, table, token_size)
     with pytest.raises(ValueError, match=r"detokenize: tokens must be \[B, N, T\]"):
         fastws.detokenize(flat, table, 3)
+
+
+INTO = {  # operator: its arguments but out, and the shape of out
+    "tokenize": lambda flat, table, layout: ((flat, table, 17), (len(flat), layout.num_tokens, 17)),
+    "detokenize": lambda flat, table, layout: (
+        (fastws.tokenize(flat, table, 17), table, layout.num_weights),
+        (len(flat), layout.num_weights),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", INTO)
+@pytest.mark.parametrize("norm", ["keep", "skip"])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("device", devices())
+def test_out_is_what_is_returned(op, norm, batch, device):
+    flat, table, layout = example(17, batch, device=device, norm=norm)
+    args, shape = INTO[op](flat, table, layout)
+    out = torch.full(shape, 7.0, device=device)
+    assert getattr(fastws, op)(*args, out=out) is out
+    assert torch.equal(out, getattr(fastws, op)(*args))
+
+
+@pytest.mark.parametrize("op", INTO)
+@pytest.mark.parametrize("dtype, token_size, batch", CASES)
+def test_every_implementation_writes_into_out(op, dtype, token_size, batch):
+    for _, function, device in implementations(f"{op}_out"):
+        flat, table, layout = example(token_size, batch, dtype, device, norm="skip")
+        tokens = tokenize_reference(flat, table, token_size, layout.num_tokens)
+        expected = tokens if op == "tokenize" else detokenize_reference(tokens, table, layout.num_weights)
+        out = torch.full_like(expected, 7.0)
+        args = (flat, table, token_size) if op == "tokenize" else (tokens, table)
+        assert function(*args, out) is None
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", INTO)
+def test_out_that_does_not_fit_is_one_sentence(op):
+    flat, table, layout = example(17)
+    args, shape = INTO[op](flat.contiguous(), table, layout)
+    function, good = getattr(fastws, op), torch.empty(shape)
+    wrong = {
+        "shape": good[:, 1:],
+        "batch": good[:2],
+        "dtype": good.double(),
+        "device": good.to("meta"),
+        "strides": torch.empty(*shape[:-1], 2 * shape[-1])[..., ::2],
+    }
+    expected = rf"{op}: out must be \[{', '.join(map(str, shape))}\] torch.float32 on cpu, contiguous, got \["
+    for name, out in wrong.items():
+        with pytest.raises(ValueError, match=expected) as error:
+            function(*args, out=out)
+        assert "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize("op", INTO)
+def test_out_that_shares_memory_is_refused(op):
+    flat, table, layout = example(17)
+    args, shape = INTO[op](flat, table, layout)
+    name, count, size = ("flat" if op == "tokenize" else "tokens"), args[0].numel(), torch.Size(shape).numel()
+    memory = torch.zeros(count + size)
+    memory[:count] = args[0].flatten()
+    x = memory[:count].view(args[0].shape)
+    beside, one_too_far = memory[count:].view(shape), memory[count - 1 : -1].view(shape)
+    function = getattr(fastws, op)
+    assert torch.equal(function(x, *args[1:], out=beside), function(*args))
+    with pytest.raises(ValueError, match=f"{op}: out must not share memory with {name}, got one that does"):
+        function(x, *args[1:], out=one_too_far)
+
+
+@pytest.mark.parametrize("op", INTO)
+def test_out_has_no_gradient(op):
+    flat, table, layout = example(17)
+    args, shape = INTO[op](flat, table, layout)
+    function, name = getattr(fastws, op), "flat" if op == "tokenize" else "tokens"
+    out, wanting = torch.empty(shape), args[0].clone().requires_grad_()
+    for which, (x, target) in {name: (wanting, out), "out": (args[0], out.clone().requires_grad_())}.items():
+        with pytest.raises(ValueError, match=f"{op}: {which} must not require a gradient where out is given"):
+            function(x, *args[1:], out=target)
+        with torch.no_grad():
+            assert torch.equal(function(x, *args[1:], out=target), function(*args))
+
+
+@pytest.mark.parametrize("op", INTO)
+def test_out_that_a_gradient_needs_is_known_to_have_changed(op):
+    flat, table, layout = example(17)
+    args, shape = INTO[op](flat, table, layout)
+    out, x = torch.ones(shape), torch.ones(shape, requires_grad=True)
+    product = x * out
+    getattr(fastws, op)(*args, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_out_compiles():
+    flat, table, layout = example(17)
+
+    def there_and_back(flat, tokens, again):
+        fastws.tokenize(2 * flat, table, 17, layout.num_tokens, out=tokens)
+        return 1 + fastws.detokenize(tokens + 1, table, layout.num_weights, out=again)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")  # needs no compiler
+    outs = [[torch.empty(3, layout.num_tokens, 17), torch.empty(flat.shape)] for _ in range(2)]
+    assert torch.equal(compiled(flat, *outs[0]), there_and_back(flat, *outs[1]))
+    assert all(map(torch.equal, *outs))
+
+
+@pytest.mark.parametrize("device", devices())
+def test_out_opcheck(device):
+    flat, table, layout = example(17, device=device)
+    tokens = fastws.tokenize(flat, table, 17)
+    torch.library.opcheck(torch.ops.fastws.tokenize_out.default, (flat, table, 17, torch.empty_like(tokens)))
+    torch.library.opcheck(torch.ops.fastws.detokenize_out.default, (tokens, table, torch.empty(flat.shape).to(flat)))

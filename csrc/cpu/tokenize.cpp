@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <utility>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "cpu/trust_tables.h"
@@ -51,6 +54,24 @@ void detokenize_rows(const Layer& layer, const scalar_t* tokens, scalar_t* flat,
   }
 }
 
+// Weights that no token holds, which are those between the weights and biases of layers, become 0.
+template <typename scalar_t>
+void clear_gaps(const Layer* layers, int64_t num_layers, scalar_t* flat, int64_t batch, int64_t numel) {
+  std::vector<std::pair<int64_t, int64_t>> parts = {{numel, numel}};
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const Layer& layer = layers[l];
+    parts.emplace_back(layer.weight_offset, layer.weight_offset + layer.rows * layer.row_length);
+    if (layer.bias_offset >= 0) parts.emplace_back(layer.bias_offset, layer.bias_offset + layer.rows);
+  }
+  std::sort(parts.begin(), parts.end());
+  int64_t end = 0;
+  for (const auto& [first, last] : parts) {
+    for (int64_t b = 0; b < batch && first > end; ++b)
+      std::fill(flat + b * numel + end, flat + b * numel + first, scalar_t(0));
+    end = std::max(end, last);
+  }
+}
+
 // Calls body(checkpoint, layer, first row, last row) for tokens begin to end of a batch, cut at whole rows: a row
 // belongs to the range in which its first token is.
 template <typename Body>
@@ -72,16 +93,18 @@ void check_tokens(const char* op, const Layer* layers, int64_t num_layers, int64
   STD_TORCH_CHECK(num_tokens == expected, op, ": tokens must be ", expected, ", as the table says, got ", num_tokens);
 }
 
+// Where a result is written: of its shape, of the dtype of the input, without gaps.
+void check_out(const char* op, const Tensor& out, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  check_tensor(op, "out", out, like.scalar_type(), sizes);
+  STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous");
+}
+
 constexpr int64_t kGrain = 64;  // tokens, so that small checkpoints stay on one thread
 
-Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, int64_t num_tokens) {
-  const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
-  check_tensor("tokenize", "flat", flat, flat.scalar_type(), {kAny, kAny});
+void tokenize_into(const Tensor& flat, const Tensor& table, int64_t token_size, const Tensor& tokens) {
+  const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0), num_tokens = tokens.size(1);
   const Layer* layers = read_table("tokenize", table);
-  const int64_t batch = flat.size(0), numel = flat.size(1), num_layers = table.size(0);
-  check_tokens("tokenize", layers, num_layers, numel, token_size, num_tokens);
-  const Tensor tokens = new_empty(flat, {batch, num_tokens, token_size});
-  if (tokens.numel() == 0) return tokens;
+  if (tokens.numel() == 0) return;
 
   dispatch_floating(flat.scalar_type(), "tokenize", [&]<typename scalar_t>() {
     const scalar_t* from = flat.const_data_ptr<scalar_t>();
@@ -94,25 +117,34 @@ Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_siz
                });
     });
   });
+}
+
+Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, int64_t num_tokens) {
+  const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
+  check_tensor("tokenize", "flat", flat, flat.scalar_type(), {kAny, kAny});
+  check_tokens("tokenize", read_table("tokenize", table), table.size(0), flat.size(1), token_size, num_tokens);
+  const Tensor tokens = new_empty(flat, {flat.size(0), num_tokens, token_size});
+  tokenize_into(flat, table, token_size, tokens);
   return tokens;
 }
 
-Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel) {
-  const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
-  check_tensor("detokenize", "tokens", tokens, tokens.scalar_type(), {kAny, kAny, kAny});
-  const Layer* layers = read_table("detokenize", table);
+void tokenize_out_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, const Tensor& out) {
+  const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
+  check_tensor("tokenize", "flat", flat, flat.scalar_type(), {kAny, kAny});
+  check_out("tokenize", out, flat, {flat.size(0), kAny, token_size});
+  check_tokens("tokenize", read_table("tokenize", table), table.size(0), flat.size(1), token_size, out.size(1));
+  tokenize_into(flat, table, token_size, out);
+}
+
+void detokenize_into(const Tensor& tokens, const Tensor& table, const Tensor& flat) {
   const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), token_size = tokens.size(2);
-  const int64_t num_layers = table.size(0);
-  check_tokens("detokenize", layers, num_layers, numel, token_size, num_tokens);
-  const Tensor flat = new_empty(tokens, {batch, numel});
+  const int64_t num_layers = table.size(0), numel = flat.size(1);
+  const Layer* layers = read_table("detokenize", table);
 
   dispatch_floating(tokens.scalar_type(), "detokenize", [&]<typename scalar_t>() {
     const scalar_t* from = tokens.const_data_ptr<scalar_t>();
     scalar_t* to = flat.mutable_data_ptr<scalar_t>();
-    int64_t covered = 0;
-    for (int64_t l = 0; l < num_layers; ++l)
-      covered += layers[l].rows * (layers[l].row_length + (layers[l].bias_offset >= 0));
-    if (covered < numel) std::fill(to, to + flat.numel(), scalar_t(0));  // weights that no token holds
+    clear_gaps(layers, num_layers, to, batch, numel);
     torch::stable::parallel_for(0, batch * num_tokens, kGrain, [=](int64_t begin, int64_t end) {
       for_rows(layers, num_layers, num_tokens, begin, end,
                [=](int64_t checkpoint, const Layer& layer, int64_t first, int64_t last) {
@@ -121,14 +153,33 @@ Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel
                });
     });
   });
+}
+
+Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel) {
+  const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
+  check_tensor("detokenize", "tokens", tokens, tokens.scalar_type(), {kAny, kAny, kAny});
+  check_tokens("detokenize", read_table("detokenize", table), table.size(0), numel, tokens.size(2), tokens.size(1));
+  const Tensor flat = new_empty(tokens, {tokens.size(0), numel});
+  detokenize_into(tokens, table, flat);
   return flat;
+}
+
+void detokenize_out_cpu(const Tensor& tokens_, const Tensor& table_, const Tensor& out) {
+  const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
+  check_tensor("detokenize", "tokens", tokens, tokens.scalar_type(), {kAny, kAny, kAny});
+  check_out("detokenize", out, tokens, {tokens.size(0), kAny});
+  check_tokens("detokenize", read_table("detokenize", table), table.size(0), out.size(1), tokens.size(2),
+               tokens.size(1));
+  detokenize_into(tokens, table, out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastws, CPU, m) {
   m.impl("tokenize", TORCH_BOX(&tokenize_cpu));
+  m.impl("tokenize_out", TORCH_BOX(&tokenize_out_cpu));
   m.impl("detokenize", TORCH_BOX(&detokenize_cpu));
+  m.impl("detokenize_out", TORCH_BOX(&detokenize_out_cpu));
 }
 
 }  // namespace fastws

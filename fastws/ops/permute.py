@@ -159,6 +159,6 @@ def permute_backward(ctx, grad_permuted):
 
 
 torch.library.register_autograd("fastws::permute", permute_backward, setup_context=permute_setup_context)
-_native.register_integers("random_permutations")
+_native.register_without_gradient("random_permutations")
 _native.register_triton("permute", file="permute")
 _native.register_triton("random_permutations", file="permute")

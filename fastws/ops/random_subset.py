@@ -141,5 +141,5 @@ def complement_fake(indices, population):
 
 
 for op in ("random_integers", "random_subset", "complement"):
-    _native.register_integers(op)
+    _native.register_without_gradient(op)
 _native.register_triton("random_integers", file="random_subset")

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from fastws import _native
-from fastws.checks import check_table
+from fastws.checks import check_table, prepare_out
 from fastws.table import count_tokens, table_rows
 
 
-def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | None = None) -> Tensor:
+def tokenize(
+    flat: Tensor, table: Tensor, token_size: int, num_tokens: int | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Cuts flat checkpoints into zero-padded tokens, each a piece of one row of one layer.
 
     For token n = (layer l, row c, chunk q) and entry e, with ``f = q * token_size + e``, R weights per row::
@@ -17,19 +19,22 @@ def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | Non
                         = flat[b, bias_offset[l] + c]              f = R, if the layer has a bias
                         = 0                                        otherwise
 
-    Differentiable in ``flat``; the gradient is :func:`detokenize`. Source: SANE, arXiv 2406.09997, section 2.
+    Differentiable in ``flat`` but where ``out`` is given; the gradient is :func:`detokenize`. Source: SANE, arXiv
+    2406.09997, section 2.
 
     Args:
         flat: Flat checkpoints, ``[B, P]``, floating point.
         table: ``layout.table``, ``[L, 11]``, int64, on the device of ``flat``, where that is a GPU trusted.
         token_size: Entries per token, ``T``, from 1; the one that ``table`` was made for.
         num_tokens: Tokens per checkpoint, ``N``; read from ``table`` when left out, which waits for the device.
+        out: Where to write, ``[B, N, T]``, contiguous, with the dtype and device of ``flat`` and apart from it in
+            memory: large new tensors take the system longer to hand out than to fill.
 
     Returns:
-        Tokens, ``[B, N, T]``, with the dtype and device of ``flat``.
+        Tokens, ``[B, N, T]``, with the dtype and device of ``flat``; ``out`` where it is given.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit.
+        ValueError: If a shape, dtype or device does not fit, or ``out`` is given where a gradient is wanted.
         RuntimeError: On a CPU, if ``table`` is that of other weights or tokens.
 
     Example:
@@ -44,26 +49,32 @@ def tokenize(flat: Tensor, table: Tensor, token_size: int, num_tokens: int | Non
     if token_size < 1:
         raise ValueError(f"tokenize: token_size must be at least 1, got {token_size}")
     num_tokens = count_tokens(table) if num_tokens is None else num_tokens
-    return torch.ops.fastws.tokenize(flat, table, token_size, num_tokens)
+    if out is None:
+        return torch.ops.fastws.tokenize(flat, table, token_size, num_tokens)
+    prepare_out("tokenize", out, (len(flat), num_tokens, token_size), "flat", flat, table)
+    torch.ops.fastws.tokenize_out(flat, table, token_size, out)
+    return out
 
 
-def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
+def detokenize(tokens: Tensor, table: Tensor, num_weights: int, *, out: Tensor | None = None) -> Tensor:
     """Puts tokens back into flat checkpoints; weights that no token holds are 0, padding is ignored.
 
     The adjoint of :func:`tokenize`, and its exact inverse on the weights that ``table`` covers.
-    Differentiable in ``tokens``; the gradient is :func:`tokenize`.
+    Differentiable in ``tokens`` but where ``out`` is given; the gradient is :func:`tokenize`.
 
     Args:
         tokens: Tokens, ``[B, N, T]``, floating point.
         table: ``layout.table``, ``[L, 11]``, int64, on the device of ``tokens``, where that is a GPU
             trusted.
         num_weights: Weights per checkpoint, ``P``.
+        out: Where to write, ``[B, P]``, contiguous, with the dtype and device of ``tokens`` and apart from them in
+            memory.
 
     Returns:
-        Flat checkpoints, ``[B, P]``.
+        Flat checkpoints, ``[B, P]``, with the dtype and device of ``tokens``; ``out`` where it is given.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit.
+        ValueError: If a shape, dtype or device does not fit, or ``out`` is given where a gradient is wanted.
         RuntimeError: On a CPU, if ``table`` is that of other weights or tokens.
 
     Example:
@@ -76,7 +87,11 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
             f"detokenize: tokens must be [B, N, T] floating point, got {list(tokens.shape)} {tokens.dtype}"
         )
     check_table("detokenize", table, tokens.device)
-    return torch.ops.fastws.detokenize(tokens, table, num_weights)
+    if out is None:
+        return torch.ops.fastws.detokenize(tokens, table, num_weights)
+    prepare_out("detokenize", out, (len(tokens), num_weights), "tokens", tokens, table)
+    torch.ops.fastws.detokenize_out(tokens, table, out)
+    return out
 
 
 def tokenize_reference(flat: Tensor, table: Tensor, token_size: int, num_tokens: int) -> Tensor:
@@ -103,10 +118,22 @@ def detokenize_reference(tokens: Tensor, table: Tensor, num_weights: int) -> Ten
     return flat
 
 
+def tokenize_out_reference(flat: Tensor, table: Tensor, token_size: int, out: Tensor) -> None:
+    out.copy_(tokenize_reference(flat, table, token_size, out.shape[1]))
+
+
+def detokenize_out_reference(tokens: Tensor, table: Tensor, out: Tensor) -> None:
+    out.copy_(detokenize_reference(tokens, table, out.shape[1]))
+
+
 torch.library.define("fastws::tokenize", "(Tensor flat, Tensor table, int token_size, SymInt num_tokens) -> Tensor")
 torch.library.define("fastws::detokenize", "(Tensor tokens, Tensor table, SymInt num_weights) -> Tensor")
+torch.library.define("fastws::tokenize_out", "(Tensor flat, Tensor table, int token_size, Tensor(a!) out) -> ()")
+torch.library.define("fastws::detokenize_out", "(Tensor tokens, Tensor table, Tensor(a!) out) -> ()")
 torch.library.register_kernel("fastws::tokenize", "default", tokenize_reference)
 torch.library.register_kernel("fastws::detokenize", "default", detokenize_reference)
+torch.library.register_kernel("fastws::tokenize_out", "default", tokenize_out_reference)
+torch.library.register_kernel("fastws::detokenize_out", "default", detokenize_out_reference)
 
 
 @torch.library.register_fake("fastws::tokenize")
@@ -117,6 +144,16 @@ def tokenize_fake(flat, table, token_size, num_tokens):
 @torch.library.register_fake("fastws::detokenize")
 def detokenize_fake(tokens, table, num_weights):
     return tokens.new_empty(tokens.shape[0], num_weights)
+
+
+@torch.library.register_fake("fastws::tokenize_out")
+def tokenize_out_fake(flat, table, token_size, out):
+    return None
+
+
+@torch.library.register_fake("fastws::detokenize_out")
+def detokenize_out_fake(tokens, table, out):
+    return None
 
 
 def tokenize_setup_context(ctx, inputs, output):
@@ -144,5 +181,8 @@ def detokenize_backward(ctx, grad_flat):
 torch.library.register_autograd("fastws::tokenize", tokenize_backward, setup_context=tokenize_setup_context)
 torch.library.register_autograd("fastws::detokenize", detokenize_backward, setup_context=detokenize_setup_context)
 
-_native.register_triton("tokenize", file="tokenize")
-_native.register_triton("detokenize", file="tokenize")
+_native.register_without_gradient("tokenize_out")
+_native.register_without_gradient("detokenize_out")
+
+for op in ("tokenize", "detokenize", "tokenize_out", "detokenize_out"):
+    _native.register_triton(op, file="tokenize")

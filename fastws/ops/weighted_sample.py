@@ -184,6 +184,6 @@ def successive_sample_backward(ctx, grad):
 
 
 torch.library.register_autograd("fastws::successive_sample", successive_sample_backward)
-_native.register_integers("alias_table")
-_native.register_integers("weighted_sample")
+_native.register_without_gradient("alias_table")
+_native.register_without_gradient("weighted_sample")
 _native.register_triton("weighted_sample", file="weighted_sample")
