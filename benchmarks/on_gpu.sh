@@ -63,9 +63,9 @@ CHECK
   exit $failed
 }
 
-# `fastws bench NAME --quick --no-compile --out benchmarks/results`, which needs the library of the command line
+# `fastws bench NAME --quick --out benchmarks/results`, which needs the library of the command line
 BENCH='from pathlib import Path; from sys import argv; from fastws.benchmarks import harness, run'
-BENCH+='; options = harness.Options(quick=True, compile=False, out=Path("benchmarks/results")); run.run(argv[1:], options)'
+BENCH+='; options = harness.Options(quick=True, out=Path("benchmarks/results")); run.run(argv[1:], options)'
 
 fast() {
   local failed=0 first="token_views small_cnn_step nern_step coordinate_mlp" name rest
