@@ -100,6 +100,8 @@ def token_examples(rand) -> dict[str, dict]:
     return {
         "tokenize": {"flat": rand(3, size), "table": table, "token_size": 16, "num_tokens": tokens},
         "detokenize": {"tokens": rand(3, tokens, 16), "table": table, "num_weights": size},
+        "tokenize_out": {"flat": rand(3, size), "table": table, "token_size": 16, "out": torch.zeros(3, tokens, 16)},
+        "detokenize_out": {"tokens": rand(3, tokens, 16), "table": table, "out": torch.zeros(3, size)},
         "permute": {
             "flat": rand(3, size),
             "table": symmetry.tensor_table(layout),

@@ -131,7 +131,7 @@ Tensor tokenize_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_siz
 void tokenize_out_cpu(const Tensor& flat_, const Tensor& table_, int64_t token_size, const Tensor& out) {
   const Tensor flat = as_contiguous(flat_), table = as_contiguous(table_);
   check_tensor("tokenize", "flat", flat, flat.scalar_type(), {kAny, kAny});
-  check_out("tokenize", out, flat, {flat.size(0), kAny, token_size});
+  check_out("tokenize_out", out, flat, {flat.size(0), kAny, token_size});
   check_tokens("tokenize", read_table("tokenize", table), table.size(0), flat.size(1), token_size, out.size(1));
   tokenize_into(flat, table, token_size, out);
 }
@@ -167,7 +167,7 @@ Tensor detokenize_cpu(const Tensor& tokens_, const Tensor& table_, int64_t numel
 void detokenize_out_cpu(const Tensor& tokens_, const Tensor& table_, const Tensor& out) {
   const Tensor tokens = as_contiguous(tokens_), table = as_contiguous(table_);
   check_tensor("detokenize", "tokens", tokens, tokens.scalar_type(), {kAny, kAny, kAny});
-  check_out("detokenize", out, tokens, {tokens.size(0), kAny});
+  check_out("detokenize_out", out, tokens, {tokens.size(0), kAny});
   check_tokens("detokenize", read_table("detokenize", table), table.size(0), out.size(1), tokens.size(2),
                tokens.size(1));
   detokenize_into(tokens, table, out);
