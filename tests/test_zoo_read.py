@@ -885,6 +885,8 @@ def test_zoo_of_a_known_architecture_can_be_aligned(tmp_path, suffix):
     aligned = Alignment.open(zoo)
     assert (aligned.after > aligned.before).tolist() == [True, False, True]
     with pytest.raises(SystemExit, match=r"none: .*; \S*0\.\w+: other .* --architecture digits-cnn, got"):
+        read_quietly(main, [*command, "1", "10", "10", "--out", str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="--like must be left out where --architecture is given, got 'x'"):
         Config(paths=("files",), out="zoo", architecture="digits-cnn", like="x")
     write_unterthiner(tmp_path / "raw", [unterthiner_network()])
     with pytest.raises(ValueError, match="symmetry: layout must hold module_list.0.weight .*, got module_list.0"):
