@@ -39,9 +39,13 @@ def test_everything_is_tested(tmp_path):
 
 def test_every_benchmark_runs_once_and_those_that_matter_first(tmp_path):
     status, _, calls = rehearse(tmp_path, "fast")
-    names = [call.split()[-1] for call in calls]
+    names = [call.split()[-1] for call in calls if call.startswith("-c")]
     assert status == 0 and set(names) == BENCHMARKS and len(names) == len(BENCHMARKS)
     assert names[:2] == ["token_views", "small_cnn_step"]
+    trace, replays = (call.split()[1:] for call in calls if call.startswith("-m"))
+    assert trace == ["fastws.benchmarks.trace_sane", str(tmp_path / "out")]
+    assert calls.index(f"-m {' '.join(trace)}") == 4  # behind what matters most
+    assert replays[0] == "fastws.benchmarks.replays" and set(replays[1:]) <= BENCHMARKS
 
 
 def test_budget_is_kept(tmp_path):
