@@ -457,6 +457,16 @@ def test_the_larger_of_two_axes_moves(operation):
     assert 6 in symmetry.sizes
 
 
+def test_images_read_at_places_of_a_grid():
+    def rule(net, x):
+        x = torch.relu(net.enter(x))
+        return net.leave(F.grid_sample(x, net.where(x).movedim(1, -1).tanh(), align_corners=False))
+
+    parts = {"enter": nn.Conv2d(3, 6, 1), "where": nn.Conv2d(6, 2, 3, padding=1), "leave": nn.Conv2d(6, 2, 1)}
+    symmetry = traced(Net(rule, **parts), torch.randn(2, 3, 4, 4))
+    assert symmetry.sizes == (6,) and symmetry.unpermuted == []
+
+
 def test_memory_that_a_module_lets_go_of():
     def rule(net, x):
         h = net.enter(x)

@@ -77,6 +77,16 @@ def spatial(tracer: Tracer, call: Call) -> list[Fields]:
     return same(call, tracer.without(tracer.fields(call.x), axes, NEIGHBOURS))
 
 
+def sampled(tracer: Tracer, call: Call) -> list[Fields]:
+    """``grid_sample``: images read at places that a grid tells; channels move, nothing along images and grids does."""
+    x, grid = call.args[:2]
+    images = tracer.without(tracer.fields(x), range(2, x.dim()), NEIGHBOURS)
+    places = tracer.without(tracer.fields(grid), range(1, grid.dim()), NEIGHBOURS)
+    batch = [field.flatten().view(-1, *[1] * (x.dim() - 1)) for field in places]
+    shape = [*x.shape[:2], *[1] * (x.dim() - 2)]
+    return [tracer.join([(images, shape), (batch, [len(x), *[1] * (x.dim() - 1)])])]
+
+
 def glu(tracer: Tracer, call: Call) -> list[Fields]:
     """An entry-wise function of both halves of an axis."""
     axis = call.get("dim", -1) % call.x.dim()
@@ -299,6 +309,7 @@ RULES = MOVES | {
     **named(spatial, "upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
     **named(spatial, "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d"),
     **named(spatial, "replication_pad3d"),
+    **named(sampled, "grid_sampler_2d grid_sampler_3d"),
     **named(im2col, "im2col"),
     **named(col2im, "col2im"),
     **named(glu, "glu"),
