@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import fastws
 from fastws import _native
 from fastws.ops.permute import permute_reference, random_permutations_reference
+from fastws.table import table_rows
 from fastws.testing import devices, implementations
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -39,9 +40,9 @@ def test_permute_is_index_select(state, seed):
     flat = layout.flatten(state)
     permuted = layout.unflatten(fastws.permute(flat[None], table, permutations)[0])
     entries = [entry for entry in layout.entries if entry.offset >= 0]
-    for entry, row in zip(entries, table.tolist(), strict=True):
+    for entry, row in zip(entries, table_rows(table), strict=True):
         expected = state[entry.name]
-        for axis, place in ((0, row[8]), (1, row[9])):
+        for axis, place in ((0, row.first_out), (1, row.first_in)):
             if place >= 0:
                 index = permutations[0, place : place + entry.shape[axis]].long()
                 expected = expected.index_select(axis, index)

@@ -22,6 +22,7 @@ ODD = {  # name: layers and image shape; corner cases of kernels, strides, pooli
     "last": ([nn.Tanh(), nn.MaxPool2d(3), nn.Conv2d(2, 4, 2, bias=False), nn.Flatten(), nn.Linear(16, 5, False)], 10),
     "late": ([nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Dropout(), nn.MaxPool2d((3, 2)), nn.Flatten(), nn.Linear(18, 4)], 9),
     "deep": ([nn.Conv2d(2, 3, 1), nn.Tanh(), nn.Conv2d(3, 1, 5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 4)], 10),
+    "twice": ([nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)], 15),
 }
 
 

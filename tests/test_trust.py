@@ -16,6 +16,7 @@ from torch import nn
 
 import fastws
 from fastws import _native, ops
+from fastws.small_cnn.table import POOLING, Row
 
 ops.register_all()
 TRUSTING = {"tokenize", "detokenize", "permute", "token_views", "masked_mse"}
@@ -118,6 +119,14 @@ def refused(op, argument, value, sentence):
     return pytest.param(op, argument, value, sentence, id=f"{op}-{argument}-{sentence.split(' must ')[-1]}")
 
 
+def with_stride(layers):
+    """A pooling of 2 x 2 blocks, one in every column: it would read past the end of its input."""
+    layers = layers.clone()
+    assert Row(*layers[1]).kind == POOLING
+    Row(*layers.unbind(1)).stride_width[1] = 1
+    return layers
+
+
 CNN = "small_cnn_step", "variational_cnn_step"
 MLP = "coordinate_mlp", "coordinate_mlp_backward"
 REFUSED = [
@@ -162,6 +171,10 @@ REFUSED = [
     refused("token_views", "base", lambda x: changed(x, 1, -1), "table must be of networks of"),
     refused("token_views", "layers", lambda x: changed(x, (1, 1), 9), "layers"),
     refused("small_cnn_logits", "activation", lambda x: changed(x, 1, 4), "activation must be in [0, 4), got 4"),
+    *(
+        refused(op, "layers", with_stride, "layers must be a table for such images")
+        for op in (*CNN, "small_cnn_logits")
+    ),
     *(refused(op, "labels", lambda x: changed(x, 1, 5), "labels must be in [0, 5), got 5") for op in CNN),
     *(refused(op, "labels", lambda x: changed(x, 1, -1), "labels must be in [0, 5), got -1") for op in CNN),
     *(refused(op, "batches", lambda x: changed(x, (1, 1, 1), 6), "batches must be in [0, 6), got 6") for op in CNN),
@@ -205,3 +218,12 @@ def test_random_arguments_are_computed_or_refused():  # in a process of its own,
     assert run.returncode == 0, run.stderr[-2000:]
     calls, operators, computed, refused = map(int, re.findall(r"\d+", run.stdout))
     assert calls == computed + refused == 1500 and operators == len(EXAMPLES) and computed > 300 < refused
+
+
+def test_pooling_whose_stride_is_not_its_kernel_is_refused():
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 2))
+    layers, weights = fastws.layer_table(network, (1, 8, 8)), torch.zeros(1, 86)
+    images, activation = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int32)
+    assert fastws.small_cnn_logits(weights, images, layers, activation).shape == (1, 1, 2)
+    with pytest.raises(ValueError, match=r"small_cnn_logits: layers\[1\] must fit"):
+        fastws.small_cnn_logits(weights, images, with_stride(layers), activation)
