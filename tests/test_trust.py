@@ -136,7 +136,7 @@ REFUSED = [
     refused("random_subset", "count", lambda _: 51, "count must be in [0, 50], got 51"),
     refused("complement", "indices", lambda x: changed(x, 3, 50), "indices must be in [0, 50), got 50"),
     refused("complement", "indices", lambda x: changed(x, 3, -1), "indices must be in [0, 50), got -1"),
-    refused("complement", "population", lambda _: -1, "population must be at least 0, got -1"),
+    refused("complement", "population", lambda _: -1, "population must be in [0, 2**40], got -1"),
     refused("random_permutations", "starts", lambda x: changed(x, 1, 8), "starts must be of groups of 0 to 2**31 - 1"),
     refused("random_permutations", "total", lambda _: 8, "starts must go from 0 to total, 8, got others"),
     refused("masked_mse_backward", "lengths", lambda x: changed(x, (1, 2), 5), "lengths must be in [0, 4], got 5"),

@@ -115,6 +115,7 @@ Tensor kernel_order_cpu(const Tensor& rows_, bool improve) {
   check_tensor("kernel_order", "rows", rows, torch::headeronly::ScalarType::Float, {kAny, kAny, kAny});
   const int64_t batch = rows.size(0), count = rows.size(1), d = rows.size(2);
   STD_TORCH_CHECK(count <= kMostRows, "kernel_order: rows must be at most 2**31 - 1, got ", count);
+  STD_TORCH_CHECK(d > 0, "kernel_order: rows must hold at least 1 number each, got 0");
   const Tensor order = torch::stable::new_empty(rows, {batch, count}, torch::headeronly::ScalarType::Long);
   if (count == 0) return order;
 

@@ -22,11 +22,12 @@ constexpr int64_t kRound = int64_t(1) << 40;  // draws from which a round takes 
 constexpr int64_t kDense = 1024;              // a bit for each number, where one in this many is taken
 constexpr int64_t kChunk = 1 << 16;           // numbers that are looked through one after the other
 constexpr int64_t kBits = 64;
+constexpr int64_t kMostBits = int64_t(1) << 40;  // 128 GiB
 
 // A bit for each number that is taken.
 class Bits {
  public:
-  explicit Bits(int64_t population) : words_((population + kBits - 1) / kBits) {}
+  explicit Bits(int64_t population) : words_(population / kBits + 1) {}
   bool insert(int64_t i) {
     const uint64_t bit = uint64_t(1) << i % kBits, before = words_[i / kBits];
     words_[i / kBits] = before | bit;
@@ -111,7 +112,7 @@ Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count,
   int64_t* out = subset.mutable_data_ptr<int64_t>();
   std::vector<int64_t> numbers, left;  // those that can be drawn; all at first, which is not written down
   for (int64_t first = 0; count > 0; first += kRound) {
-    const int64_t wanted = std::min(count, (population + 1) / 2);
+    const int64_t wanted = std::min(count, population - population / 2);
     if (population > kDense * wanted) {  // then this is the last round
       Table taken(wanted);
       draw_distinct(taken, seed, offset, first, population, wanted, out);
@@ -137,7 +138,8 @@ Tensor random_subset_cpu(const Tensor& place, int64_t population, int64_t count,
 Tensor complement_cpu(const Tensor& indices_, int64_t population) {
   const Tensor indices = as_contiguous(indices_);
   check_tensor("complement", "indices", indices, torch::headeronly::ScalarType::Long, {kAny});
-  STD_TORCH_CHECK(population >= 0, "complement: population must be at least 0, got ", population);
+  STD_TORCH_CHECK(0 <= population && population <= kMostBits, "complement: population must be in [0, 2**40], got ",
+                  population);
   const int64_t* index = indices.const_data_ptr<int64_t>();
   check_range("complement", "indices", index, indices.size(0), 0, population);
   Bits taken(population);
