@@ -137,7 +137,7 @@ def test_network_that_dropping_changes_is_left_out(dense, tmp_path):
         states[row, second] /= scale
         writer.append(states, {name: dense.properties[name].to_pylist() for name in dense.properties.column_names})
     changed = Zoo.open(copy)
-    recipes, weights = choose(changed, 0, 2)
+    recipes, weights = choose(changed, 0, 2, {})
     assert len(recipes) == 6
     twins = sparsify(tiny(changed, tmp_path / "twins"))
     assert twins.provenance["left_out"] == ["000001"] and "000001" not in twins.properties["model"].to_pylist()
@@ -202,6 +202,33 @@ def test_another_zoo_is_refused_and_a_moved_one_is_not(dense, tmp_path):
     other = make(MakeConfig(out=str(tmp_path / "other"), **DENSE | {"seed": 2}))
     with pytest.raises(ValueError, match="zoo sparsify: zoo must be .*, with which .*twins was begun, or a copy of it"):
         sparsify(tiny(other, tmp_path / "twins", models=1, epochs=0))
+
+
+def digits_cnn():
+    return build("digits-cnn", (1, 8, 8), num_classes=10, activation="tanh")
+
+
+def test_zoos_that_were_read_from_files_are_sparsified(dense, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for model, row in last_of(dense).items():
+        torch.save(dense.checkpoint(row), folder / f"{model}.pt")
+    read = fastws.zoo.read_checkpoints(sorted(folder.iterdir()), tmp_path / "read")
+    function = f"{digits_cnn.__module__}:digits_cnn"
+    twins = sparsify(tiny(read, tmp_path / "twins", architecture=function, models=2, epochs=1))
+    models = twins.properties["model"].to_pylist()
+    assert len(set(models)) == 2 and set(models) <= set(read.properties["model"].to_pylist())
+    assert twins.layout == read.layout and set(twins.properties["activation"].to_pylist()) == {"tanh"}
+    start = (twins.numbers("epoch") == 0).nonzero()[0][0]
+    original = read.rows([read.properties["model"].to_pylist().index(models[start])])[0]
+    kept = twins.rows([int(start)])[0] != 0
+    assert torch.equal(twins.rows([int(start)])[0][kept], original[kept]) and kept.float().mean() > 0.5
+    with pytest.raises(ValueError, match="provenance must be that of fastws zoo make"):
+        sparsify(tiny(read, tmp_path / "other"))
+    with pytest.raises(ValueError, match="must have the properties of a recipe, got no activation"):
+        sparsify(tiny(read, tmp_path / "named", architecture="digits-cnn"))
+    with pytest.raises(ValueError, match="cnn-s"):
+        sparsify(tiny(read, tmp_path / "another", architecture="cnn-s"))
 
 
 def test_command(dense, tmp_path, capsys):

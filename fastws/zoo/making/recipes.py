@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastws.data.images import Images
 from fastws.small_cnn.table import layer_table
 from fastws.zoo.making.architectures import Activation, Architecture, Init, build
+from fastws.zoo.making.given import make_network
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 Schedule = Literal["constant", "one-cycle"]
@@ -52,6 +53,8 @@ class Plan(NamedTuple):
     train_metrics: TrainMetrics = "evaluated"
 
     def build(self, activation: Activation = "relu", dropout: float = 0.0) -> nn.Module:
+        if ":" in self.architecture:  # a function of the user's, which fixes both
+            return make_network(self.architecture, self.image_shape, self.num_classes)[0].eval()
         options = {"num_classes": self.num_classes, "activation": activation, "dropout": dropout}
         return build(self.architecture, self.image_shape, **options).eval()
 

@@ -5,7 +5,7 @@ network after an epoch: its weights, zero where they were dropped. Source: arXiv
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from fastws.zoo.format.manifest import MANIFEST, read_manifest
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.grids import Preset
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import Job, check_config, config_of, prepare, train, workers
 from fastws.zoo.making.recipes import Part, Plan, Recipe, TrainingData, check_choices
@@ -45,12 +46,14 @@ class Config:
     fastws zoo sparsify --zoo zoos/digits --out zoos/sparse
     """
 
-    zoo: str  # folder of a zoo that zoo make wrote
+    zoo: str  # folder of a zoo that zoo make wrote, or, with --architecture, that was read from files
     out: str  # folder of the zoo of twins to write
 
     models: int = 100  # networks that get a twin, the first ones of the zoo; 0: all
     epochs: int = 25  # of training; the new zoo holds one state more per network, that of the start
     data: str | None = None  # images of the training, if they are not where they were when the zoo was made
+    architecture: str | None = None  # of a zoo that was read: that of zoo make, or module:function, which returns it
+    preset: Preset = "digits"  # of a zoo that was read: how its images look, and what its properties do not tell
     variational: bool = False  # keep theta and log sigma^2 too: in a zoo of their own in OUT, under published names
 
     device: Literal["cpu", "cuda"] = "cpu"  # that twins are trained on
@@ -81,7 +84,10 @@ def sparsify(config: Config) -> Zoo:
     job = prepare(made)
     if job.one_by_one:
         raise ValueError(f"zoo sparsify: networks must be small enough to train side by side: {job.one_by_one}")
-    recipes, weights = choose(zoo, config.models, made.epochs)
+    if config.architecture is not None:
+        with torch.device("meta"):
+            Layout.from_checkpoint(job.plan.build()).require_same(zoo.layout, f"zoo sparsify: zoo {zoo.path}")
+    recipes, weights = choose(zoo, config.models, made.epochs, told_by(made, job.plan) if config.architecture else {})
     plan = job.plan._replace(epochs=config.epochs, order="seeded")
     same = starts_the_same(plan, recipes, weights, job.data)
     if not same:
@@ -110,22 +116,43 @@ def check_parent(path: Path, zoo: Zoo) -> None:
 
 def made_by(zoo: Zoo, config: Config) -> MakeConfig:
     """The configuration with which a zoo was made, on the images and the device of this one."""
+    if config.architecture is not None:
+        device, data = config.device, config.data
+        told = {"architecture": config.architecture, "order": "seeded", "device": device, "data": data}
+        return MakeConfig(out=config.zoo, preset=config.preset, **told)
     made = config_of(zoo.path, zoo.provenance)
     return replace(made, out=config.zoo, data=config.data or made.data, device=config.device, start=None)
 
 
-def choose(zoo: Zoo, models: int, epochs: int) -> tuple[list[Recipe], Tensor]:
-    """The recipes of the first networks, and the weights that they ended with; those that were lost are left out."""
+def told_by(made: MakeConfig, plan: Plan) -> dict[str, object]:
+    """What a configuration says of networks whose zoo does not: the first choices, but no activation out of several."""
+    kinds = {kind: name for name, kind in ACTIVATIONS.items()}
+    own = {kinds[type(layer)] for layer in plan.build().modules() if type(layer) in kinds}
+    activations = own if ":" in plan.architecture else {*made.activations}
+    told = {"seed": made.seed, "dropout": made.dropouts[0], "init": made.inits[0], "optimizer": made.optimizers[0]}
+    told |= {"lr": made.lrs[0], "weight_decay": made.weight_decays[0]}
+    return told | ({"activation": activations.pop()} if len(activations) == 1 else {})
+
+
+def choose(zoo: Zoo, models: int, epochs: int, told: Mapping[str, object]) -> tuple[list[Recipe], Tensor]:
+    """The recipes of the first networks, and the weights that they ended with; those that were lost are left out.
+
+    What ``told`` says fills the recipes of a zoo that was read from files, whose last states may be of any epoch.
+    """
     table = zoo.properties
-    missing = [name for name in ("epoch", *Recipe._fields) if name not in table.column_names]
+    missing = [name for name in ("epoch", *Recipe._fields) if name not in table.column_names and name not in told]
+    missing = [name for name in missing if not told or name not in ("model", "epoch")]
     if missing:
         raise ValueError(f"zoo sparsify: {zoo.path} must have the properties of a recipe, got no {', '.join(missing)}")
-    epoch = zoo.numbers("epoch")
-    last = [row for row in last_rows(zoo).values() if epoch[row] == epochs]
+    last = list(last_rows(zoo).values())
+    if not told:
+        epoch = zoo.numbers("epoch")
+        last = [row for row in last if epoch[row] == epochs]
     last = last[: models or None]
     if not last:
         raise ValueError(f"zoo sparsify: {zoo.path} must hold networks of epoch {epochs}, got none; finish it first")
-    columns = {name: table[name].take(last).to_pylist() for name in Recipe._fields}
+    columns = {name: [told.get(name)] * len(last) for name in Recipe._fields}
+    columns |= {name: table[name].take(last).to_pylist() for name in Recipe._fields if name in table.column_names}
     for name, known in (("activation", ACTIVATIONS), ("optimizer", OPTIMIZERS)):
         check_choices(zoo.path, name, columns[name], known)
     return [Recipe(*values) for values in zip(*columns.values(), strict=True)], zoo.rows(last).float()
