@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastws import _native
+from fastws.signed import split
 from fastws.table import Row, table_rows
 
 
@@ -64,5 +65,5 @@ def check_permutations(op: str, permutations: Tensor, batch: int, table: Tensor)
     vectors |= {(row.first_in, row.units) for row in rows if row.first_in >= 0}
     for first, size in sorted(vectors):
         vector = permutations[:, first : first + size]
-        if vector.shape[1] != size or not is_permutation(vector):
+        if vector.shape[1] != size or not is_permutation(split(vector)[0]):
             raise ValueError(f"{op}: permutations[:, {first}:{first + size}] must hold each of 0..{size - 1} once")

@@ -14,6 +14,7 @@ from fastws.kernels.table import (
     COLUMN_WEIGHT_OFFSET,
     COLUMNS,
     permuted,
+    with_sign,
 )
 
 BLOCK = 1024
@@ -33,7 +34,7 @@ def _permute_kernel(
     INVERSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """target[b, i] = flat[b, source of i]; INVERSE: target[b, source of i] = flat[b, i].
+    """target[b, i] = flat[b, source of i], negated or not; INVERSE: target[b, source of i] = flat[b, i], likewise.
 
     One program per BLOCK weights. Places within a tensor are divided in 32 bits unless WIDE: a GPU has no instruction
     that divides 64 bits and calls a long subroutine instead.
@@ -59,14 +60,17 @@ def _permute_kernel(
     place = (i - offset).to(index)
     row, f = place // length, place % length
     vectors = permutations + b * indices
-    row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
-    unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), f % period // block)
+    row, negative_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
+    unit, negative_unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), f % period // block)
+    negative = negative_row != negative_unit
     source = offset + row.to(tl.int64) * length + f // period * period + unit.to(tl.int64) * block + f % block
     if INVERSE:
         # no atomics: a permutation meets each weight once
-        tl.store(target + b * num_weights + source, tl.load(flat + b * num_weights + i, mask=inside), mask=inside)
+        x = tl.load(flat + b * num_weights + i, mask=inside)
+        tl.store(target + b * num_weights + source, with_sign(x, negative), mask=inside)
     else:
-        tl.store(target + b * num_weights + i, tl.load(flat + b * num_weights + source, mask=inside), mask=inside)
+        x = tl.load(flat + b * num_weights + source, mask=inside)
+        tl.store(target + b * num_weights + i, with_sign(x, negative), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])

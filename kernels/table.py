@@ -30,7 +30,21 @@ def find_layer(table, first, last, token):
 
 @triton.jit
 def permuted(permutations, place, i):
-    """Entry i of the vector at ``place`` in a row of permutations, or i itself where there is none."""
+    """What entry i of the vector at ``place`` in a row of permutations says: the unit, and whether it is negated.
+
+    Where there is no vector, i itself.
+    """
     index = tl.where(place >= 0, place + i, -1)
     entry = tl.load(permutations + index, mask=index >= 0, other=0)
-    return tl.where(place >= 0, entry.to(tl.int64), i)
+    entry = tl.where(place >= 0, entry.to(tl.int64), i)
+    negative = entry < 0
+    return tl.where(negative, ~entry, entry), negative
+
+
+@triton.jit
+def with_sign(x, negative):
+    """x, or -x where negative."""
+    if x.dtype == tl.bfloat16:  # which interpreted programs know as whole numbers
+        return tl.where(negative, (-x.to(tl.float32)).to(tl.bfloat16), x)
+    else:
+        return tl.where(negative, -x, x)

@@ -96,13 +96,16 @@ def _token_views_kernel(
     unit, weight_row, bias_row = f % period // block, row, row
     if PERMUTE:
         vectors = permutations + b * indices
-        unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), unit).to(tl.int32)
-        weight_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
-        bias_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_BIAS), row)
+        unit, negative_unit = permuted(vectors, tl.load(layer + COLUMN_FIRST_IN), unit)
+        weight_row, negative_row = permuted(vectors, tl.load(layer + COLUMN_FIRST_OUT), row)
+        bias_row, negative_bias = permuted(vectors, tl.load(layer + COLUMN_FIRST_BIAS), row)
+        unit = unit.to(tl.int32)
     source = weight + weight_row * length + f // period * period + unit * block + f % block
     source = tl.load(base + b) + tl.where(f < length, source, bias + bias_row)
     x = tl.load(weights + source, mask=valid, other=0.0)
     x = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    if PERMUTE:
+        x = tl.where(tl.where(f < length, negative_row != negative_unit, negative_bias), -x, x)
     if SCALE:
         x = x * tl.load(scale + l)
     if SHIFT:

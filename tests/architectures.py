@@ -384,3 +384,8 @@ class Transpose(nn.Module):
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean(1)
+
+
+def unsigned_axes(symmetry, name):
+    """The segments of each axis of a tensor: group, count and block."""
+    return tuple(part and tuple(segment[:3] for segment in part) for part in symmetry.axes[name])

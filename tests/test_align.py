@@ -10,6 +10,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from architectures import unsigned_axes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import CASES, networks
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("in_one_thread")
 def entries_of(segments, group, size):
     """The entries of an axis that each unit of a group has, ``[size, entries]``."""
     members, entry, number = [[] for _ in range(size)], 0, 0
-    for segment_group, count, block in segments:
+    for segment_group, count, block, _ in segments:
         for _ in range(count):
             if segment_group == group:
                 members[number % size] += range(entry, entry + block)
@@ -59,7 +60,7 @@ def published(symmetry, reference, state, order):
     names = [name for name in symmetry.axes if "running" not in name and name not in symmetry.aliases]
 
     def groups(segments):
-        return sorted({group for group, _, _ in segments or () if group is not None})
+        return sorted({group for group, *_ in segments or () if group is not None})
 
     def permuted(name, except_axis):
         tensor = state[name]
@@ -257,7 +258,7 @@ def test_objective_never_falls_where_a_group_lies_on_both_axes():
         return nn.Sequential(nn.Linear(3, 7), body, nn.Tanh(), nn.Linear(7, 2)), torch.randn(2, 3)
 
     symmetry, layout, module, _, flat = networks(build, 25)
-    assert symmetry.axes["1.body.weight"][0] == symmetry.axes["1.body.weight"][1] == ((0, 7, 1),)
+    assert unsigned_axes(symmetry, "1.body.weight")[0] == unsigned_axes(symmetry, "1.body.weight")[1] == ((0, 7, 1),)
     flat = flat.double()
     flat[:, 28:77] *= 10  # W, so that it decides
     values = [objective(flat[1:], flat[0], symmetry, layout)]
@@ -315,7 +316,7 @@ def test_extreme_networks():
     [
         (dict(flat=torch.zeros(3, 5)), r"flat must be \[M, 722\] floating point, as the layout says, got \[3, 5\]"),
         (dict(flat=torch.zeros(722)), r"flat must be \[M, 722\]"),
-        (dict(reference=torch.zeros(5)), r"reference must be \[722\] floating point on cpu, got \[5\]"),
+        (dict(reference=torch.zeros(5)), r"reference must be \[722\] or \[M, 722\] floating point on cpu, got \[5\]"),
         (dict(reference=torch.full((722,), torch.nan)), "reference must be finite"),
         (dict(flat=torch.full((2, 722), torch.inf)), "flat must be finite, got NaN or infinity in 2 rows"),
         (dict(norms="scaled"), "norms must be 'exclude' or 'include', got 'scaled'"),
@@ -368,8 +369,8 @@ def make_zoo(path, symmetry=True, splits=SPLITS):
 
 def test_zoo_is_aligned_as_a_whole(tmp_path, capsys):
     zoo = make_zoo(tmp_path / "zoo")
-    main(["zoo", "align", "--zoo", str(tmp_path / "zoo")])
-    assert "permutations of 6 models\nreference: model m4, highest last test_accuracy" in capsys.readouterr().out
+    main(["zoo", "align", "--zoo", str(tmp_path / "zoo"), "--reference", "m4"])
+    assert "permutations of 6 models\nreference: model m4, named" in capsys.readouterr().out
     alignment = Alignment.open(zoo)
     assert alignment.models == tuple(f"m{i}" for i in range(6)) and (alignment.after >= alignment.before).all()
     assert alignment.permutations.shape == (6, 38) and alignment.norms == "exclude"
@@ -396,7 +397,7 @@ def test_canonical_form_overwrites_no_matching(tmp_path, capsys):
     assert Alignment.open(zoo).method == "l2"
     made = align(Config(zoo=str(zoo.path)))
     main(["zoo", "align", "--zoo", str(zoo.path), "--canonical", "lexicographic"])
-    assert Alignment.open(zoo).method == "matching" and torch.equal(Alignment.open(zoo).permutations, made.permutations)
+    assert Alignment.open(zoo).method == "mean" and torch.equal(Alignment.open(zoo).permutations, made.permutations)
     assert Alignment.open(zoo, zoo.path / CANONICAL).method == "lexicographic"
     capsys.readouterr()
     main(["zoo", "align", "--zoo", str(zoo.path)])
@@ -434,7 +435,7 @@ def test_info_describes_the_alignment(tmp_path, capsys):
     main(["zoo", "align", "--zoo", str(zoo.path)])
     capsys.readouterr()
     main(["zoo", "info", "--zoo", str(zoo.path), "--aligned"])
-    assert "aligned: matching, reference model m4, highest last test_accuracy" in capsys.readouterr().out
+    assert "aligned: mean, reference model m4, highest last test_accuracy" in capsys.readouterr().out
     sample = draw_sample(zoo, 6, seed=0)
     stored, aligned = (measure_weights(zoo, sample, aligned) for aligned in (False, True))
     expected = aligned_rows(zoo, sample.last()).double().std(0, correction=0)

@@ -7,17 +7,14 @@ import pytest
 import torch
 
 import fastws
-from fastws.downstream import compare_zoos, memorisation
+from fastws.downstream import compare_zoos
 from fastws.downstream.memorisation import Judge, Judged, phi, verdict
 from fastws.downstream.sample import Config as SampleConfig
 from fastws.downstream.sample import sample
-from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
-from fastws.zoo.making.architectures import build
 from fastws.zoo.making.make import Config as MakeConfig
-from fastws.zoo.making.recipes import Plan
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 
@@ -33,8 +30,7 @@ def zoo(tmp_path_factory):
 
 
 def judged_by(zoo):
-    plan = Plan("digits-cnn", (1, 8, 8), 10, 32, 1)
-    flips = memorisation.flippable(plan, "tanh", zoo.symmetry)
+    flips = zoo.symmetry.flips
     training, held_out = (compare_zoos.states_of(zoo, split, "tanh") for split in ("train", "test"))
     return Judge(zoo.rows(training), zoo.rows(held_out), zoo.symmetry, zoo.layout, flips), flips
 
@@ -43,15 +39,7 @@ def test_planted_copy_is_found_and_held_out_networks_are_not_copies(zoo):
     judge, flips = judged_by(zoo)
     assert flips == (True, True, True)
     copies = judge.training[10:14].clone()
-    moved = zoo.symmetry.permute(copies, zoo.symmetry.random(4, seed=5), zoo.layout)
-    flipped = []
-    for flat in moved.detach():  # the last hidden layer's units multiplied by -1, and the columns that read them
-        state = zoo.layout.unflatten(flat)
-        weight, bias, reader = list(state)[-4:-1]
-        signs = torch.randn(len(state[bias])).sign()
-        state |= {weight: state[weight] * signs[:, None], bias: state[bias] * signs, reader: state[reader] * signs}
-        flipped.append(zoo.layout.flatten(state))
-    moved = torch.stack(flipped)
+    moved = zoo.symmetry.permute(copies, zoo.symmetry.random(4, seed=5, flips=True), zoo.layout)
     moved += 0.01 * copies.std() * torch.randn_like(moved)
     found = judge.novelty(moved)
     assert found.neighbour.tolist() == [10, 11, 12, 13] and found.novelty.max() < 0.1
@@ -59,15 +47,6 @@ def test_planted_copy_is_found_and_held_out_networks_are_not_copies(zoo):
     held_out = judge.novelty(judge.held_out)
     assert held_out.novelty.median().item() == pytest.approx(1) and held_out.novelty.min() > 0.5
     assert judge.recall() > 0.5
-
-
-def test_signs_pass_odd_operations_only():
-    plan = Plan("digits-cnn", (1, 8, 8), 10, 32, 1)
-    symmetry = Symmetry.trace(build("digits-cnn", (1, 8, 8)), torch.zeros(1, 1, 8, 8))
-    assert memorisation.flippable(plan, "relu", symmetry) == (False, False, False)
-    pooled = Plan("cnn-s", (1, 28, 28), 10, 10, 1)
-    symmetry = Symmetry.trace(build("cnn-s", (1, 28, 28)), torch.zeros(1, 1, 28, 28))
-    assert memorisation.flippable(pooled, "tanh", symmetry) == (False, False, True, True)
 
 
 def test_phi_is_corrected_for_chance():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import fastws
 from fastws import _native
 from fastws.ops.permute import permute_reference, random_permutations_reference
+from fastws.signed import split
 from fastws.table import table_rows
 from fastws.testing import devices, implementations
 
@@ -14,20 +15,28 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [[1], [5], [3, 1, 90, 17], [257, 2]]
 
 
-def example(batch=3, dtype=torch.float32, device="cpu"):
+def negate(permutations, seed=0):
+    """Half of the entries of permutations with a minus."""
+    chosen = torch.rand(permutations.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return torch.where(chosen, ~permutations, permutations)
+
+
+def example(batch=3, dtype=torch.float32, device="cpu", signed=False):
     layout = fastws.Layout.from_checkpoint(small_checkpoint())
     rng = torch.Generator().manual_seed(1)
     table, _, sizes = permuted_tables(layout, rng)
     flat = torch.randn(batch, 2 * layout.num_weights, generator=rng).to(device, dtype)[:, ::2]  # not contiguous
-    return flat, table.to(device), fastws.random_permutations(sizes, batch, seed=5).to(device)
+    permutations = fastws.random_permutations(sizes, batch, seed=5)
+    return flat, table.to(device), (negate(permutations) if signed else permutations).to(device)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("permute"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_permute_is_the_reference(name, function, device, dtype, inverse, batch):
-    args = example(batch, dtype, device)
+@pytest.mark.parametrize("signed", [False, True])
+def test_permute_is_the_reference(name, function, device, dtype, inverse, batch, signed):
+    args = example(batch, dtype, device, signed)
     torch.testing.assert_close(function(*args, inverse), permute_reference(*args, inverse), rtol=0, atol=0)
 
 
@@ -36,7 +45,7 @@ def test_permute_is_the_reference(name, function, device, dtype, inverse, batch)
 def test_permute_is_index_select(state, seed):
     layout = fastws.Layout.from_checkpoint(state)
     table, _, sizes = permuted_tables(layout, torch.Generator().manual_seed(seed))
-    permutations = fastws.random_permutations(sizes, 1, seed)
+    permutations = negate(fastws.random_permutations(sizes, 1, seed), seed)
     flat = layout.flatten(state)
     permuted = layout.unflatten(fastws.permute(flat[None], table, permutations)[0])
     entries = [entry for entry in layout.entries if entry.offset >= 0]
@@ -44,13 +53,15 @@ def test_permute_is_index_select(state, seed):
         expected = state[entry.name]
         for axis, place in ((0, row.first_out), (1, row.first_in)):
             if place >= 0:
-                index = permutations[0, place : place + entry.shape[axis]].long()
-                expected = expected.index_select(axis, index)
+                index, negative = split(permutations[0, place : place + entry.shape[axis]].long())
+                wide = [-1 if a == axis else 1 for a in range(expected.dim())]
+                expected = expected.index_select(axis, index) * (1 + 2 * negative).view(wide)
         assert torch.equal(permuted[entry.name], expected)
 
 
-def test_permute_inverts_itself_and_notices_a_wrong_permutation():
-    flat, table, permutations = example()
+@pytest.mark.parametrize("signed", [False, True])
+def test_permute_inverts_itself_and_notices_a_wrong_permutation(signed):
+    flat, table, permutations = example(signed=signed)
     permuted = fastws.permute(flat, table, permutations)
     assert not torch.equal(permuted, flat)
     assert torch.equal(torch.ops.fastws.permute(permuted, table, permutations, True), flat)

@@ -6,6 +6,7 @@ from collections import Counter
 import architectures
 import pytest
 import torch
+from architectures import unsigned_axes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -141,25 +142,28 @@ def test_trace_of_resnet18():
     symmetry = Symmetry.trace(*architectures.resnet(width=16))
     assert len(symmetry.sizes) == 12 and symmetry.num_indices == sum(symmetry.sizes) == 2880 // 4
     assert symmetry.names[:2] == ("0.0.weight", "1.body.0.0.weight")
-    assert symmetry.axes["1.body.0.0.weight"] == (((1, 16, 1),), ((0, 16, 1),), None, None)
-    assert symmetry.axes["0.1.running_var"] == (((0, 16, 1),),)
-    assert symmetry.axes["0.0.weight"] == (((0, 16, 1),), None, None, None)
-    (stage,) = symmetry.axes["11.weight"][1]
-    assert symmetry.axes["11.weight"] == (None, (stage,)) and stage[1:] == (128, 1)
+    assert unsigned_axes(symmetry, "1.body.0.0.weight") == (((1, 16, 1),), ((0, 16, 1),), None, None)
+    assert unsigned_axes(symmetry, "0.1.running_var") == (((0, 16, 1),),)
+    assert unsigned_axes(symmetry, "0.0.weight") == (((0, 16, 1),), None, None, None)
+    (stage,) = unsigned_axes(symmetry, "11.weight")[1]
+    assert unsigned_axes(symmetry, "11.weight") == (None, (stage,)) and stage[1:] == (128, 1)
 
 
 def test_axes_as_segments():
     flattened = Symmetry.trace(*architectures.zoo_cnn())
     (weight,) = (name for name, shape in flattened.shapes.items() if shape == (20, 36))
-    assert flattened.axes[weight] == (((3, 20, 1),), ((2, 4, 9),))  # a 3 x 3 image of each of 4 channels
+    assert unsigned_axes(flattened, weight) == (
+        ((3, 20, 1),),
+        ((2, 4, 9),),
+    )  # a 3 x 3 image of each of 4 channels
     heads = Symmetry.trace(*architectures.encoder())
-    assert heads.axes["layer.self_attn.in_proj_weight"] == (((1, 2, 4),) * 3, ((0, 8, 1),))
+    assert unsigned_axes(heads, "layer.self_attn.in_proj_weight") == (((1, 2, 4),) * 3, ((0, 8, 1),))
     dense = Symmetry.trace(*architectures.densenet())
     first, *new = (g for g, size in enumerate(dense.sizes) if size in (8, 4))
-    assert dense.axes["2.bodies.0.0.2.weight"][1] == ((first, 8, 1), (new[0], 4, 1))
+    assert unsigned_axes(dense, "2.bodies.0.0.2.weight")[1] == ((first, 8, 1), (new[0], 4, 1))
     padded = Symmetry.trace(*architectures.cifar_resnet())
     old, new = 0, padded.names.index("4.body.1.0.weight")
-    assert padded.axes["4.body.1.0.weight"][0] == ((new, 8, 1), (old, 16, 1), (new, 8, 1))
+    assert unsigned_axes(padded, "4.body.1.0.weight")[0] == ((new, 8, 1), (old, 16, 1), (new, 8, 1))
     assert padded.sizes[new] == 16  # both sides together
 
 
@@ -203,7 +207,7 @@ def test_recurrent_layers(kind, gates):
             return self.leave(self.layer(self.enter(x))[0])
 
     symmetry = Symmetry.trace(Recurrent(), torch.randn(4, 2, 3))
-    assert symmetry.axes["layer.weight_hh_l0"] == (((1, 5, 1),) * gates, ((1, 5, 1),))
+    assert unsigned_axes(symmetry, "layer.weight_hh_l0") == (((1, 5, 1),) * gates, ((1, 5, 1),))
     assert symmetry.sizes == (4, 5) and symmetry.unpermuted == []
 
 
@@ -435,8 +439,11 @@ def test_changing_a_part_in_place_holds_the_whole(change, sizes):
 def test_slices_split_a_group():
     gate = Wrapped(lambda x: F.pad(x[:, :3].sigmoid() * x[:, 3:], (0, 3)))
     symmetry = Symmetry.trace(gate, torch.randn(2, 3))
-    assert symmetry.axes["enter.weight"][0] == ((0, 3, 1), (0, 3, 1))  # a value moves with its gate
-    assert symmetry.axes["middle.weight"][1] == ((0, 3, 1), (None, 3, 1))
+    assert unsigned_axes(symmetry, "enter.weight")[0] == (
+        (0, 3, 1),
+        (0, 3, 1),
+    )  # a value moves with its gate
+    assert unsigned_axes(symmetry, "middle.weight")[1] == ((0, 3, 1), (None, 3, 1))
     (dead,) = symmetry.unpermuted  # what meets the padding
     assert dead.startswith("middle.weight axis 1 stays: 3 of 6 entries: outputs do not depend on it")
 
@@ -445,7 +452,9 @@ def test_tensors_that_share_storage_move_alike():
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     module[3].weight.data = module[1].weight.data
     symmetry = Symmetry.trace(module, torch.randn(2, 3))
-    assert symmetry.aliases == {"3.weight": "1.weight"} and symmetry.axes["3.weight"] == symmetry.axes["1.weight"]
+    assert symmetry.aliases == {"3.weight": "1.weight"} and unsigned_axes(symmetry, "3.weight") == unsigned_axes(
+        symmetry, "1.weight"
+    )
     # the rows of the first use are the columns of the second
     assert symmetry.sizes == (4,)
     layout = Layout.from_checkpoint(module)
@@ -468,7 +477,7 @@ class Folded(nn.Module):
 
 def test_a_table_holds_one_axis_beside_the_rows():
     symmetry = Symmetry.trace(Folded(), torch.randn(2, 3))
-    assert symmetry.axes["heads"] == (((0, 8, 1),), None, ((1, 4, 1),))
+    assert unsigned_axes(symmetry, "heads") == (((0, 8, 1),), None, ((1, 4, 1),))
     assert symmetry.unpermuted == ["heads axis 1 stays: a table holds one permuted axis beside the rows"]
 
 
@@ -491,9 +500,14 @@ def test_tied_and_recurrent_weights():
             return F.linear(x, self.enter.weight.t())
 
     symmetry = Symmetry.trace(Recurrent(), torch.randn(2, 3))
-    assert symmetry.sizes == (6,) and symmetry.axes["step.weight"] == (((0, 6, 1),), ((0, 6, 1),))
+    assert symmetry.sizes == (6,) and unsigned_axes(symmetry, "step.weight") == (
+        ((0, 6, 1),),
+        ((0, 6, 1),),
+    )
     tied = Symmetry.trace(*architectures.gpt())
-    assert tied.aliases == {"head.weight": "tokens.weight"} and tied.axes["head.weight"] == tied.axes["tokens.weight"]
+    assert tied.aliases == {"head.weight": "tokens.weight"} and unsigned_axes(tied, "head.weight") == unsigned_axes(
+        tied, "tokens.weight"
+    )
 
 
 def test_trace_refuses_what_changes_the_function(monkeypatch):
@@ -515,10 +529,10 @@ def test_cycles_of_channels():
             return self.leave(x.tanh())
 
     # cycles (1 4 2) and (3 5 6) in the order of their entries turn in different ways; 0 and 7 stay where they are, and
-    # may change places
+    # may change places; each cycle may change its sign as a whole
     symmetry = Symmetry.trace(Mixed(), torch.randn(2, 3))
-    assert symmetry.sizes == (2,)
-    assert symmetry.axes["enter.bias"] == (((0, 1, 1), (None, 6, 1), (0, 1, 1)),)
+    assert symmetry.sizes == (2, 1, 1) and symmetry.flips == (True, True, True)
+    assert unsigned_axes(symmetry, "enter.bias")[0][0] == unsigned_axes(symmetry, "enter.bias")[0][-1] == (0, 1, 1)
 
 
 def wrong(symmetry, name, axis, segments):

@@ -24,7 +24,7 @@ CASES = [  # dtype of the zoo, of the values, permuted, token size, window
 NOTHING = torch.empty(0)
 
 
-def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=True, scale=False):
+def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=True, scale=False, signed=False):
     """Arguments of the op up to window: five views of four networks."""
     layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size)
     rng = torch.Generator().manual_seed(1)
@@ -33,6 +33,10 @@ def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=
     model = torch.tensor([3, 0, 1, 1, 2])
     start = torch.randint(0, layout.num_tokens - window + 1, (5,), generator=rng)
     permutations = fastws.random_permutations(sizes, 5, seed=5) if permute else torch.empty(5, 0, dtype=torch.int32)
+    if signed:  # half of the entries with a minus, in all views but the first
+        negated = torch.rand(permutations.shape, generator=rng) < 0.5
+        negated[0] = False
+        permutations = torch.where(negated, ~permutations, permutations)
     layers = torch.tensor([[0, len(table)]]).expand(5, 2)
     factors = [torch.rand(len(table), generator=rng) if scale else NOTHING for _ in range(2)]
     args = zoo, table, model * layout.num_weights, layers, start, permutations, *factors
@@ -41,8 +45,9 @@ def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=
 
 @pytest.mark.parametrize("name, function, device", implementations("token_views"))
 @pytest.mark.parametrize("dtype, out_dtype, permute, token_size, window", CASES)
-def test_token_views_move_data_exactly(name, function, device, dtype, out_dtype, permute, token_size, window):
-    args = *example(token_size, window, dtype, device, permute), 0.0, 0, 1, 2, out_dtype
+@pytest.mark.parametrize("signed", [False, True])
+def test_token_views_move_data_exactly(name, function, device, dtype, out_dtype, permute, token_size, window, signed):
+    args = *example(token_size, window, dtype, device, permute, signed=signed and permute), 0.0, 0, 1, 2, out_dtype
     for actual, expected in zip(function(*args), token_views_reference(*args), strict=True):
         truncates = (
             name == "triton" and device == "cpu" and out_dtype == torch.bfloat16
@@ -75,6 +80,7 @@ def test_token_views_are_slices_of_permuted_tokens(state, token_size, seed, data
     start = torch.tensor([data.draw(st.integers(0, layout.num_tokens - window)) for _ in range(2)])
     model = torch.tensor([2, 0])
     permutations = fastws.random_permutations(sizes, 2, seed)
+    permutations[1] = ~permutations[1]
     views = fastws.token_views(zoo, table, token_size, model, start, window, permutations)
     tokens = layout.tokenize(fastws.permute(zoo[model], tensor_table, permutations))
     for b in range(2):

@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 constexpr int64_t kLargestGroup = (int64_t(1) << 31) - 1;
 
 // Rows begin to end of one tensor of one checkpoint. Inverse: from and to change roles, row by row.
-template <bool kInverse, typename scalar_t>
+template <bool kInverse, bool kSigned, typename scalar_t>
 void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_t* from, scalar_t* to, int64_t begin,
                   int64_t end) {
   const int64_t length = layer.row_length;
@@ -29,17 +29,20 @@ void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_
     return copy(from + begin * length, to + begin * length, (end - begin) * length);
   NearRow<scalar_t> near;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t other = out == nullptr ? row : out[row];
+    const int64_t other = out == nullptr ? row : kSigned ? index_of(out[row]) : out[row];
+    const int32_t negative = kSigned && out != nullptr ? sign_of(out[row]) : 0;
     const scalar_t* source = from + (kInverse ? row : other) * length;
     scalar_t* target = to + (kInverse ? other : row) * length;
     const int32_t* in = permutations + layer.first_in;
-    if (layer.first_in < 0) {
+    if (layer.first_in < 0 && negative == 0) {
       copy(source, target, length);
+    } else if (layer.first_in < 0) {
+      copy_signed(source, target, length, negative);
     } else if constexpr (kInverse) {
-      move_row<true, scalar_t>(target, source, in, layer.block, layer.units, 0, length);
+      move_row<true, kSigned, scalar_t>(target, source, in, layer.block, layer.units, negative, 0, length);
     } else {
       if (near.fits(layer)) source = near.hold(layer, source);
-      move_row<false, scalar_t>(source, target, in, layer.block, layer.units, 0, length);
+      move_row<false, kSigned, scalar_t>(source, target, in, layer.block, layer.units, negative, 0, length);
     }
   }
 }
@@ -48,7 +51,8 @@ void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_
 // range in which it begins.
 template <typename scalar_t>
 void permute_range(const Layer* layers, int64_t num_layers, int64_t numel, const int32_t* permutations, int64_t indices,
-                   const scalar_t* from, scalar_t* to, bool inverse, int64_t begin, int64_t end) {
+                   const char* has_signs, const scalar_t* from, scalar_t* to, bool inverse, int64_t begin,
+                   int64_t end) {
   for (int64_t i = begin; i < end;) {
     const int64_t checkpoint = i / numel, weight = i % numel;
     const auto behind = [](int64_t w, const Layer& layer) { return w < layer.weight_offset; };
@@ -56,7 +60,9 @@ void permute_range(const Layer* layers, int64_t num_layers, int64_t numel, const
     const int64_t length = layer.row_length, first = weight - layer.weight_offset;
     const int64_t left = std::min(end - i, layer.rows * length - first);
     const int64_t row = (first + length - 1) / length, last = (first + left + length - 1) / length;
-    const auto rows = inverse ? &permute_rows<true, scalar_t> : &permute_rows<false, scalar_t>;
+    const auto plain = inverse ? &permute_rows<true, false, scalar_t> : &permute_rows<false, false, scalar_t>;
+    const auto negating = inverse ? &permute_rows<true, true, scalar_t> : &permute_rows<false, true, scalar_t>;
+    const auto rows = has_signs[checkpoint] ? negating : plain;
     rows(layer, permutations + checkpoint * indices, from + checkpoint * numel, to + checkpoint * numel, row, last);
     i += left;
   }
@@ -72,14 +78,16 @@ Tensor permute_cpu(const Tensor& flat_, const Tensor& table_, const Tensor& perm
   const int64_t indices = permutations.size(1);
   const int32_t* index = permutations.const_data_ptr<int32_t>();
   check_cover("permute", layers, num_layers, numel);
-  check_permutations("permute", index, batch, find_largest("permute", layers, num_layers, indices));
+  const std::vector<uint32_t> largest = find_largest("permute", layers, num_layers, indices);
+  std::vector<char> signs(batch);
+  for (int64_t b = 0; b < batch; ++b) signs[b] = check_permutation("permute", index, b, largest);
   const Tensor permuted = new_empty(flat, {batch, numel});
 
   dispatch_floating(flat.scalar_type(), "permute", [&]<typename scalar_t>() {
     const scalar_t* from = flat.const_data_ptr<scalar_t>();
     scalar_t* to = permuted.mutable_data_ptr<scalar_t>();
-    torch::stable::parallel_for(0, batch * numel, 16384, [=](int64_t begin, int64_t end) {
-      permute_range(layers, num_layers, numel, index, indices, from, to, inverse, begin, end);
+    torch::stable::parallel_for(0, batch * numel, 16384, [=, &signs](int64_t begin, int64_t end) {
+      permute_range(layers, num_layers, numel, index, indices, signs.data(), from, to, inverse, begin, end);
     });
   });
   return permuted;

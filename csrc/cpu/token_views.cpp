@@ -86,22 +86,33 @@ void augment(wide_t* x, int64_t size, const Options& options, int64_t entry) {
 
 // The place of a row in a group that is permuted.
 inline int64_t permuted(const int32_t* permutations, int64_t place, int64_t row) {
-  return permutations && place >= 0 ? permutations[place + row] : row;
+  return permutations && place >= 0 ? index_of(permutations[place + row]) : row;
+}
+
+// Whether the row is negated: -1 or 0.
+inline int32_t negated(const int32_t* permutations, int64_t place, int64_t row) {
+  return permutations && place >= 0 ? sign_of(permutations[place + row]) : 0;
 }
 
 // Entries 0 to length of one token: chunk q of row c, whose weights are those at from.
 template <typename scalar_t>
 void gather_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, const int32_t* permutations,
-                  int64_t row, int64_t chunk, int64_t token_size, int64_t length, scalar_t* token) {
+                  bool has_signs, int64_t row, int64_t chunk, int64_t token_size, int64_t length, scalar_t* token) {
   const int64_t begin = chunk * token_size, end = std::min(begin + length, layer.row_length);
+  const int32_t negative = has_signs ? negated(permutations, layer.first_out, row) : 0;
+  const int32_t* in = permutations + layer.first_in;
   if (end > begin) {
-    if (permutations && layer.first_in >= 0)
-      move_row<false, scalar_t>(from, token, permutations + layer.first_in, layer.block, layer.units, begin, end);
+    if (!permutations || layer.first_in < 0)
+      negative ? copy_signed(from + begin, token, end - begin, negative) : copy(from + begin, token, end - begin);
+    else if (has_signs)
+      move_row<false, true, scalar_t>(from, token, in, layer.block, layer.units, negative, begin, end);
     else
-      copy(from + begin, token, end - begin);
+      move_row<false, false, scalar_t>(from, token, in, layer.block, layer.units, 0, begin, end);
   }
-  if (begin + length > layer.row_length)
-    token[length - 1] = weights[layer.bias_offset + permuted(permutations, layer.first_bias, row)];
+  if (begin + length > layer.row_length) {
+    const scalar_t* bias = weights + layer.bias_offset + permuted(permutations, layer.first_bias, row);
+    copy_signed(bias, token + length - 1, 1, negated(permutations, layer.first_bias, row));
+  }
 }
 
 // The weights of a row, from which some tokens are to be cut; held near if they are permuted and most are needed.
@@ -118,15 +129,16 @@ const scalar_t* read_row(const scalar_t* weights, const Layer& layer, const int3
 // as the arithmetic, what is random is left to augment(), which is faster for several tokens at once.
 template <typename scalar_t, typename to_t>
 void make_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, int64_t l,
-                const int32_t* permutations, int64_t row, int64_t chunk, int64_t token_size, int64_t length,
-                int64_t entry, const Options& options, scalar_t* gathered, wide_type<scalar_t>* wide, to_t* token) {
+                const int32_t* permutations, bool has_signs, int64_t row, int64_t chunk, int64_t token_size,
+                int64_t length, int64_t entry, const Options& options, scalar_t* gathered, wide_type<scalar_t>* wide,
+                to_t* token) {
   using wide_t = wide_type<scalar_t>;
   constexpr bool kStays = std::is_same_v<scalar_t, to_t>, kWide = std::is_same_v<scalar_t, wide_t>;
   if constexpr (std::is_same_v<wide_t, to_t>) wide = token;
   if constexpr (kWide) gathered = wide;
   if constexpr (kStays && !kWide)
     if (!options.arithmetic()) gathered = token;
-  gather_token(weights, from, layer, permutations, row, chunk, token_size, length, gathered);
+  gather_token(weights, from, layer, permutations, has_signs, row, chunk, token_size, length, gathered);
   if constexpr (kStays && !kWide)
     if (!options.arithmetic()) return;
 
@@ -143,6 +155,7 @@ struct Views {
   const Layer* table;
   const int64_t *base, *layers, *start;  // [B], [B, 2], [B]
   const int32_t* permutations;           // [B, indices]
+  char* has_signs;                       // [B], whether permutations negate units
   int64_t indices, token_size, window;
   int32_t *lengths, *positions;  // [B, W], [B, W, 3]
 };
@@ -180,7 +193,7 @@ void check_views(const Views& views, int64_t batch, int64_t num_layers, int64_t 
     STD_TORCH_CHECK(0 <= views.start[view] && views.start[view] <= kLastStart,
                     "token_views: start must be in [0, 2**62], got ", views.start[view]);
     if (views.indices > 0)
-      check_permutations("token_views", views.permutations + view * views.indices, 1, network->largest);
+      views.has_signs[view] = check_permutation("token_views", views.permutations, view, network->largest);
   }
 }
 
@@ -241,8 +254,8 @@ void make_tokens(const scalar_t* weights, const Views& views, const Options& opt
       if (length > 0) {
         if (from == nullptr)
           from = read_row(network, layer, permutations, row, std::min(layer.chunks - chunk, stop - k), near);
-        make_token(network, from, layer, l, permutations, row, chunk, size, length, k * size, options, gathered.data(),
-                   wide.data(), values + k * size);
+        make_token(network, from, layer, l, permutations, views.has_signs[view], row, chunk, size, length, k * size,
+                   options, gathered.data(), wide.data(), values + k * size);
       }
       std::fill(values + k * size + length, values + (k + 1) * size, to_t(0));
       if constexpr (kRuns)
@@ -283,11 +296,13 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
   const Tensor lengths = torch::stable::new_empty(weights, {batch, window}, ScalarType::Int);
   const Tensor positions = torch::stable::new_empty(weights, {batch, window, 3}, ScalarType::Int);
 
+  std::vector<char> has_signs(batch);
   const Views views = {.table = rows,
                        .base = base.const_data_ptr<int64_t>(),
                        .layers = layers.const_data_ptr<int64_t>(),
                        .start = start.const_data_ptr<int64_t>(),
                        .permutations = permutations.const_data_ptr<int32_t>(),
+                       .has_signs = has_signs.data(),
                        .indices = permutations.size(1),
                        .token_size = token_size,
                        .window = window,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/trust.h"
+#include "signed.h"
 #include "table.h"
 
 // What is looked at before tables of layouts and permutations are trusted.
@@ -72,19 +73,18 @@ inline std::vector<uint32_t> find_largest(const char* op, const Layer* layers, i
   return largest;
 }
 
-// Permutations [batch, indices] of which no entry is larger than that.
-inline void check_permutations(const char* op, const int32_t* permutations, int64_t batch,
-                               const std::vector<uint32_t>& largest) {
+// A row of permutations of which no index is larger than that; whether any unit is negated.
+inline bool check_permutation(const char* op, const int32_t* permutations, int64_t b,
+                              const std::vector<uint32_t>& largest) {
   const int64_t indices = largest.size();
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* row = permutations + b * indices;
-    bool bad = false;
-    for (int64_t i = 0; i < indices; ++i) bad |= uint32_t(row[i]) > largest[i];
-    if (!bad) continue;
-    for (int64_t i = 0; i < indices; ++i)
-      STD_TORCH_CHECK(uint32_t(row[i]) <= largest[i], op, ": permutations[", b, ", ", i, "] must be in [0, ",
-                      largest[i], "], got ", row[i]);
-  }
+  const int32_t* row = permutations + b * indices;
+  bool bad = false;
+  int32_t signs = 0;
+  for (int64_t i = 0; i < indices; ++i) bad |= uint32_t(index_of(row[i])) > largest[i], signs |= row[i];
+  for (int64_t i = 0; bad && i < indices; ++i)
+    STD_TORCH_CHECK(uint32_t(index_of(row[i])) <= largest[i], op, ": permutations[", b, ", ", i, "] must be in [0, ",
+                    largest[i], "], or ~ of that, got ", row[i]);
+  return signs < 0;
 }
 
 }  // namespace fastws

@@ -14,7 +14,7 @@ from fastws import pages
 from fastws.devices import find_device
 from fastws.downstream import generators
 from fastws.downstream.evaluate import job_of
-from fastws.downstream.memorisation import SCREENED, Judge, Judged, flippable, judge, text, verdict
+from fastws.downstream.memorisation import SCREENED, Judge, Judged, judge, text, verdict
 from fastws.downstream.populations import measure
 from fastws.downstream.sample import Config as SampleConfig
 from fastws.downstream.sample import choose_anchors
@@ -23,7 +23,7 @@ from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.matching.match import match
 from fastws.zoo.align import aligned_rows
 from fastws.zoo.format.rows import last_rows
-from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.format.zoo import ODD, Zoo
 from fastws.zoo.making.recipes import Part
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # in units of each layer's std
@@ -91,7 +91,8 @@ def compare(config: Config) -> dict:
         what = f"{SMALLEST} networks of activation {anchors.activation} in its test split, got {len(held_out)}"
         raise ValueError(f"zoo compare: zoo must have at least {what}; take a larger zoo")
     training = aligned_rows(zoo, anchors.rows).float()
-    plan, flips = job.plan, flippable(job.plan, anchors.activation, zoo.symmetry)
+    plan, odd = job.plan, anchors.activation in ODD
+    flips = tuple(flip and odd for flip in zoo.symmetry.flips)
     judged_by = Judge(training, aligned_rows(zoo, held_out).float(), zoo.symmetry, zoo.layout, flips)
     x, y = job.data.test
     spaced = torch.linspace(0, len(y) - 1, min(len(y), config.images)).long()
@@ -115,7 +116,7 @@ def compare(config: Config) -> dict:
                     f"activation {anchors.activation}, the commonest of {zoo.path}, got {', '.join(map(str, others))}"
                 )
                 raise ValueError(f"zoo compare: samples {one.path} must have {what}")
-        rows = match(flat, judged_by.mean, zoo.symmetry, zoo.layout)
+        rows = match(flat, judged_by.mean, zoo.symmetry, zoo.layout, flips=odd)
         sets.append((one.path.name, one.path.name, zoo.symmetry.permute(flat, rows, zoo.layout)))
     last = [n for n, row in enumerate(anchors.rows.tolist()) if row in set(last_rows(zoo).values())]
     sets += list(baselines(config, zoo, training, training[last] if last else training)) if config.baselines else []

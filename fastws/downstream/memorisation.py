@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastws
 from fastws.downstream.populations import Measured
 from fastws.matching.packing import Packing, packing_of
 from fastws.symmetry.symmetry import Symmetry
-from fastws.zoo.making.recipes import Plan
 
-ODD = (nn.Tanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Flatten, nn.AvgPool2d)  # a sign passes these
 EXHAUSTIVE = 2_000_000  # pairs, up to which all training states are looked at
 SCREENED = 64  # states nearest as they lie, which alone are looked at where there are more, and for baselines
 RESAMPLES = 2000  # of the intervals
@@ -234,26 +232,3 @@ def at_novelty(curve: Sequence[Judged], novelty: float) -> float | None:
     if not points or not points[0][0] <= novelty <= points[-1][0]:
         return None
     return float(numpy.interp(novelty, *zip(*points, strict=True)))
-
-
-def flippable(plan: Plan, activation: str, symmetry: Symmetry) -> tuple[bool, ...]:
-    """For each group of a sequential network whether its units may be multiplied by -1.
-
-    They may where only odd operations stand between their layer and the next: an odd activation, dropout, flattening
-    and average pooling, but no max pooling and no norm.
-    """
-    modules = dict(plan.build(activation).named_modules())
-    leaves = [name for name, module in modules.items() if name and not list(module.children())]
-    found = []
-    for name in symmetry.names:
-        owner = name.rpartition(".")[0]
-        behind = leaves[leaves.index(owner) + 1 :] if owner in leaves else []
-        between: list[nn.Module] = []
-        for leaf in behind:
-            if isinstance(modules[leaf], (nn.Conv2d, nn.Linear)):
-                found.append(all(isinstance(module, ODD) for module in between))
-                break
-            between.append(modules[leaf])
-        else:
-            found.append(False)
-    return tuple(found)

@@ -64,7 +64,7 @@ class Config:
     out: str  # folder for results.json
     model: str | None = None  # checkpoint.pt of fastws train sane, whose embeddings are probed
     embeddings: str | None = None  # file of fastws embed whose embeddings are probed, instead of model
-    aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics do not depend on it
+    aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics see its signs only
 
     statistics: bool = True  # probe mean, variance and quantiles of each layer as well
     apart: bool = False  # statistics of weights and of biases apart, as the model zoo data set has them

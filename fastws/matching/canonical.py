@@ -96,7 +96,7 @@ def find_keys(symmetry: Symmetry, layout: Layout, device: torch.device) -> Itera
     def in_order(place: Place) -> bool:
         axes = symmetry.axes[names[place.tensor]]
         others = axes[:1] if place.axis else axes[1:]
-        groups = {group for segments in others for group, _, _ in segments or ()}
+        groups = {group for segments in others for group, *_ in segments or ()}
         return not groups & set(waiting)
 
     def rank(group: int, place: Place) -> tuple:

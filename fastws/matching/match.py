@@ -13,6 +13,7 @@ from fastws.layout.layout import Layout
 from fastws.matching.assignment import solve
 from fastws.matching.places import Place, find_places
 from fastws.ops.permute import permute
+from fastws.signed import split
 from fastws.symmetry.symmetry import Symmetry
 from fastws.table import table_columns
 
@@ -32,6 +33,7 @@ def match(
     restarts: int = 1,
     tolerance: float = 1e-12,
     norms: Norms = "exclude",
+    flips: bool | Tensor = False,
 ) -> Tensor:
     """Finds permutations that bring networks close to a reference (Git Re-Basin, algorithm 1, arXiv 2209.04836).
 
@@ -45,7 +47,7 @@ def match(
 
     Args:
         flat: Networks to move, ``[M, P]``, floating point. All M are worked on together.
-        reference: ``[P]``, on the device of ``flat``.
+        reference: ``[P]``, on the device of ``flat``; or ``[M, P]``, one for each network.
         symmetry: Of their architecture.
         layout: What the networks were flattened with.
         sweeps: Most visits of a group.
@@ -55,6 +57,10 @@ def match(
         norms: ``"exclude"`` leaves running means and variances out of the objective, which they would dominate because
             they have another scale than weights; ``"include"`` is what the published code does. Weights and biases of
             norm layers take part.
+        flips: Whether units of the groups that ``symmetry.flips`` says may change their sign too: of all networks, or
+            bool ``[M]``, of each. Only networks whose activations are odd keep their function. A unit then takes the
+            sign that is best, for its assignment is solved on E + |O| in place of E + O, where E are the inner products
+            of what does not change its sign with the unit, and O of what does.
 
     Returns:
         int32 ``[M, S]`` for ``symmetry.permute(flat, permutations, layout)``.
@@ -77,20 +83,30 @@ def match(
         raise ValueError(f"match: sweeps and tolerance must be at least 0, got {sweeps} and {tolerance}")
     if restarts < 1:
         raise ValueError(f"match: restarts must be at least 1, got {restarts}")
+    if not isinstance(flips, Tensor):
+        flips = torch.full((len(flat),), flips, device=flat.device)
+    if flips.shape != (len(flat),) or flips.dtype != torch.bool:
+        raise ValueError(
+            f"match: flips must be a bool, or [{len(flat)}] of them, got {list(flips.shape)} {flips.dtype}"
+        )
     flat, reference = flat.detach(), reference.detach()
-    matcher = Matcher(reference, symmetry, layout, norms, sweeps, tolerance)
 
-    def match_part(part: Tensor, pool: Executor) -> Tensor:
-        found = matcher.match(part, pool)
+    def match_part(part: Tensor, reference: Tensor, flips: Tensor, pool: Executor) -> Tensor:
+        matcher = Matcher(reference, symmetry, layout, norms, sweeps, tolerance)
+        found = matcher.match(part, flips, pool)
         for restart in range(1, restarts):
-            both = found, matcher.match(part, pool, restart)
+            both = found, matcher.match(part, flips, pool, restart)
             moved = (symmetry.permute(part, rows, layout) for rows in both)
             before, after = (objective(x, reference, symmetry, layout, norms=norms) for x in moved)
             found = torch.where((after > before)[:, None], both[1], found)
         return found
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return torch.cat([match_part(part, pool) for part in flat.split(batch_size(symmetry))])
+        size = batch_size(symmetry)
+        networks = flat.split(size)
+        theirs = reference.split(size) if reference.dim() == 2 else [reference] * len(networks)
+        parts = zip(networks, theirs, flips.to(flat.device).split(size), strict=True)
+        return torch.cat([match_part(*part, pool) for part in parts])
 
 
 def objective(
@@ -105,8 +121,12 @@ def objective(
     weights = reference.double().clone()  # a copy also of float64
     for entry in layout.entries:
         if entry.role == "norm statistic" and norms == "exclude":
-            weights[entry.offset : entry.offset + entry.numel] = 0
-    return torch.cat([part.double() @ weights for part in flat.split(batch_size(symmetry))])
+            weights[..., entry.offset : entry.offset + entry.numel] = 0
+    size = batch_size(symmetry)
+    if weights.dim() == 1:
+        return torch.cat([part.double() @ weights for part in flat.split(size)])
+    pairs = zip(flat.split(size), weights.split(size), strict=True)
+    return torch.cat([(part.double() * theirs).sum(1) for part, theirs in pairs])
 
 
 # --- matching
@@ -122,7 +142,9 @@ class State:
 
     flat: Tensor  # [k, P]
     rows: Tensor  # [k, S], the permutations so far
-    similarities: dict[int, Tensor] = field(default_factory=dict)  # group: [k, units, units of the reference]
+    flips: Tensor  # bool [k], the networks whose units may change their sign
+    # group: [1 or 2, k, units, units of the reference], of what keeps its sign and, with signs, of what changes it
+    similarities: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, Tensor] = field(default_factory=dict)  # group: the rows that its similarities were computed with
 
 
@@ -139,27 +161,28 @@ class Matcher:
         self.tables = table[:, None].clone()  # each tensor as a checkpoint of its own, [L, 1, 11]
         table_columns(self.tables).weight_offset.zero_()
         self.tables = self.tables.to(self.device)
-        self.reference = [reference[entry.offset : entry.offset + entry.numel] for entry in self.entries]
+        # [numel] each, or [k, numel] where each network has its own
+        self.reference = [reference[..., entry.offset : entry.offset + entry.numel] for entry in self.entries]
         self.places = [
             [place for place in places if norms == "include" or self.entries[place.tensor].role != "norm statistic"]
             for places in find_places(symmetry, layout, self.device)
         ]
-        squares = torch.stack([x.double().square().sum() for x in self.reference]).tolist()
+        squares = [x.double().square().sum(-1) for x in self.reference]  # [] or [k]
         held = [{place.tensor for place in places} for places in self.places]
         self.least_gain = [tolerance * sum(squares[tensor] for tensor in tensors) for tensors in held]
         members = torch.zeros(len(symmetry.sizes), len(self.entries), dtype=torch.int64)
         for group, places in enumerate(self.places):
-            for place in places:
-                members[group, place.tensor] += 1
+            for tensor, _ in {(place.tensor, place.axis) for place in places}:
+                members[group, tensor] += 1
         # who must be visited after a group has moved: itself only if it lies on both axes of a tensor
         self.neighbours = (members @ members.T - members.sum(1).diag() > 0).to(self.device)
 
-    def match(self, flat: Tensor, pool: Executor, restart: int = 0) -> Tensor:
+    def match(self, flat: Tensor, flips: Tensor, pool: Executor, restart: int = 0) -> Tensor:
         """Permutations ``[k, S]`` of networks ``[k, P]``; ``pool`` solves assignment problems."""
         if not is_finite(flat):
             bad = int((~flat.isfinite().all(1)).sum())
             raise ValueError(f"match: flat must be finite, got NaN or infinity in {bad} rows; leave them out")
-        state = State(flat, self.symmetry.identity(len(flat), self.device))
+        state = State(flat, self.symmetry.identity(len(flat), self.device), flips)
         waiting = torch.ones(len(flat), len(self.places), dtype=torch.bool, device=self.device)
         groups, numbers = numpy.arange(len(self.places)), numpy.random.default_rng(restart)
         for sweep in range(self.sweeps):
@@ -178,10 +201,17 @@ class Matcher:
         first, size = self.symmetry.starts[group], self.symmetry.sizes[group]
         own = slice(first, first + size)
         first_visit = group not in state.similarities
-        similarity, current = self.refresh(state, group, active), state.rows[active, own]
+        similarity, *changed = self.refresh(state, group, active)
+        current, signs = split(state.rows[active, own])
+        before = chosen(similarity, current)
+        for part in changed:  # what changes its sign with the units
+            before += chosen(part, current) * (1 + 2 * signs)
+            similarity = similarity + torch.where(state.flips[active, None, None], part.abs(), part)
         best = solve(similarity.cpu(), None if first_visit else current.cpu(), pool).to(self.device)
         after = chosen(similarity, best)
-        gain = (after - chosen(similarity, current)).sum(1)
+        gain = (after - before).sum(1)
+        for part in changed:
+            best = best ^ -((chosen(part, best) < 0) & state.flips[active, None]).to(best.dtype)
         proposed = state.rows[active, : self.symmetry.starts[-1]]
         proposed[:, own] = best
         proposed = self.symmetry.expand(proposed)
@@ -190,18 +220,20 @@ class Matcher:
             gain -= self.value(state.flat, state.rows[active], group, active)
         # similarities are rounded: what they say of a smaller gain is noise
         noise = torch.finfo(self.dtype).eps * after.norm(dim=1)
-        helped = gain > noise.clamp(min=self.least_gain[group])
+        least = torch.as_tensor(self.least_gain[group], device=self.device)
+        helped = gain > noise.clamp(min=least[active] if least.dim() else least)
         state.rows[active[helped]] = proposed[helped]
         return active[helped]
 
     def refresh(self, state: State, group: int, active: Tensor) -> Tensor:
-        """The similarities of a group of the networks ``active``, brought up to date: ``[k, size, size]``."""
+        """The similarities of a group of the networks ``active``, ``[1 or 2, k, size, size]``."""
         if group not in state.similarities:  # all networks are active
             size = self.symmetry.sizes[group]
-            state.similarities[group] = torch.zeros(len(active), size, size, dtype=self.dtype, device=self.device)
+            shape = 1 + self.symmetry.flips[group], len(active), size, size
+            state.similarities[group] = torch.zeros(shape, dtype=self.dtype, device=self.device)
             state.seen[group] = state.rows.clone()
             for place in self.places[group]:
-                self.add_all(state, place, state.similarities[group])
+                self.add_all(state, place, state.similarities[group][int(place.negated)])
             return state.similarities[group]
         for place in self.places[group]:
             if place.other is not None:
@@ -210,23 +242,27 @@ class Matcher:
                 if some.any():
                     self.add_moved(state, place, group, active[some], moved[some])
         state.seen[group][active] = state.rows[active]
-        return state.similarities[group][active]
+        return state.similarities[group][:, active]
 
     def add_all(self, state: State, place: Place, similarity: Tensor) -> None:
         """Adds what one tensor contributes to the similarities of all networks."""
-        size = similarity.shape[1]
-        reference = place.arrange(self.reference[place.tensor][None], size)[0].to(self.dtype)
+        size, reference = similarity.shape[1], self.reference[place.tensor]
+        shared = place.arrange(reference[None], size)[0].to(self.dtype) if reference.dim() == 1 else None
         for networks in torch.arange(len(state.flat)).split(chunk_size(reference)):
             theirs = self.weights(state, place, networks)
             if place.other is not None:
                 theirs = place.select(theirs, state.rows[networks, place.other])
-            theirs = place.arrange(theirs, size).to(self.dtype).flatten(0, 1)
-            similarity[networks[0] : networks[-1] + 1].view(-1, size).addmm_(theirs, reference.T)
+            theirs = place.arrange(theirs, size).to(self.dtype)
+            into = similarity[networks[0] : networks[-1] + 1]
+            if shared is not None:
+                into.view(-1, size).addmm_(theirs.flatten(0, 1), shared.T)
+            else:
+                into.baddbmm_(theirs, place.arrange(reference[networks], size).to(self.dtype).mT)
 
     def add_moved(self, state: State, place: Place, group: int, active: Tensor, moved: Tensor) -> None:
         """Adds what the units of the other axis that ``moved`` ``[k, units]`` change in one tensor's contribution."""
         size = self.symmetry.sizes[group]
-        similarity, reference = state.similarities[group], self.reference[place.tensor]
+        similarity, reference = state.similarities[group][int(place.negated)], self.reference[place.tensor]
         step = chunk_size(reference)
         for networks, here in zip(active.split(step), moved.split(step), strict=True):
             # those that moved first; networks where fewer did are filled up with units that add zeros
@@ -237,7 +273,8 @@ class Matcher:
                 place.select(theirs, rows[networks, place.other].gather(1, where)).to(self.dtype)
                 for rows in (state.rows, state.seen[group])
             )
-            own = place.arrange(place.select(reference[None], where), size).to(self.dtype)
+            own = reference[None] if reference.dim() == 1 else reference[networks]
+            own = place.arrange(place.select(own, where), size).to(self.dtype)
             similarity[networks] += torch.bmm(place.arrange(after.sub_(before), size), own.mT)
 
     def weights(self, state: State, place: Place, networks: Tensor) -> Tensor:
@@ -253,7 +290,12 @@ class Matcher:
             entry = self.entries[place.tensor]
             tensor = flat[active, entry.offset : entry.offset + entry.numel]
             permuted = permute(tensor, self.tables[place.tensor], permutations)
-            value += permuted.double() @ self.reference[place.tensor].double()
+            reference = self.reference[place.tensor].double()
+            value += (
+                permuted.double() @ reference
+                if reference.dim() == 1
+                else (permuted.double() * reference[active]).sum(1)
+            )
         return value
 
 
@@ -263,8 +305,8 @@ def chosen(similarity: Tensor, assignment: Tensor) -> Tensor:
 
 
 def chunk_size(tensor: Tensor) -> int:
-    """Networks whose weights of one tensor stay in cache."""
-    return max(1, CHUNK_WEIGHTS // tensor.numel())
+    """Networks whose weights ``[.., numel]`` of one tensor stay in cache."""
+    return max(1, CHUNK_WEIGHTS // tensor.shape[-1])
 
 
 def is_finite(x: Tensor) -> bool:
@@ -282,9 +324,12 @@ def check_networks(where: str, flat: Tensor, reference: Tensor, layout: Layout, 
     if flat.dim() != 2 or flat.shape[1] != length or not flat.is_floating_point():
         got = f"{list(flat.shape)} {flat.dtype}"
         raise ValueError(f"{where}: flat must be [M, {length}] floating point, as the layout says, got {got}")
-    if reference.shape != (length,) or reference.device != flat.device or not reference.is_floating_point():
+    shapes = (length,), (len(flat), length)
+    if tuple(reference.shape) not in shapes or reference.device != flat.device or not reference.is_floating_point():
         got = f"{list(reference.shape)} {reference.dtype} on {reference.device}"
-        raise ValueError(f"{where}: reference must be [{length}] floating point on {flat.device}, got {got}")
+        raise ValueError(
+            f"{where}: reference must be [{length}] or [M, {length}] floating point on {flat.device}, got {got}"
+        )
     if not is_finite(reference):
         raise ValueError(f"{where}: reference must be finite, got NaN or infinity; take another network")
     if norms not in ("exclude", "include"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastws.layout.layout import Layout
+from fastws.signed import split
 from fastws.symmetry.segments import Segments
 from fastws.symmetry.symmetry import Symmetry
 from fastws.table import table_rows
@@ -17,10 +18,14 @@ LARGE = 2**14  # weights of a tensor whose units are picked faster network by ne
 
 
 class Place(NamedTuple):
-    """Where a group lies in a tensor, and how the other axis of that tensor is permuted."""
+    """Where a group lies in a tensor, and how the other axis of that tensor is permuted.
+
+    Entries of a unit that change their sign with it and such that do not are two places.
+    """
 
     tensor: int
     axis: int
+    negated: bool  # whether the entries change their sign with their unit
     index: Tensor | None  # entries of the axis, all those of a unit together; None: the axis as it is
     other: slice | None  # of a row of permutations: how the other axis moves; None: it stays
     shape: tuple[int, ...]  # of the tensor
@@ -28,8 +33,19 @@ class Place(NamedTuple):
     along: int
 
     def select(self, tensors: Tensor, chosen: Tensor) -> Tensor:
-        """Of tensors ``[k, numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``."""
+        """Of tensors ``[k, numel]`` the units ``chosen`` ``[k, m]`` of the other axis: ``[k, numel * m / units]``.
+
+        What a signed permutation negates is negated.
+        """
         tensors = tensors.view(-1, *self.view).expand(len(chosen), *self.view)
+        chosen, negative = split(chosen)
+        if negative.any():
+            before, behind = self.view[: self.along], self.view[self.along + 1 :]
+            picked = self.picked(tensors, chosen).view(len(chosen), math.prod(before), -1, math.prod(behind))
+            return (picked * (1 + 2 * negative).to(picked)[:, None, :, None]).flatten(1)
+        return self.picked(tensors, chosen)
+
+    def picked(self, tensors: Tensor, chosen: Tensor) -> Tensor:
         if math.prod(self.view) < LARGE:
             everyone = torch.arange(len(chosen), device=chosen.device)[:, None]
             along = 1 + self.along
@@ -53,7 +69,7 @@ def find_places(symmetry: Symmetry, layout: Layout, device: torch.device) -> lis
     entries = [entry for entry in layout.entries if entry.offset >= 0 and entry.numel]
     for tensor, (entry, row) in enumerate(zip(entries, table_rows(symmetry.tensor_table(layout)), strict=True)):
         for axis, segments in enumerate(symmetry.axes[entry.name]):
-            for group, index in units(segments or (), symmetry.sizes).items():
+            for (group, negated), index in units(segments or (), symmetry.sizes).items():
                 in_order = index == list(range(entry.shape[axis]))
                 index = None if in_order else torch.tensor(index).to(device)
                 other = slice(row.first_out, row.first_out + row.rows)
@@ -61,19 +77,23 @@ def find_places(symmetry: Symmetry, layout: Layout, device: torch.device) -> lis
                 other = None if other.start < 0 else other
                 repeats = row.row_length // (row.units * row.block)
                 view = (row.rows, row.row_length) if axis else (row.rows, repeats, row.units, row.block)
-                places[group].append(Place(tensor, axis, index, other, entry.shape, view, 0 if axis else 2))
+                places[group].append(Place(tensor, axis, negated, index, other, entry.shape, view, 0 if axis else 2))
     return places
 
 
-def units(segments: Segments, sizes: Sequence[int]) -> dict[int, list[int]]:
-    """The groups along an axis: for each its entries, those of its first unit before those of the second."""
-    found: dict[int, list[tuple[int, int]]] = {}  # numbers of units and entries
+def units(segments: Segments, sizes: Sequence[int]) -> dict[tuple[int, bool], list[int]]:
+    """The groups along an axis: for each its entries, those of its first unit before those of the second.
+
+    Entries that are negated with their unit are apart from the others.
+    """
+    found: dict[tuple[int, bool], list[tuple[int, int]]] = {}  # numbers of units and entries
     seen = Counter()
     entry = 0
-    for group, count, block in segments:
+    for group, count, block, negated in segments:
         if group is not None:
             first, size = seen[group], sizes[group]
-            found.setdefault(group, []).extend(((first + i // block) % size, entry + i) for i in range(count * block))
+            members = (((first + i // block) % size, entry + i) for i in range(count * block))
+            found.setdefault((group, negated), []).extend(members)
             seen[group] += count
         entry += count * block
-    return {group: [entry for _, entry in sorted(members)] for group, members in found.items()}
+    return {key: [entry for _, entry in sorted(members)] for key, members in found.items()}

@@ -11,6 +11,7 @@ from fastws import _native
 from fastws.checks import check_permutations, check_table
 from fastws.devices import to_device
 from fastws.random.philox import check_stream, philox_reference
+from fastws.signed import split
 from fastws.table import table_rows
 
 
@@ -22,8 +23,9 @@ def permute(flat: Tensor, table: Tensor, permutations: Tensor) -> Tensor:
         permuted[b, offset + c * R + f] = flat[b, offset + out[c] * R + f // period * period
                                                   + in[f % period // block] * block + f % block]
 
-    where ``out`` and ``in`` are vectors in ``permutations[b]`` (identity where the table has -1). Exact. Differentiable
-    in ``flat``; the gradient is permuted back. ``Symmetry.permute`` calls this with the right table.
+    where ``out`` and ``in`` are vectors in ``permutations[b]`` (identity where the table has -1). An entry ``~p`` in
+    place of p negates what it moves; what both axes negate keeps its sign. Exact. Differentiable in ``flat``; the
+    gradient is permuted back. ``Symmetry.permute`` calls this with the right table.
 
     Args:
         flat: Flat checkpoints, ``[B, P]``, floating point.
@@ -106,10 +108,12 @@ def permute_reference(flat: Tensor, table: Tensor, permutations: Tensor, inverse
         layer = flat[:, weights].reshape(shape)
         for first, size, axis in [(row.first_out, row.rows, 1), (row.first_in, row.units, 3)]:
             if first >= 0:
-                vector = permutations[:, first : first + size].long()
-                vector = vector.argsort(1) if inverse else vector
-                index = vector.view([size if a == axis else len(flat) if a == 0 else 1 for a in range(5)])
-                layer = layer.gather(axis, index.expand(shape))
+                index, negative = split(permutations[:, first : first + size].long())
+                if inverse:
+                    index = index.argsort(1)
+                    negative = negative.gather(1, index)
+                wide = [size if a == axis else len(flat) if a == 0 else 1 for a in range(5)]
+                layer = layer.gather(axis, index.view(wide).expand(shape)) * (1 + 2 * negative.view(wide)).to(flat)
         permuted[:, weights] = layer.flatten(1)
     return permuted
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastws import _native
 from fastws.checks import check_permutations
 from fastws.random.philox import check_stream, normal_reference, philox_reference
+from fastws.signed import split
 from fastws.table import Row, table_columns
 from fastws.tokens import Tokens
 
@@ -180,21 +181,24 @@ def token_views_reference(
     number = n[..., None] - own.first_token
     row, chunk = torch.where(inside, number // own.chunks, 0), number % own.chunks
 
-    def permuted(place: Tensor, i: Tensor) -> Tensor:
+    def permuted(place: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
         if permutations.shape[1] == 0:
-            return i
+            return split(i)
         index = torch.where(place >= 0, place + i, 0)
-        return torch.where(place >= 0, permutations.gather(1, index.flatten(1)).view(index.shape).long(), i)
+        return split(torch.where(place >= 0, permutations.gather(1, index.flatten(1)).view(index.shape).long(), i))
 
     f = chunk * token_size + torch.arange(token_size, device=device)  # [B, W, T]
     period, length = own.units * own.block, own.row_length + (own.bias_offset >= 0)
-    unit = permuted(own.first_in, torch.where(f < own.row_length, f % period // own.block, 0))
-    source = own.weight_offset + permuted(own.first_out, row) * own.row_length
-    source = source + f // period * period + unit * own.block + f % own.block
-    source = torch.where(f < own.row_length, source, own.bias_offset + permuted(own.first_bias, row))
+    unit, negative_unit = permuted(own.first_in, torch.where(f < own.row_length, f % period // own.block, 0))
+    weight_row, negative_row = permuted(own.first_out, row)
+    bias_row, negative_bias = permuted(own.first_bias, row)
+    source = own.weight_offset + weight_row * own.row_length + f // period * period + unit * own.block + f % own.block
+    source = torch.where(f < own.row_length, source, own.bias_offset + bias_row)
+    negative = torch.where(f < own.row_length, negative_unit ^ negative_row, negative_bias)
     valid = inside & (f < length)
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
     values = weights.reshape(-1)[torch.where(valid, base[:, None, None] + source, 0)].to(wide)
+    values = values * (1 + 2 * negative).to(wide)
     if len(scale):
         values = values * scale[layer][..., None]
     if len(shift):

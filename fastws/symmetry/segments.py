@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastws.symmetry.notes import CROWDED, UNORDERED, Axis, Dropped
+from fastws.symmetry.signs import Negated
 
-# group or None, count, block: count * block consecutive entries of an axis
-Segment = tuple[int | None, int, int]
+# group or None, count, block, negated: count * block consecutive entries of an axis, which change their sign with their
+# units or do not
+Segment = tuple[int | None, int, int, bool]
 Segments = tuple[Segment, ...]
 
 
@@ -37,10 +39,10 @@ def unordered(axis: Axis, sizes: list[int]) -> set[int]:
     return bad
 
 
-def unstorable(axes: Mapping[str, tuple[Axis, ...]], sizes: list[int]) -> dict[int, Dropped]:
+def unstorable(axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], negated: Negated) -> dict[int, Dropped]:
     """Families that must stay because tables cannot say how they move."""
     dropped: dict[int, Dropped] = {}
-    small = {family for family, size in enumerate(sizes) if size < 2}
+    small = {family for family, size in enumerate(sizes) if size < 2 and family not in negated}
     for name, found in axes.items():
         for k, axis in enumerate(found):
             for family in unordered(axis, sizes) - dropped.keys() - small:
@@ -53,29 +55,44 @@ def unstorable(axes: Mapping[str, tuple[Axis, ...]], sizes: list[int]) -> dict[i
     return dropped
 
 
-def segments_of(axis: Axis, numbers: Mapping[int, int]) -> Segments | None:
-    """The segments of an axis; ``numbers`` gives the groups of the families that move."""
+def segments_of(axis: Axis, numbers: Mapping[int, int], negated: Mapping[int, set[int]]) -> Segments | None:
+    """The segments of an axis.
+
+    Args:
+        axis: Of a tensor.
+        numbers: The groups of the families that move.
+        negated: Of a family, which of the entries of each unit along the axis change their sign with it.
+    """
     segments: list[list] = []
-    last = -1
+    last, seen = -1, Counter()
     for family, member, length in runs(axis):
-        group = numbers.get(family)
+        group, sign = numbers.get(family), seen[family, member] in negated.get(family, ())
+        seen[family, member] += length
         if segments and group is None and segments[-1][0] is None:
             segments[-1][1] += length
-        elif segments and segments[-1][0] == group and segments[-1][2] == length and member == last + 1:
+        elif segments and segments[-1][0] == group and segments[-1][2:] == [length, sign] and member == last + 1:
             segments[-1][1] += 1
         else:
-            segments.append([None, length, 1] if group is None else [group, 1, length])
+            segments.append([None, length, 1, False] if group is None else [group, 1, length, sign])
         last = member
-    return tuple(map(tuple, segments)) if any(group is not None for group, _, _ in segments) else None
+    return tuple(map(tuple, segments)) if any(group is not None for group, *_ in segments) else None
 
 
 def arrange(
-    axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], dropped: Collection[int]
+    axes: Mapping[str, tuple[Axis, ...]], sizes: list[int], dropped: Collection[int], negated: Negated
 ) -> tuple[list[int], dict[str, tuple[Segments | None, ...]]]:
     """The families that groups are made of, in order, and the segments of every axis."""
-    kept = [family for family, size in enumerate(sizes) if family not in dropped and size > 1]
+    kept = [f for f, size in enumerate(sizes) if f not in dropped and (size > 1 or f in negated)]
     numbers = {family: group for group, family in enumerate(kept)}
-    return kept, {name: tuple(segments_of(axis, numbers) for axis in found) for name, found in axes.items()}
+    ranks: dict[tuple[str, int], dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for family, places in negated.items():
+        for name, axis, rank in places:
+            ranks[name, axis][family].add(rank)
+    segments = {
+        name: tuple(segments_of(axis, numbers, ranks[name, k]) for k, axis in enumerate(found))
+        for name, found in axes.items()
+    }
+    return kept, segments
 
 
 def parse(fields: Mapping) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def parse(fields: Mapping) -> dict[str, Any]:
     """
     try:
         axes = {
-            name: tuple(segments if segments is None else tuple(map(tuple, segments)) for segments in found)
+            name: tuple(segments if segments is None else tuple(map(with_sign, segments)) for segments in found)
             for name, found in fields["axes"].items()
         }
         shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
@@ -97,6 +114,11 @@ def parse(fields: Mapping) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"symmetry: description must be one that to_dict made, got {error!r}") from error
     return parsed
+
+
+def with_sign(segment: Sequence) -> tuple:
+    """A segment, of which descriptions before signs have three entries."""
+    return (*segment, False) if len(segment) == 3 else tuple(segment)
 
 
 def check(sizes, names, shapes, aliases, axes, unpermuted, fixed) -> None:
@@ -117,7 +139,7 @@ def check(sizes, names, shapes, aliases, axes, unpermuted, fixed) -> None:
         for segments, length in zip(found, shapes[name], strict=True):
             if segments is not None and not is_whole(segments, length, sizes):
                 raise ValueError(f"{name!r} with an axis of {length} entries and segments {str(segments)[:80]}")
-    moved = {group for found in axes.values() for segments in found for group, _, _ in segments or ()}
+    moved = {group for found in axes.values() for segments in found for group, *_ in segments or ()}
     still = set(range(len(sizes))) - moved
     if still:
         raise ValueError(f"a group {min(still)} that moves nothing")
@@ -126,7 +148,9 @@ def check(sizes, names, shapes, aliases, axes, unpermuted, fixed) -> None:
 def is_whole(segments: Segments, length: int, sizes: Sequence[int]) -> bool:
     """Whether segments fill an axis, and the parts of each group that follow each other make all of it."""
     filled, begun = 0, {}  # of each group: how many of its units the last parts hold, in blocks of what size
-    for group, count, block in segments:
+    for group, count, block, negated in segments:
+        if type(negated) is not bool or (group is None and negated):
+            return False
         if not all(type(number) is int and number > 0 for number in (count, block)):
             return False
         filled += count * block
@@ -147,7 +171,7 @@ def group_names(axes: Mapping[str, tuple[Segments | None, ...]], count: int) -> 
     any_axis: dict[int, str] = {}
     for name, found in axes.items():
         for axis, segments in enumerate(found):
-            for group, _, _ in segments or ():
+            for group, *_ in segments or ():
                 any_axis.setdefault(group, name)
                 if axis == 0 and len(found) > 1:
                     rows.setdefault(group, name)
@@ -156,27 +180,32 @@ def group_names(axes: Mapping[str, tuple[Segments | None, ...]], count: int) -> 
 
 def unit_size(segments: Segments) -> int:
     """The largest number of consecutive entries that always move together."""
-    return math.gcd(*(count if group is None else block for group, count, block in segments))
+    return math.gcd(*(count if group is None else block for group, count, block, _ in segments))
 
 
 @dataclass(frozen=True)
 class Composites:
     """Permutations of axes that consist of several groups, or of blocks of one, as functions of the groups.
 
-    ``composite[s] = lookup[base[s] + groups[source[s]]]``, where ``source`` may point to a zero behind the groups.
+    ``composite[s] = lookup[base[s] + groups[source[s]]]``, where ``source`` may point to a zero behind the groups. The
+    index of a unit is looked up; its sign is that of the unit where ``signed`` is -1, and plus where it is 0.
     """
 
     source: Tensor  # int64 [S - sum(sizes)]
     base: Tensor  # int32 [S - sum(sizes)]
     lookup: Tensor  # int32
+    signed: Tensor  # int32 [S - sum(sizes)]
     first: dict[tuple[Segments, int], int]  # segments and entries per unit: where the permutation begins
 
 
 def locate(segments: Segments, block: int, sizes: tuple[int, ...]) -> tuple[list, dict]:
-    """For each unit of an axis its group, member and how often that was seen before; and where those places are."""
-    units: list[tuple[int, int, int] | None] = []
+    """For each unit of an axis its group, member, rank and sign; and where those of equal group and rank are.
+
+    The rank is how often the unit was seen before; the sign, whether the entries are negated with it.
+    """
+    units: list[tuple[int, int, int, bool] | None] = []
     begun, seen = Counter(), Counter()
-    for group, count, width in segments:
+    for group, count, width, negated in segments:
         if group is None:
             units += [None] * (count * width // block)
             continue
@@ -184,12 +213,12 @@ def locate(segments: Segments, block: int, sizes: tuple[int, ...]) -> tuple[list
             member = begun[group] % sizes[group]
             begun[group] += 1
             for _ in range(width // block):
-                units.append((group, member, seen[group, member]))
+                units.append((group, member, seen[group, member], negated))
                 seen[group, member] += 1
     places = defaultdict(dict)
     for place, unit in enumerate(units):
         if unit is not None:
-            group, member, rank = unit
+            group, member, rank, _ = unit
             places[group, rank][member] = place
     return units, {key: tuple(found[m] for m in range(sizes[key[0]])) for key, found in places.items()}
 
@@ -201,34 +230,37 @@ def plan(wanted: Iterable[tuple[Segments, int]], sizes: tuple[int, ...]) -> Comp
         wanted: Segments of axes, and how many consecutive entries the permutation takes for one unit.
         sizes: Of the groups.
     """
-    starts = [0, *accumulate(sizes)]
+    wanted, starts = list(dict.fromkeys(wanted)), [0, *accumulate(sizes)]
+    flips = {group for segments, _ in wanted for group, _, _, negated in segments if negated}
     cycles = {(group, tuple(range(size))): group for group, size in enumerate(sizes)}  # its places: a number
-    keys: dict[tuple[Segments, int], list[tuple[int, int]]] = {}
-    for axis in dict.fromkeys(wanted):
+    keys: dict[tuple[Segments, int], list[tuple[int, int, bool]]] = {}
+    for axis in wanted:
         units, places = locate(*axis, sizes)
         keys[axis] = []
         for place, unit in enumerate(units):
-            group, member, rank = unit or (-1, place, 0)
+            group, member, rank, negated = unit or (-1, place, 0, False)
             cycle = -1 if unit is None else cycles.setdefault((group, places[group, rank]), len(cycles))
-            keys[axis].append((cycle, member))
+            keys[axis].append((cycle, member, negated))
     groups = list(cycles)
     longest = max(map(len, keys.values()), default=0)
     lookup_of = [longest, *accumulate((len(places) for _, places in groups), initial=longest)][1:]
-    first, stored, source, base = {}, [], [], []
+    first, stored, source, base, signed = {}, [], [], [], []
     for axis, units in sorted(keys.items(), key=lambda item: -len(item[1])):
         group = units[0][0]
-        if 0 <= group < len(sizes) and units == [(group, member) for member in range(sizes[group])]:
+        own = [(group, member, group in flips) for member in range(sizes[group])] if 0 <= group < len(sizes) else None
+        if units == own:
             first[axis] = starts[group]
             continue
         place = next((place for place, longer in stored if longer[: len(units)] == units), None)
         if place is None:
             place = starts[-1] + len(source)
             stored.append((place, units))
-            source += [starts[-1] if cycle < 0 else starts[groups[cycle][0]] + member for cycle, member in units]
-            base += [member if cycle < 0 else lookup_of[cycle] for cycle, member in units]
+            source += [starts[-1] if cycle < 0 else starts[groups[cycle][0]] + member for cycle, member, _ in units]
+            base += [member if cycle < 0 else lookup_of[cycle] for cycle, member, _ in units]
+            signed += [-1 if negated else 0 for *_, negated in units]
         first[axis] = place
     lookup = [*range(longest), *(place for _, places in groups for place in places)]
-    return Composites(torch.tensor(source, dtype=torch.int64), int32(base), int32(lookup), first)
+    return Composites(torch.tensor(source, dtype=torch.int64), int32(base), int32(lookup), int32(signed), first)
 
 
 def int32(numbers: list[int]) -> Tensor:

@@ -14,11 +14,14 @@ from fastws.files.names import plain_names, unwrap_names
 from fastws.layout.layout import Layout
 from fastws.layout.roles import load_state, storage_key
 from fastws.ops.permute import permute, random_permutations
+from fastws.random.philox import philox_reference
+from fastws.signed import split
 from fastws.symmetry.copies import Inputs, example_of
 from fastws.symmetry.influence import Groups, Place, without_influence
 from fastws.symmetry.notes import UNSEEN, Dropped, by_reason, sentences
 from fastws.symmetry.rules import PASSING, RULES
-from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size, unstorable
+from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size, unstorable, with_sign
+from fastws.symmetry.signs import Negated
 from fastws.symmetry.trace import trace
 from fastws.symmetry.verify import Check
 from fastws.table import table_columns
@@ -40,9 +43,11 @@ class Symmetry:
         names: A name for each group: the first weight whose rows it moves.
         starts: Where each group begins in a row of permutations, and where the last one ends.
         axes: For every floating tensor and each of its axes None, or the segments that it consists of: a segment
-            ``(group, count, block)`` is ``count * block`` consecutive entries in which the group moves blocks of
-            ``block`` entries; those of group None stay. Repeated segments move alike. Segments whose count is less than
-            the size of their group are consecutive parts of it, between which units move too.
+            ``(group, count, block, negated)`` is ``count * block`` consecutive entries in which the group moves blocks
+            of ``block`` entries, which change their sign with their unit if ``negated``; those of group None stay.
+            Repeated segments move alike. Segments whose count is less than the size of their group are consecutive
+            parts of it, between which units move too.
+        flips: Of each group, whether its units may be negated, whatever their places.
         unpermuted: Sentences that say what stays because an operation forbids it or is not understood, because the
             examples do not reach it, or because tables cannot say how it moves.
         fixed: Sentences that say what stays by nature (inputs and outputs have an order, and so do neighbours), or with
@@ -60,8 +65,11 @@ class Symmetry:
         fixed: Sequence[str] = (),
     ):
         self.sizes, self.names, self.shapes, self.aliases = sizes, names, shapes, aliases
+        axes = {name: tuple(part and tuple(map(with_sign, part)) for part in found) for name, found in axes.items()}
         self.axes, self.unpermuted, self.fixed = axes, unpermuted, list(fixed)
         self.starts = (0, *accumulate(sizes))
+        negated = {group for found in axes.values() for part in found for group, *_, sign in part or () if sign}
+        self.flips = tuple(group in negated for group in range(len(sizes)))
         moved = [(k, segments) for found in axes.values() for k, segments in enumerate(found) if segments]
         self._composites = plan([(segments, unit_size(segments) if k else 1) for k, segments in moved], sizes)
         self._devices: dict[torch.device, tuple[Tensor, ...]] = {}
@@ -102,14 +110,14 @@ class Symmetry:
         tied = {name: first.setdefault(storage_key(name, tensor), name) for name, tensor in state.items()}
         aliases = {name: tied_to for name, tied_to in tied.items() if tied_to != name}
 
-        def of_all_but(dropped: dict[int, Dropped]) -> tuple[list[int], Symmetry]:
-            families, axes = arrange(traced.axes, traced.sizes, dropped)
+        def of_all_but(dropped: dict[int, Dropped], negated: Negated) -> tuple[list[int], Symmetry]:
+            families, axes = arrange(traced.axes, traced.sizes, dropped, negated)
             sizes = tuple(traced.sizes[family] for family in families)
             reasons = sentences(traced.axes, traced.notes, dropped)
             return families, cls(sizes, group_names(axes, len(sizes)), shapes, aliases, axes, *reasons)
 
-        dropped = unstorable(traced.axes, traced.sizes)
-        families, symmetry = of_all_but(dropped)
+        dropped = unstorable(traced.axes, traced.sizes, traced.negated)
+        families, symmetry = of_all_but(dropped, traced.negated)
         if not (families or traced.random):
             return symmetry
         checks = [Check(module, example) for example in examples]
@@ -118,9 +126,25 @@ class Symmetry:
                 check.require_repeatable()
         unseen = without_influence(checks, symmetry._places())
         if unseen:
-            _, symmetry = of_all_but(dropped | {families[group]: Dropped(UNSEEN) for group in unseen})
+            dropped |= {families[group]: Dropped(UNSEEN) for group in unseen}
+            _, symmetry = of_all_but(dropped, traced.negated)
+        if any(symmetry.flips):
+            try:
+                symmetry._require_same_function(checks)
+                return symmetry
+            except ValueError:  # permutations alone may do
+                _, symmetry = of_all_but(dropped, {})
+                symmetry.unpermuted.append("all units keep their sign: outputs changed when some were negated")
         symmetry._require_same_function(checks)
         return symmetry
+
+    def unsigned(self) -> "Symmetry":
+        """The same permutations, without signs."""
+        axes = {
+            name: tuple(part and tuple((*segment[:3], False) for segment in part) for part in found)
+            for name, found in self.axes.items()
+        }
+        return Symmetry(self.sizes, self.names, self.shapes, self.aliases, axes, self.unpermuted, self.fixed)
 
     # --- rows of permutations
 
@@ -129,13 +153,43 @@ class Symmetry:
         """Length of a row of permutations, ``S``."""
         return self.starts[-1] + len(self._composites.source)
 
-    def random(self, batch: int, seed: int = 0, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
-        """Uniform random permutations, int32 ``[B, S]``; ``offset`` names the draw within the stream ``seed``."""
-        return self.expand(random_permutations(self.sizes, batch, seed, offset, device=device))
+    def random(
+        self,
+        batch: int,
+        seed: int = 0,
+        offset: int = 0,
+        device: torch.device | str | None = None,
+        *,
+        flips: bool | Tensor = False,
+    ) -> Tensor:
+        """Uniform random permutations, int32 ``[B, S]``; ``offset`` names the draw within the stream ``seed``.
+
+        Args:
+            batch: Number of draws, ``B``.
+            seed: Of the stream, in ``[0, 2**63)``.
+            offset: Of the draw, in ``[0, 2**63)``.
+            device: Where to draw; by default the CPU.
+            flips: Whether units of the groups that ``flips`` says change their sign too, each with a chance of one
+                half: of all draws, or bool ``[B]``, of each. Unit u of draw b does where bit ``u % 32`` of Philox word
+                ``b * W + u // 32`` of the stream ``seed ^ 2**62`` is set, ``W = ceil(sum(sizes) / 32)``; the
+                permutations are those that are drawn without.
+        """
+        groups = random_permutations(self.sizes, batch, seed, offset, device=device)
+        if any(self.flips) and (isinstance(flips, Tensor) or flips):
+            groups = groups ^ self._signs(batch, seed, offset, groups.device, flips)
+        return self.expand(groups)
+
+    def _signs(self, batch: int, seed: int, offset: int, device: torch.device, flips: bool | Tensor) -> Tensor:
+        total = self.starts[-1]
+        words = philox_reference(seed ^ 2**62, offset, batch * -(-total // 32), device).view(batch, -1, 1)
+        bits = (words >> torch.arange(32, device=device) & 1).flatten(1)[:, :total]
+        *_, may_flip = indices_on(self, device)
+        signs = -(bits.int() & may_flip)
+        return signs if not isinstance(flips, Tensor) else signs * flips.to(device)[:, None].int()
 
     def identity(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """The permutations that move nothing, int32 ``[B, S]``."""
-        *_, unit = indices_on(self, torch.empty(0, device=device).device)
+        *_, unit, _ = indices_on(self, torch.empty(0, device=device).device)
         return self.expand(unit.repeat(batch, 1))
 
     def expand(self, groups: Tensor) -> Tensor:
@@ -145,26 +199,40 @@ class Symmetry:
             expected = f"[.., {total}] or [.., {self.num_indices}] int32"
             raise ValueError(f"symmetry: permutations must be {expected}, got {list(groups.shape)} {groups.dtype}")
         groups = groups[..., :total]
+        if groups.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._require_flips(groups)
         if self.num_indices == total:
             return groups
-        source, base, lookup, *_ = indices_on(self, groups.device)
+        source, base, lookup, signed, *_ = indices_on(self, groups.device)
         # a composite index is where the unit lies along its axis, and a unit that stays looks up its own place
-        padded = torch.nn.functional.pad(groups, (0, 1))
-        return torch.cat([groups, lookup[padded[..., source] + base]], -1)
+        index, negative = split(torch.nn.functional.pad(groups, (0, 1))[..., source])
+        return torch.cat([groups, lookup[index + base] ^ (negative & signed)], -1)
+
+    def _require_flips(self, groups: Tensor) -> None:
+        """Raises ValueError if units of a group that may not are negated."""
+        if not (groups < 0).any():
+            return
+        parts = zip(self.names, self.flips, groups.split(self.sizes, -1), strict=True)
+        for name, flips, units in parts:
+            if not flips and (units < 0).any():
+                got = int(units.min())
+                raise ValueError(f"symmetry: units of group {name} must keep their sign, got {got}, which negates one")
 
     def inverse(self, permutations: Tensor) -> Tensor:
         """The permutations that undo ``permutations``."""
         permutations = self.expand(permutations)
         groups = permutations[..., : self.starts[-1]]
-        *_, first, unit = indices_on(self, groups.device)
-        return self.expand(torch.empty_like(groups).scatter_(-1, groups + first, unit.expand_as(groups)))
+        index, negative = split(groups)
+        *_, first, unit, _ = indices_on(self, groups.device)
+        return self.expand(torch.empty_like(groups).scatter_(-1, index + first, unit ^ negative))
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
-        """The permutations that do what ``first`` and then ``second`` do: ``first[second[c]]``."""
+        """The permutations that do what ``first`` and then ``second`` do: ``first[second[c]]``, signs multiplied."""
         first, second = self.expand(first), self.expand(second)
         total = self.starts[-1]
-        *_, begin, _ = indices_on(self, first.device)
-        return self.expand(first[..., :total].gather(-1, second[..., :total] + begin))
+        *_, begin, _, _ = indices_on(self, first.device)
+        index, negative = split(second[..., :total])
+        return self.expand(first[..., :total].gather(-1, index + begin) ^ negative)
 
     # --- checkpoints
 
@@ -210,8 +278,12 @@ class Symmetry:
         for axis, segments in enumerate(self.axes.get(name, ())):
             if segments is not None:
                 first, units, block = self._place(segments, rows=axis == 0)
-                index = row[first : first + units].long()[:, None] * block + torch.arange(block, device=row.device)
+                index, negative = split(row[first : first + units].long()[:, None].expand(-1, block))
+                index = index * block + torch.arange(block, device=row.device)
                 tensor = tensor.index_select(axis, index.flatten().to(tensor.device))
+                if negative.any():
+                    wide = [-1 if a == axis else 1 for a in range(tensor.dim())]
+                    tensor = tensor * (1 + 2 * negative).flatten().view(wide).to(tensor)
         return tensor
 
     def table(self, layout: Layout) -> Tensor:
@@ -297,7 +369,7 @@ class Symmetry:
 
     def _trials(self, trials: int, seed: int, moving: Iterable[int]) -> Tensor:
         """Random permutations of some groups; in the first trial they move every unit, in all others most of them."""
-        rows, total = self.random(trials, seed), self.starts[-1]
+        rows, total = self.random(trials, seed, flips=True), self.starts[-1]
         moved = self.compose(self.compose(rows, self._next_units(trials)), self.inverse(rows))[:, :total]
         rows, identity, moving = rows[:, :total], self.identity(trials)[:, :total], set(moving)
         for group, (first, size) in enumerate(zip(self.starts, self.sizes, strict=False)):
@@ -359,8 +431,8 @@ class Symmetry:
         for name, axes in self.axes.items():
             for axis, segments in enumerate(axes):
                 if segments and name not in self.aliases:
-                    owner = torch.cat([torch.full((n * width,), -1 if g is None else g) for g, n, width in segments])
-                    for group in {g for g, _, _ in segments} - {None}:
+                    owner = torch.cat([torch.full((n * width,), -1 if g is None else g) for g, n, width, _ in segments])
+                    for group in {g for g, *_ in segments} - {None}:
                         places[group].append(Place(name, axis, (owner == group).nonzero().flatten()))
         return places
 
@@ -375,9 +447,10 @@ class Symmetry:
                 f"{tensor} axis {axis}"
                 for tensor, axes in self.axes.items()
                 for axis, segments in enumerate(axes)
-                if segments and any(g == group for g, _, _ in segments)
+                if segments and any(g == group for g, *_ in segments)
             ]
-            lines.append(f"{size} units, {name}: {', '.join(places)}")
+            what = f"{size} units of either sign" if self.flips[group] else f"{size} units"
+            lines.append(f"{what}, {name}: {', '.join(places)}")
         return "\n".join(lines + by_reason(self.fixed) + self.unpermuted)
 
     def to_dict(self) -> dict:
@@ -404,7 +477,7 @@ class Symmetry:
     def _place(self, segments: Segments, rows: bool) -> tuple[int, int, int]:
         """Where the permutation of an axis begins in a row of permutations, its length, and entries per unit."""
         block = 1 if rows else unit_size(segments)
-        units = sum(count * width for _, count, width in segments) // block
+        units = sum(count * width for _, count, width, _ in segments) // block
         return self._composites.first[segments, block], units, block
 
 
@@ -413,14 +486,15 @@ class Symmetry:
 
 @torch.compiler.assume_constant_result
 def indices_on(symmetry: Symmetry, device: torch.device) -> tuple[Tensor, ...]:
-    """Of the composites source, base and lookup; of the groups first index and number of each unit."""
+    """Of the composites source, base, lookup and signed; of each unit first index of its group, number and sign bit."""
     if device not in symmetry._devices:
         sizes = torch.tensor(symmetry.sizes, dtype=torch.int64)
         first = torch.tensor(symmetry.starts[:-1], dtype=torch.int64).repeat_interleave(sizes)
         unit = (torch.arange(symmetry.starts[-1]) - first).int()
+        flips = torch.tensor(symmetry.flips, dtype=torch.int32).repeat_interleave(sizes)
         made = symmetry._composites
         symmetry._devices[device] = tuple(
-            to_device(x, device) for x in (made.source, made.base, made.lookup, first, unit)
+            to_device(x, device) for x in (made.source, made.base, made.lookup, made.signed, first, unit, flips)
         )
     return symmetry._devices[device]
 

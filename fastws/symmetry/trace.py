@@ -17,6 +17,7 @@ from fastws.layout.roles import load_state, storage_key
 from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
 from fastws.symmetry.notes import UNREACHED, Axis, Note, note
 from fastws.symmetry.segments import unstorable
+from fastws.symmetry.signs import Negated, SignTracer, find_negated
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
 from fastws.symmetry.units import OUTPUT
 
@@ -26,6 +27,7 @@ class Traced(NamedTuple):
     sizes: list[int]  # of the families
     notes: dict[tuple[str, int], Note]  # tensor and axis of which something stays, and why
     random: bool  # whether the module drew random numbers
+    negated: Negated  # families whose units may be negated
 
 
 def families(tracer: Tracer) -> Tensor:
@@ -79,7 +81,7 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
         for field in fields:
             (axis,) = moving(field)
             notes[name, axis] = note(tracer.units, field.flatten(), axes[name][axis], sizes)
-    return Traced(axes, sizes, {place: found for place, found in notes.items() if found}, tracer.random)
+    return Traced(axes, sizes, {place: found for place, found in notes.items() if found}, tracer.random, {})
 
 
 def trace(
@@ -103,7 +105,8 @@ def trace(
             found = [traced]
             for inside in {frozenset(numbers) for numbers in better} - {frozenset()}:
                 found.append(watch(module, examples, Tracer(rules, passing, inside), double)[0])
-            return max(found, key=freedom)
+            traced = max(found, key=freedom)
+            return traced._replace(negated=negated(module, examples, traced, double))
         except Returned as error:
             raise ValueError(f"trace: module must return tensors, got {error}") from None
         except FAILURES as error:
@@ -118,7 +121,7 @@ class Returned(Exception):
 
 def freedom(traced: Traced) -> float:
     """The logarithm of the number of permutations that tables can hold."""
-    dropped = unstorable(traced.axes, traced.sizes)
+    dropped = unstorable(traced.axes, traced.sizes, traced.negated)
     return sum(math.lgamma(size + 1) for family, size in enumerate(traced.sizes) if family not in dropped)
 
 
@@ -129,6 +132,37 @@ def watch(
 
     First those of which nothing moves, then also those that have few groups of many channels.
     """
+    parameters, shapes = run(module, examples, tracer, double)
+    traced = collect(tracer, parameters, shapes)
+    moved = {family for family, size in enumerate(traced.sizes) if size > 1}
+    still = {id(f) for name, fields in parameters.items() for f in fields if not moved & {*traced.axes[name][0].family}}
+    stuck = [n for n, conv in enumerate(tracer.grouped) if any(id(field) in still for field in conv.weight)]
+    return traced, stuck, sorted({*stuck, *(n for n, conv in enumerate(tracer.grouped) if conv.freer_inside)})
+
+
+def negated(module: nn.Module, examples: Sequence[Example], traced: Traced, double: bool) -> Negated:
+    """The families whose units may be negated: none where signs are not understood."""
+    try:
+        return find_negated(traced.axes, traced.sizes, watch_signs(module, examples, double))
+    except FAILURES:
+        return {}
+
+
+def watch_signs(module: nn.Module, examples: Sequence[Example], double: bool) -> dict[tuple[str, int], list[int]]:
+    """The sign of each entry along each axis of each tensor; see ``signs.py``."""
+    tracer = SignTracer()
+    parameters, shapes = run(module, examples, tracer, double)
+    signs = {(name, axis): [0] * size for name, shape in shapes.items() for axis, size in enumerate(shape)}
+    for name, fields in parameters.items():
+        for field in fields:
+            signs[name, moving(field)[0]] = tracer.units.find(field).flatten().tolist()
+    return signs
+
+
+def run(
+    module: nn.Module, examples: Sequence[Example], tracer: Tracer, double: bool
+) -> tuple[dict[str, Fields], dict[str, tuple[int, ...]]]:
+    """Runs a copy of a module before a tracer: the fields of its tensors, and their shapes."""
     ties = {name: storage_key(name, tensor) for name, tensor in load_state(module).items()}
     module, examples = fresh(module, double), [fresh_example(example, double) for example in examples]
     state = {k: v for k, v in load_state(module).items() if v.is_floating_point() and v.numel() > 0}
@@ -147,11 +181,7 @@ def watch(
                 for field in tracer.fields(tensor):
                     tracer.units.hold(field, OUTPUT)
         tracer.units.hold(tracer.units.unreached(), UNREACHED)
-        traced = collect(tracer, parameters, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    moved = {family for family, size in enumerate(traced.sizes) if size > 1}
-    still = {id(f) for name, fields in parameters.items() for f in fields if not moved & {*traced.axes[name][0].family}}
-    stuck = [n for n, conv in enumerate(tracer.grouped) if any(id(field) in still for field in conv.weight)]
-    return traced, stuck, sorted({*stuck, *(n for n, conv in enumerate(tracer.grouped) if conv.freer_inside)})
+    return parameters, {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 class Leaving(TorchFunctionMode):

@@ -1,9 +1,10 @@
-"""Alignment of a zoo: every network's neurons in the order of those of one reference network (arXiv 2209.04836).
+"""Alignment of a zoo: every network's neurons in the order that fits those of the others (arXiv 2209.04836).
 
-Networks that differ by the order of their neurons are one function. Weight matching finds, by coordinate descent over
-the permutation groups of the architecture, the order that is closest to the reference. A zoo keeps one permutation per
-model, a few kB, beside its weights; ``aligned_rows`` applies them while it reads. The permutations of a canonical form,
-which sorts each network's neurons by themselves, are kept in the same way, in a file of their own.
+Networks that differ by the order of their neurons, or where activations are odd by signs of neurons, are one function.
+Weight matching finds, by coordinate descent over the groups of the architecture, the order and the signs that are
+closest to the mean of the other networks of the training split, or to one reference network. A zoo keeps one
+permutation per model, a few kB, beside its weights; ``aligned_rows`` applies them while it reads. The permutations of a
+canonical form, which sorts each network's neurons by themselves, are kept in the same way, in a file of their own.
 """
 
 import json
@@ -28,13 +29,15 @@ from fastws.files.lock import one_writer
 from fastws.files.safetensors import open_tensors
 from fastws.matching.canonical import Form, canonical
 from fastws.matching.match import Norms, batch_size, match, objective
+from fastws.matching.mean import match_to_mean
+from fastws.signed import split
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.writer import store_symmetry
-from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.format.zoo import ODD, Zoo
 from fastws.zoo.making.given import trace_network
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no signs and no rounds
 ALIGNMENT = "alignment.safetensors"
 CANONICAL = "canonical.safetensors"
 ROWS_AT_ONCE = 2**26  # weights of networks that are permuted at a time, so that a zoo needs no second copy
@@ -45,14 +48,15 @@ class Alignment:
     """How the models of a zoo are aligned, and to what.
 
     Attributes:
-        reference: Id of the model whose last state the others were matched to.
+        reference: Id of the model whose last state the others were matched to, at first or at all.
         chosen: Why that one.
         norms: ``"exclude"`` or ``"include"``, see ``match``.
         models: Ids of all models, in the order of what follows.
-        permutations: int32 ``[models, sum(symmetry.sizes)]``.
-        before: Inner product with the reference, float64 ``[models]``.
+        permutations: int32 ``[models, sum(symmetry.sizes)]``, ~p for a unit that changes its sign.
+        before: Inner product with the mean or the reference, float64 ``[models]``.
         after: The same after the permutation; of a canonical form, after that of the reference too.
-        method: ``"matching"``, or the canonical form.
+        method: ``"mean"`` of the aligned training networks, ``"matching"`` to the reference, or the canonical form.
+        rounds: Of matching to the mean.
     """
 
     reference: str
@@ -63,6 +67,7 @@ class Alignment:
     before: Tensor
     after: Tensor
     method: str = "matching"
+    rounds: int = 0
 
     @classmethod
     def open(cls, zoo: Zoo, path: str | os.PathLike | None = None) -> "Alignment":
@@ -84,19 +89,22 @@ class Alignment:
             alignment = cls(**fields | {"models": tuple(fields["models"])}, **tensors)
         except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: file must be an alignment, got {error!r}; run fastws zoo align again") from error
-        if (version, made_for) != (FORMAT, zoo.layout.fingerprint):
+        if version not in (1, FORMAT) or made_for != zoo.layout.fingerprint:
             what = f"{zoo.layout.fingerprint}, got {made_for} in format {version}"
             raise ValueError(f"{path}: alignment must be of the architecture {what}; run fastws zoo align again")
-        wrong = alignment._find_wrong(symmetry_of(zoo).sizes)
+        wrong = alignment._find_wrong(symmetry_of(zoo))
         if wrong:
             raise ValueError(f"{path}: file must be an alignment, got {wrong}; run fastws zoo align again")
         return alignment
 
-    def _find_wrong(self, sizes: Sequence[int]) -> str:
+    def _find_wrong(self, symmetry: Symmetry) -> str:
         """What is no permutation of each group for each model, which ``permute`` would trust; "" if all are."""
+        sizes = symmetry.sizes
         texts = (self.reference, self.chosen, self.norms, self.method, *self.models)
         if not all(isinstance(text, str) for text in texts):
             return "names that are no strings"
+        if type(self.rounds) is not int:
+            return f"{self.rounds!r} rounds"
         expected = {"permutations": (torch.int32, (len(self.models), sum(sizes)))}
         expected |= dict.fromkeys(("before", "after"), (torch.float64, (len(self.models),)))
         for name, (dtype, shape) in expected.items():
@@ -104,13 +112,14 @@ class Alignment:
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 return f"{name} {list(tensor.shape)} {tensor.dtype} in place of {list(shape)} {dtype}"
         for group, vectors in enumerate(self.permutations.split(list(sizes), 1)):
-            if not is_permutation(vectors):
+            index, negative = split(vectors)
+            if not is_permutation(index) or (negative.any() and not symmetry.flips[group]):
                 return f"another thing than permutations of group {group}"
         return ""
 
     def save(self, zoo: Zoo, path: Path) -> None:
         """Writes one safetensors file, atomically; what is not a tensor is JSON in its header."""
-        fields = {name: getattr(self, name) for name in ("reference", "chosen", "norms", "models", "method")}
+        fields = {name: getattr(self, name) for name in ("reference", "chosen", "norms", "models", "method", "rounds")}
         text = json.dumps(fields | {"format": FORMAT, "fingerprint": zoo.layout.fingerprint})
         tensors = {name: getattr(self, name) for name in ("permutations", "before", "after")}
         write_tensors(path, tensors, {"alignment": text})
@@ -156,7 +165,7 @@ def find_alignment(zoo: Zoo) -> Path | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Aligns the networks of a zoo to one of them, or sorts each, and keeps the permutations with the zoo.
+    """Aligns the networks of a zoo to their mean or to one of them, or sorts each, and keeps the permutations.
 
     fastws zoo align --zoo zoos/digits
     fastws zoo align --zoo zoos/digits --canonical l2
@@ -165,8 +174,9 @@ class Config:
     zoo: str  # folder of the zoo, which the permutations are kept in
 
     out: str | None = None  # file to write; by default alignment.safetensors or canonical.safetensors in the zoo
-    reference: str | None = None  # model id; by default the best of the train split, of all models without one
-    best: str = "test_accuracy"  # property that says which is the best, by its last value
+    reference: str | None = None  # model to match all others to; by default the mean of the aligned train split
+    best: str | None = None  # whose last value says which model to begin with; val_accuracy or else test_accuracy
+    signs: bool = True  # units of networks whose activation is odd may change their sign too
     architecture: str | None = None  # of a zoo without symmetry: that of zoo make, or module:function, which returns it
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
     num_classes: int = 10  # logits of the architecture, if it is one of zoo make
@@ -201,33 +211,57 @@ def align(config: Config) -> Alignment:
 
 def align_zoo(config: Config, zoo: Zoo) -> Alignment:
     if config.architecture is not None:
-        _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes)
+        names = zoo.properties["activation"].to_pylist() if "activation" in zoo.properties.column_names else []
+        activation = next((name for name in names if name in ODD), "relu")
+        _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes, activation)
         store_symmetry(zoo.path, symmetry)
         zoo = Zoo.open(config.zoo)
     symmetry, layout, last = symmetry_of(zoo), zoo.layout, last_rows(zoo)
     reference, chosen = choose_reference(config, zoo, last)
-    target = zoo.rows([last[reference]])[0].to(config.device)
     rows, options = torch.tensor(list(last.values())), {"norms": config.norms}
+    may_flip = zoo.may_flip[rows] & config.signs
+    goal = target = zoo.rows([last[reference]])[0].to(config.device)
+    matching, known, rounds = options | {"sweeps": config.sweeps, "restarts": config.restarts}, {}, 0
+    method = config.canonical or ("mean" if config.reference is None else "matching")
+    if method == "mean":
+        training = set(zoo.splits.get("train", last))
+        places = torch.tensor([place for place, model in enumerate(last) if model in training or len(last) == 1])
+        places = places if len(places) else torch.arange(len(last))
 
-    def find(flat: Tensor) -> Tensor:
+        def read(numbers: Tensor) -> Tensor:
+            return zoo.rows(rows[places[numbers]]).to(config.device)
+
+        flips = may_flip[places]
+        together = match_to_mean(read, len(places), target, symmetry, layout, flips=flips, **matching)
+        goal, rounds = together.mean.to(target.dtype), together.rounds
+        known = dict(zip(places.tolist(), together.permutations, strict=True))
+    elif config.canonical:
+        goal = symmetry.permute(target, canonical(target[None], symmetry, layout, config.canonical), layout)[0]
+
+    def find(flat: Tensor, numbers: Tensor) -> Tensor:
         if config.canonical is not None:
             return canonical(flat, symmetry, layout, config.canonical)
-        return match(flat, target, symmetry, layout, sweeps=config.sweeps, restarts=config.restarts, **options)
+        found = [known.get(number) for number in numbers.tolist()]
+        new = torch.tensor([row is None for row in found])
+        permutations = symmetry.identity(len(flat), flat.device)
+        if new.any():
+            permutations[new] = match(flat[new], goal, symmetry, layout, flips=may_flip[numbers[new]], **matching)
+        if not new.all():
+            permutations[~new] = torch.stack([row for row in found if row is not None]).to(flat.device)
+        return permutations
 
-    goal = target if config.canonical is None else symmetry.permute(target, find(target[None]), layout)[0]
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
-        for part in rows.split(batch_size(symmetry)):
-            flat = zoo.rows(part).to(config.device)
-            found = find(flat)
+        for numbers in torch.arange(len(rows)).split(batch_size(symmetry)):
+            flat = zoo.rows(rows[numbers]).to(config.device)
+            found = find(flat, numbers)
             permutations.append(found[:, : sum(symmetry.sizes)].cpu())
-            before.append(objective(flat, target, symmetry, layout, **options).cpu())
+            before.append(objective(flat, goal if method == "mean" else target, symmetry, layout, **options).cpu())
             moved = symmetry.permute(flat, found, layout)
             after.append(objective(moved, goal, symmetry, layout, **options).cpu())
-            bar.update(len(part))
+            bar.update(len(numbers))
     results = (torch.cat(parts).contiguous() for parts in (permutations, before, after))
-    method = config.canonical or "matching"
-    alignment = Alignment(reference, chosen, config.norms, tuple(last), *results, method)
+    alignment = Alignment(reference, chosen, config.norms, tuple(last), *results, method, rounds)
     alignment.save(zoo, written(config))
     return alignment
 
@@ -251,17 +285,18 @@ def choose_reference(config: Config, zoo: Zoo, last: dict[str, int]) -> tuple[st
             some = ", ".join(list(last)[:3])
             raise ValueError(f"zoo align: reference must be a model of {zoo.path}: {some} ..; got {config.reference!r}")
         return config.reference, "named"
-    if config.best not in zoo.properties.column_names:
-        known = ", ".join(zoo.properties.column_names)
-        raise ValueError(f"zoo align: best must be one of {known}, got {config.best!r}; or name a reference")
-    values = zoo.numbers(config.best)
+    names = zoo.properties.column_names
+    by = config.best or ("val_accuracy" if "val_accuracy" in names else "test_accuracy")
+    if by not in names:
+        raise ValueError(f"zoo align: best must be one of {', '.join(names)}, got {by!r}; or name a reference")
+    values = zoo.numbers(by)
     where, models = ("the train split", zoo.splits["train"]) if "train" in zoo.splits else ("all models", last)
     candidates = [model for model in models if model in last and numpy.isfinite(values[last[model]])]
     if not candidates:
-        what = f"none of {where} of {zoo.path} with {config.best}"
+        what = f"none of {where} of {zoo.path} with {by}"
         raise ValueError(f"zoo align: reference must be named, got {what}")
     best = max(sorted(candidates), key=lambda model: values[last[model]])  # the first of equals
-    return best, f"highest last {config.best} of {where}"
+    return best, f"highest last {by} of {where}"
 
 
 def run(config: Config) -> None:
@@ -269,8 +304,12 @@ def run(config: Config) -> None:
     print(f"{written(config)}: permutations of {len(alignment.models):,} models")
     if config.canonical is not None:
         print(f"canonical form: {config.canonical}")
-    print(f"reference: model {alignment.reference}, {alignment.chosen}")
+    to = "the mean" if alignment.method == "mean" else "the reference"
+    first = f"reference: model {alignment.reference}, {alignment.chosen}"
+    print(first + (f"; then {alignment.rounds} rounds to the mean" if alignment.method == "mean" else ""))
+    flipped = int((alignment.permutations < 0).any(1).sum())
+    print(f"networks of which units changed their sign: {flipped:,}")
     before, after = alignment.before.mean(), alignment.after.mean()
     change = f"{'gained' if after >= before else 'lost'} {abs(after - before):.4g}"
-    print(f"mean inner product with the reference: {before:.4g} before, {after:.4g} after, {change}")
+    print(f"mean inner product with {to}: {before:.4g} before, {after:.4g} after, {change}")
     print("next: --aligned of fastws train sane, embed, predict and zoo info reads the networks in this order")

@@ -321,7 +321,7 @@ class ZooWriter:
 
 
 def store_symmetry(path: str | os.PathLike, symmetry: Symmetry) -> None:
-    """Gives a symmetry to a zoo that was written without one.
+    """Gives a symmetry to a zoo that was written without one, or with the same one without signs.
 
     Raises:
         ValueError: If the zoo has another symmetry, or other tensors than the symmetry.
@@ -336,9 +336,10 @@ def store_symmetry(path: str | os.PathLike, symmetry: Symmetry) -> None:
             symmetry.require_same(layout)
         except ValueError as error:
             raise ValueError(f"{path}: zoo must be of the given architecture, got another one: {error}") from None
-        if manifest["symmetry"] is None:
+        known = manifest["symmetry"] and Symmetry.from_dict(manifest["symmetry"])
+        if known is None or known == symmetry.unsigned():  # a zoo of before signs were known gets them
             write_json(path / MANIFEST, manifest | {"symmetry": symmetry.to_dict()})
-        elif Symmetry.from_dict(manifest["symmetry"]) != symmetry:
+        elif known != symmetry:
             raise ValueError(f"{path}: zoo must have no symmetry or the same one, got another; leave architecture out")
     finally:
         release_lock(path, lock)

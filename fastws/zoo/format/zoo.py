@@ -32,6 +32,7 @@ from fastws.zoo.format.manifest import MANIFEST, read_manifest
 
 WEIGHTS = "weights"  # name of the tensor in every safetensors file of a zoo
 ALIGNMENT = 64  # bytes, of the first weight in its file
+ODD = ("tanh", "sin", "erf", "softsign", "hardtanh", "identity")  # activations that pass a sign on
 CHUNK = 2**26  # bytes that are read or written at a time
 
 
@@ -191,6 +192,16 @@ class Zoo:
         if not is_number(column.type):
             raise ValueError(f"{self.path}: property {name!r} must be a number, got {column.type}")
         return column.cast("float64", safe=False).to_numpy().copy()  # large seeds are rounded
+
+    @cached_property
+    def may_flip(self) -> Tensor:
+        """Which networks keep their function when units change their sign as ``symmetry.flips`` allows, bool ``[M]``.
+
+        Those whose ``activation`` is odd; none where the zoo does not know activations, or its symmetry no signs.
+        """
+        known = "activation" in self.properties.column_names and self.symmetry is not None and any(self.symmetry.flips)
+        names = self.properties["activation"].to_pylist() if known else [None] * len(self)
+        return torch.tensor([name in ODD for name in names], dtype=torch.bool)
 
     def split(self, name: str) -> Tensor:
         """Rows of a split, int64 ``[m]``, ascending. All states of a model are in the same split.

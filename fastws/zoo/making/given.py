@@ -11,7 +11,9 @@ from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.making.architectures import build
 
 
-def make_network(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, object]:
+def make_network(
+    architecture: str, image_shape: tuple[int, int, int], num_classes: int, activation: str = "relu"
+) -> tuple[nn.Module, object]:
     """A network, and inputs that it takes.
 
     Args:
@@ -20,14 +22,15 @@ def make_network(architecture: str, image_shape: tuple[int, int, int], num_class
             takes them. Its module may lie in the current folder.
         image_shape: Channels, height and width.
         num_classes: Logits of an architecture that ``build`` makes.
+        activation: Of an architecture that ``build`` makes; relu is what all of them can have.
 
     Raises:
         ValueError: If there is no such architecture, module or function, or it returns something else.
     """
     images = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0))  # zeros would hide weights
     if ":" not in architecture:
-        # dropout and activations have no weights; relu is what all architectures can have
-        return build(architecture, image_shape, num_classes=num_classes, activation="relu"), images
+        # dropout and activations have no weights
+        return build(architecture, image_shape, num_classes=num_classes, activation=activation), images
     made = find_function(architecture)()
     network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, images)
     if not isinstance(network, nn.Module):
@@ -50,7 +53,9 @@ def find_function(name: str) -> object:
     return found
 
 
-def trace_network(architecture: str, image_shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, Symmetry]:
+def trace_network(
+    architecture: str, image_shape: tuple[int, int, int], num_classes: int, activation: str = "relu"
+) -> tuple[nn.Module, Symmetry]:
     """The network of ``make_network`` and its symmetry."""
-    network, inputs = make_network(architecture, image_shape, num_classes)
+    network, inputs = make_network(architecture, image_shape, num_classes, activation)
     return network, Symmetry.trace(network, inputs)

@@ -23,7 +23,7 @@ from fastws.symmetry.symmetry import Symmetry
 from fastws.version import __version__
 from fastws.zoo.format.manifest import MANIFEST, read_manifest
 from fastws.zoo.format.writer import ZooWriter
-from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.format.zoo import ODD, Zoo
 from fastws.zoo.making import beginning, ranks
 from fastws.zoo.making.architectures import Activation, Architecture, Init
 from fastws.zoo.making.explain import explain
@@ -209,7 +209,9 @@ def make_part(config: Config, job: Job, path: Path) -> Zoo:
 
 
 def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
-    network = job.plan.build()
+    # that of the networks that have most: signs of units, which Zoo.may_flip keeps from the others
+    odd = [recipe.activation for recipe in job.recipes if recipe.activation in ODD]
+    network = job.plan.build(odd[0]) if odd else job.plan.build()
     images = torch.randn(1, *job.plan.image_shape, generator=torch.Generator().manual_seed(0))
     symmetry = Symmetry.trace(network, images)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "config": asdict(config)}

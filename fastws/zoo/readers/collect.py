@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +42,7 @@ class ReadOptions:
         splits: Model ids of each split; by default networks are dealt 70/15/15.
         symmetry: Of the architecture, which ``zoo align`` needs; kept with the zoo.
         key: Under which torch files hold the network; by default the only or the usual one.
+        activation: Of all networks: the property of this name where the source has none.
     """
 
     on_bad: Literal["drop", "raise"] = "drop"
@@ -50,6 +51,7 @@ class ReadOptions:
     splits: Mapping[str, Sequence[str]] | None = None
     symmetry: Symmetry | None = None
     key: str | None = None
+    activation: str | None = None
 
     def __post_init__(self):
         if self.on_bad not in ("drop", "raise"):
@@ -104,6 +106,9 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
     if count == 0:
         where = ", ".join(map(str, population.source["paths"]))
         raise ValueError(f"zoo read: source must hold states, got none in {where}")
+    if options.activation is not None:
+        stated = {"activation": [options.activation] * count}
+        population = replace(population, columns=stated | dict(population.columns))
     table = to_table(population.columns)
     provenance = {"made_by": f"fastws {__version__}", "torch": torch.__version__, "source": dict(population.source)}
     splits = options.splits or population.splits

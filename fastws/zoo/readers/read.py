@@ -14,12 +14,10 @@ from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.given import trace_network
 from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, read_hub
 from fastws.zoo.readers.collect import ReadOptions
-from fastws.zoo.readers.names import Expected
 from fastws.zoo.readers.pickled import find_parts, read_pickle
 from fastws.zoo.readers.ray import find_trials, read_ray
 from fastws.zoo.readers.reasons import REASONS
 from fastws.zoo.readers.record import REPORT, Bad, read_report
-from fastws.zoo.readers.states import Like
 from fastws.zoo.readers.unterthiner import METRICS, WEIGHTS, read_unterthiner
 
 Kind = Literal["ray", "pickle", "checkpoints", "hub", "unterthiner"]
@@ -45,6 +43,7 @@ class Config:
     architecture: str | None = None  # instead of like: that of zoo make, or module:function; gives the zoo a symmetry
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width that the architecture takes
     num_classes: int = 10  # logits of the architecture, if it is one of zoo make
+    activation: str | None = None  # of all networks, a property from then on; that of tanh and its kin allows signs
     model: Literal["file", "folder"] = "file"  # what one network is in a folder of checkpoints
     layout: Literal["fixed", "reference"] = "fixed"  # of Unterthiner zoos; reference: tensors at the published offsets
     on_bad: Literal["drop", "raise"] = "drop"  # leave states out that are damaged or not finite, or stop
@@ -58,13 +57,16 @@ class Config:
             raise ValueError(f"zoo read: --like must be left out where --architecture is given, got {self.like!r}")
         ReadOptions(self.on_bad, self.threshold, self.threads)
 
-    def options(self) -> tuple[Like | None, ReadOptions]:
+    def options(self) -> tuple[str | Layout | None, ReadOptions]:
         """What the networks are like, and what all readers have in common."""
         like, symmetry = self.like, None
         if self.architecture is not None:
-            network, symmetry = trace_network(self.architecture, self.image_shape, self.num_classes)
-            like = Expected(Layout.from_checkpoint(network), f"--architecture {self.architecture}")
-        return like, ReadOptions(self.on_bad, self.threshold, self.threads, symmetry=symmetry, key=self.key)
+            network, symmetry = trace_network(
+                self.architecture, self.image_shape, self.num_classes, self.activation or "relu"
+            )
+            like = Layout.from_checkpoint(network)
+        given = {"symmetry": symmetry, "activation": self.activation, "key": self.key}
+        return like, ReadOptions(self.on_bad, self.threshold, self.threads, **given)
 
 
 def read(config: Config) -> Zoo:

@@ -78,8 +78,9 @@ def describe_alignment(zoo: Zoo) -> str:
         return f"no, {error}"
     before, after = found.before.mean(), found.after.mean()
     missing = set(zoo.properties["model"].cast("string").unique().to_pylist()) - set(found.models)
+    to = "the mean" if found.method == "mean" else "the reference"
     words = [f"{found.method}, reference model {found.reference}, {found.chosen}"]
-    words += [f"mean inner product with the reference {before:.4g} as stored, {after:.4g} aligned"]
+    words += [f"mean inner product with {to} {before:.4g} as stored, {after:.4g} aligned"]
     words += [f"{len(missing):,} models were added since: run fastws zoo align again"] if missing else []
     return "; ".join(words)
 
