@@ -1,48 +1,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cuda/permute.h"
 #include "cuda/stream.h"
-#include "philox.h"
 
 namespace fastws {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kThreads = 128;
-constexpr int kDrawn = 4 * kThreads;  // words of one round, a counter per thread
-constexpr int kShared = 8192;         // the largest group that is shuffled in shared memory
-
-// Fisher-Yates, inside out, as in fastws/ops/permute.py. One block per group and draw: all threads draw the words and
-// say where each entry goes, one thread moves the entries, for each move waits for the last.
-__global__ void random_permutations_kernel(const int64_t* __restrict__ starts,  // [G + 1]
-                                           int32_t* __restrict__ permutations,  // [B, S]
+__global__ void random_permutations_kernel(const int64_t* __restrict__ starts, int32_t* __restrict__ permutations,
                                            int64_t total, int64_t groups, uint64_t seed, uint64_t offset) {
-  __shared__ int32_t shuffled[kShared];
-  __shared__ int32_t places[kDrawn];
-  const int64_t draw = blockIdx.x / groups, group = blockIdx.x % groups;
-  const int64_t start = starts[group], size = starts[group + 1] - start, begin = draw * total + start;
-  int32_t* const target = permutations + begin;
-  int32_t* const entries = size <= kShared ? shuffled : target;
-  for (int64_t first = begin / 4 * 4; first < begin + size; first += kDrawn) {
-    const Words words = philox(seed, offset, first / 4 + threadIdx.x);
-    for (int k = 0; k < 4; ++k) {
-      const int64_t i = first + 4 * threadIdx.x + k - begin;
-      places[4 * threadIdx.x + k] = int32_t(words.word[k] * uint64_t(i + 1) >> 32);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const int64_t last = first + kDrawn - begin < size ? first + kDrawn - begin : size;
-      for (int64_t i = first < begin ? 0 : first - begin; i < last; ++i) {
-        const int32_t place = places[i + begin - first];
-        entries[i] = entries[place];
-        entries[place] = int32_t(i);
-      }
-    }
-    __syncthreads();
-  }
-  if (size <= kShared)
-    for (int64_t i = threadIdx.x; i < size; i += kThreads) target[i] = shuffled[i];
+  __shared__ Shuffle shared;
+  shuffle_group(starts, permutations, total, groups, seed, offset, blockIdx.x, shared);
 }
 
 Tensor random_permutations_cuda(const Tensor& starts_, int64_t total, int64_t batch, int64_t seed, int64_t offset) {
