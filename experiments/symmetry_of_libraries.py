@@ -6,7 +6,8 @@ Both libraries install beside a CPU torch (``pip install --no-deps pytorchcv``, 
 of a library that is absent are left out. No weights are fetched. Each network is traced in a process of its own, with
 limits of time and memory. A line of ``results/symmetry_of_libraries.jsonl`` says of a network how many groups and units
 move, what its permutations do to outputs of random weights that the trace did not see, and how many axes stay for which
-reasons; ``--table`` prints these lines as a table.
+reasons; ``--table`` prints these lines as a table. A line marked ``earlier`` was measured before channels moved inside
+few wide groups, before what stays by nature was listed, and with gigabytes of all networks before it.
 """
 
 import argparse
