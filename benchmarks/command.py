@@ -8,6 +8,8 @@ import tyro
 from fastws.benchmarks.harness import Options
 from fastws.benchmarks.run import run as run_benchmarks
 
+Names = Annotated[tuple[str, ...], tyro.conf.Positional]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
@@ -17,9 +19,7 @@ class Config(Options):
     fastws bench --threads 2 --out benchmarks/results
     """
 
-    names: Annotated[
-        tuple[str, ...], tyro.conf.Positional
-    ] = ()  # benchmarks to run, named after operators; all if none is given
+    names: Names = ()  # benchmarks to run, named after operators; all if none is given
 
 
 def run(config: Config) -> None:

@@ -73,9 +73,9 @@ def read_ray(
     The properties of epoch e are those of the line whose ``training_iteration`` is e, whether or not the network was
     evaluated before training. Their names are those of zoos that fastws makes, see ``COLUMNS``; the generalisation gap
     is train minus test accuracy. Networks and epochs are those of the folders: what results or configuration call
-    ``model`` or ``epoch`` is left out, and so is what the configuration repeats of the results. Layers are taken in
-    the order of the parameters, so networks with and without dropout layers are of one architecture. Of sparsified
-    twins the weights are read as they were trained, before clipping; their variances are left out.
+    ``model`` or ``epoch`` is left out, and so is what the configuration repeats of the results. Numbers of modules are
+    ranked, so networks with and without dropout layers are of one architecture. Of sparsified twins the weights are
+    read as they were trained, before clipping; their variances are left out, and counted.
 
     Args:
         paths: Folders of raw zoos, whose networks are sorted by name, or folders of single networks, in any order.

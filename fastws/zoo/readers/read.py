@@ -14,10 +14,12 @@ from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.given import trace_network
 from fastws.zoo.readers.checkpoints import find_repositories, read_checkpoints, read_hub
 from fastws.zoo.readers.collect import ReadOptions
+from fastws.zoo.readers.names import Expected
 from fastws.zoo.readers.pickled import find_parts, read_pickle
 from fastws.zoo.readers.ray import find_trials, read_ray
 from fastws.zoo.readers.reasons import REASONS
 from fastws.zoo.readers.record import REPORT, Bad, read_report
+from fastws.zoo.readers.states import Like
 from fastws.zoo.readers.unterthiner import METRICS, WEIGHTS, read_unterthiner
 
 Kind = Literal["ray", "pickle", "checkpoints", "hub", "unterthiner"]
@@ -57,14 +59,14 @@ class Config:
             raise ValueError(f"zoo read: --like must be left out where --architecture is given, got {self.like!r}")
         ReadOptions(self.on_bad, self.threshold, self.threads)
 
-    def options(self) -> tuple[str | Layout | None, ReadOptions]:
+    def options(self) -> tuple[Like | None, ReadOptions]:
         """What the networks are like, and what all readers have in common."""
         like, symmetry = self.like, None
         if self.architecture is not None:
             network, symmetry = trace_network(
                 self.architecture, self.image_shape, self.num_classes, self.activation or "relu"
             )
-            like = Layout.from_checkpoint(network)
+            like = Expected(Layout.from_checkpoint(network), f"--architecture {self.architecture}")
         given = {"symmetry": symmetry, "activation": self.activation, "key": self.key}
         return like, ReadOptions(self.on_bad, self.threshold, self.threads, **given)
 

@@ -26,7 +26,8 @@ from fastws.layout.layout import Layout
 from fastws.zoo.readers.names import Expected, Held, describe, find_variances, match, quoted
 from fastws.zoo.readers.reasons import BadState
 
-Like = str | os.PathLike | Layout  # a checkpoint of the architecture, or what is known of it without one
+# a checkpoint of the architecture, or what is known of it without one
+Like = str | os.PathLike | Layout | Expected
 FORMS = 1000  # that are remembered
 
 
@@ -150,6 +151,8 @@ def fill(row: Tensor, expected: Expected, state: Mapping[str, Tensor]) -> list[s
 
 def read_expected(like: Like, key: str | None = None) -> Expected:
     """The layout of a population from the file of one of its checkpoints, in which the network is under ``key``."""
+    if isinstance(like, Expected):
+        return like
     if isinstance(like, Layout):
         return Expected(like, "the layout that is given")
     state = open_checkpoint(like, key_in(like, key)).tensors
