@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,5 +68,6 @@ def one_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         release_lock(folder, lock, name)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # unless something was written into it
+                folder.rmdir()

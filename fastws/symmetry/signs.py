@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastws.symmetry.picking import col2im, embedding, gather, im2col, move, moved, pad
 from fastws.symmetry.rules import MOVES, named
-from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
+from fastws.symmetry.tracer import Call, Fields, Tracer, base_name, moving, tensors_in
 
 MINDS = "an operation minds its sign"
 Labelled = tuple[Fields, int]  # fields and number of axes of a tensor
@@ -47,6 +47,10 @@ class SignTracer(Tracer):
             return x == 0
         return id(x) in self.zeros and not x.any()
 
+    def note_zeros(self, call: Call) -> None:
+        """The results of a call are zeros."""
+        self.zeros |= {id(result): result for result in call.results}
+
     def hold_all(self, fields: Fields) -> None:
         for field in fields:
             self.units.hold(field, MINDS)
@@ -61,7 +65,7 @@ def minds(tracer: SignTracer, call: Call) -> list[Fields]:
 
 def odd(tracer: SignTracer, call: Call) -> list[Fields]:
     if tracer.is_zero(call.x):
-        tracer.zeros |= {id(result): result for result in call.results}
+        tracer.note_zeros(call)
     return [tracer.fields(call.x) for _ in call.results]
 
 
@@ -71,13 +75,15 @@ def even(tracer: SignTracer, call: Call) -> list[Fields]:
 
 def power(tracer: SignTracer, call: Call) -> list[Fields]:
     exponent = call.args[1]
-    whole = not isinstance(exponent, Tensor) and isinstance(call.x, Tensor) and exponent == int(exponent)
+    whole = not isinstance(exponent, Tensor) and isinstance(call.x, Tensor) and exponent % 1 == 0
     return ((odd if exponent % 2 else even) if whole else minds)(tracer, call)
 
 
 def clamp(tracer: SignTracer, call: Call) -> list[Fields]:
     """Odd between bounds that are each other's negative."""
-    low, high = call.get("min", call.get("min_val", -1)), call.get("max", call.get("max_val", 1))
+    bounds = {"clamp": ("min", "max", None), "hardtanh": ("min_val", "max_val", 1)}
+    least, most, default = bounds[base_name(call.function)]
+    low, high = call.get(least, default and -default), call.get(most, default)
     plain = isinstance(low, int | float) and isinstance(high, int | float)
     return (odd if plain and low == -high else minds)(tracer, call)
 
@@ -111,7 +117,7 @@ def total(tracer: SignTracer, call: Call) -> list[Fields]:
     """Sums, differences and choices of the first two arguments; a constant that is added must be zero."""
     parts = [x for x in call.args[:2] if not tracer.is_zero(x)]
     if not parts:
-        tracer.zeros |= {id(result): result for result in call.results}
+        tracer.note_zeros(call)
     return [equal(tracer, [labelled(tracer, x) for x in parts], call.output.dim())]
 
 
@@ -127,7 +133,10 @@ def masked_fill(tracer: SignTracer, call: Call) -> list[Fields]:
 
 
 def copy(tracer: SignTracer, call: Call) -> list[Fields]:
-    return [odd(tracer, Call(call.function, call.args[1:], {}, call.output, None))[0]]
+    source = call.args[1]
+    if tracer.is_zero(source):
+        tracer.note_zeros(call)
+    return [equal(tracer, [labelled(tracer, source)], call.output.dim())]
 
 
 def multiplied(tracer: SignTracer, left: Labelled, right: Labelled) -> Fields:
@@ -150,7 +159,7 @@ def product(tracer: SignTracer, call: Call) -> list[Fields]:
     """Products and quotients."""
     left, right = call.args[:2]
     if tracer.is_zero(left) or (tracer.is_zero(right) and "mul" in call.function._schema.name):
-        tracer.zeros |= {id(result): result for result in call.results}
+        tracer.note_zeros(call)
         return [[]]
     return [multiplied(tracer, labelled(tracer, left), labelled(tracer, right))]
 
@@ -186,7 +195,7 @@ def matmul(tracer: SignTracer, call: Call) -> list[Fields]:
     if added and not tracer.is_zero(bias):
         parts.append(labelled(tracer, bias))
     if not parts:
-        tracer.zeros |= {id(result): result for result in call.results}
+        tracer.note_zeros(call)
     return [equal(tracer, parts, call.output.dim())]
 
 
@@ -279,7 +288,7 @@ def expand(tracer: SignTracer, call: Call) -> list[Fields]:
 
 def moves(tracer: SignTracer, call: Call, rule=move) -> list[Fields]:
     if tracer.is_zero(call.x):
-        tracer.zeros |= {id(result): result for result in call.results}
+        tracer.note_zeros(call)
     return rule(tracer, call)
 
 

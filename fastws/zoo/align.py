@@ -211,59 +211,63 @@ def align(config: Config) -> Alignment:
 
 def align_zoo(config: Config, zoo: Zoo) -> Alignment:
     if config.architecture is not None:
-        names = zoo.properties["activation"].to_pylist() if "activation" in zoo.properties.column_names else []
-        activation = next((name for name in names if name in ODD), "relu")
-        _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes, activation)
-        store_symmetry(zoo.path, symmetry)
-        zoo = Zoo.open(config.zoo)
+        zoo = give_symmetry(config, zoo)
     symmetry, layout, last = symmetry_of(zoo), zoo.layout, last_rows(zoo)
     reference, chosen = choose_reference(config, zoo, last)
-    rows, options = torch.tensor(list(last.values())), {"norms": config.norms}
+    rows, norms = torch.tensor(list(last.values())), {"norms": config.norms}
     may_flip = zoo.may_flip[rows] & config.signs
-    goal = target = zoo.rows([last[reference]])[0].to(config.device)
-    matching, known, rounds = options | {"sweeps": config.sweeps, "restarts": config.restarts}, {}, 0
+    options = norms | {"sweeps": config.sweeps, "restarts": config.restarts}
     method = config.canonical or ("mean" if config.reference is None else "matching")
+    base = goal = zoo.rows([last[reference]])[0].to(config.device)
+    known, rounds = {}, 0  # permutations of networks by their number, and how often they were matched anew
     if method == "mean":
-        training = set(zoo.splits.get("train", last))
-        places = torch.tensor([place for place, model in enumerate(last) if model in training or len(last) == 1])
-        places = places if len(places) else torch.arange(len(last))
+        places = training_places(zoo, last)
 
         def read(numbers: Tensor) -> Tensor:
             return zoo.rows(rows[places[numbers]]).to(config.device)
 
-        flips = may_flip[places]
-        together = match_to_mean(read, len(places), target, symmetry, layout, flips=flips, **matching)
-        goal, rounds = together.mean.to(target.dtype), together.rounds
-        known = dict(zip(places.tolist(), together.permutations, strict=True))
+        together = match_to_mean(read, len(places), goal, symmetry, layout, flips=may_flip[places], **options)
+        known, rounds = dict(zip(places.tolist(), together.permutations, strict=True)), together.rounds
+        base = goal = together.mean.to(goal.dtype)
     elif config.canonical:
-        goal = symmetry.permute(target, canonical(target[None], symmetry, layout, config.canonical), layout)[0]
-
-    def find(flat: Tensor, numbers: Tensor) -> Tensor:
-        if config.canonical is not None:
-            return canonical(flat, symmetry, layout, config.canonical)
-        found = [known.get(number) for number in numbers.tolist()]
-        new = torch.tensor([row is None for row in found])
-        permutations = symmetry.identity(len(flat), flat.device)
-        if new.any():
-            permutations[new] = match(flat[new], goal, symmetry, layout, flips=may_flip[numbers[new]], **matching)
-        if not new.all():
-            permutations[~new] = torch.stack([row for row in found if row is not None]).to(flat.device)
-        return permutations
-
+        goal = symmetry.permute(goal, canonical(goal[None], symmetry, layout, config.canonical), layout)[0]
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
         for numbers in torch.arange(len(rows)).split(batch_size(symmetry)):
             flat = zoo.rows(rows[numbers]).to(config.device)
-            found = find(flat, numbers)
+            if config.canonical:
+                found = canonical(flat, symmetry, layout, config.canonical)
+            else:
+                found = symmetry.identity(len(flat), flat.device)
+                new = torch.tensor([number not in known for number in numbers.tolist()])
+                for place in (~new).nonzero().flatten().tolist():
+                    found[place] = known[int(numbers[place])].to(flat.device)
+                if new.any():
+                    found[new] = match(flat[new], goal, symmetry, layout, flips=may_flip[numbers[new]], **options)
             permutations.append(found[:, : sum(symmetry.sizes)].cpu())
-            before.append(objective(flat, goal if method == "mean" else target, symmetry, layout, **options).cpu())
-            moved = symmetry.permute(flat, found, layout)
-            after.append(objective(moved, goal, symmetry, layout, **options).cpu())
+            before.append(objective(flat, base, symmetry, layout, **norms).cpu())
+            after.append(objective(symmetry.permute(flat, found, layout), goal, symmetry, layout, **norms).cpu())
             bar.update(len(numbers))
     results = (torch.cat(parts).contiguous() for parts in (permutations, before, after))
     alignment = Alignment(reference, chosen, config.norms, tuple(last), *results, method, rounds)
     alignment.save(zoo, written(config))
     return alignment
+
+
+def give_symmetry(config: Config, zoo: Zoo) -> Zoo:
+    """The zoo with the symmetry of an architecture, traced with an odd activation where any network has one."""
+    names = zoo.properties["activation"].to_pylist() if "activation" in zoo.properties.column_names else []
+    activation = next((name for name in names if name in ODD), "relu")
+    _, symmetry = trace_network(config.architecture, config.image_shape, config.num_classes, activation)
+    store_symmetry(zoo.path, symmetry)
+    return Zoo.open(config.zoo)
+
+
+def training_places(zoo: Zoo, last: dict[str, int]) -> Tensor:
+    """The numbers of the models of the training split; of all, where it has none here."""
+    training = set(zoo.splits.get("train", last))
+    places = [place for place, model in enumerate(last) if model in training]
+    return torch.tensor(places or range(len(last)))
 
 
 def written(config: Config) -> Path:

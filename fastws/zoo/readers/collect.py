@@ -145,7 +145,7 @@ def collect(out: str | os.PathLike, population: Population, options: ReadOptions
 def digest(population: Population, options: ReadOptions) -> str:
     """Equal for two calls that ask for the same."""
     symmetry = options.symmetry and options.symmetry.to_dict()
-    what = [dict(population.source), options.threshold, symmetry, options.key]
+    what = [dict(population.source), options.threshold, symmetry, options.key, options.activation]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
 
 
