@@ -176,7 +176,9 @@ def test_signs_that_are_not_allowed_are_refused():
 def test_descriptions_without_signs_are_read(traced):
     symmetry = traced[2]
     described = json.loads(json.dumps(symmetry.to_dict()))
-    assert Symmetry.from_dict(described) == symmetry
+    assert Symmetry.from_dict(described) == symmetry and described.pop("format") == 2
+    with pytest.raises(ValueError, match="got ValueError.*format 3, of a newer version of fastws"):
+        Symmetry.from_dict(described | {"format": 3})
     for found in described["axes"].values():
         for segments in found:
             for segment in segments or ():

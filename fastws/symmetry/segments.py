@@ -17,6 +17,7 @@ from fastws.symmetry.signs import Negated
 # units or do not
 Segment = tuple[int | None, int, int, bool]
 Segments = tuple[Segment, ...]
+FORMAT = 2  # of descriptions; in 1, which did not say so, segments had no signs
 
 
 def runs(axis: Axis) -> list[tuple[int, int, int]]:
@@ -102,6 +103,8 @@ def parse(fields: Mapping) -> dict[str, Any]:
         ValueError: If the tables that are made of them could point outside a tensor, or be no permutations.
     """
     try:
+        if fields.get("format", 1) not in (1, FORMAT):
+            raise ValueError(f"format {fields['format']!r}, of a newer version of fastws")
         axes = {
             name: tuple(segments if segments is None else tuple(map(with_sign, segments)) for segments in found)
             for name, found in fields["axes"].items()

@@ -20,7 +20,17 @@ from fastws.symmetry.copies import Inputs, example_of
 from fastws.symmetry.influence import Groups, Place, without_influence
 from fastws.symmetry.notes import UNSEEN, Dropped, by_reason, sentences
 from fastws.symmetry.rules import PASSING, RULES
-from fastws.symmetry.segments import Segments, arrange, group_names, parse, plan, unit_size, unstorable, with_sign
+from fastws.symmetry.segments import (
+    FORMAT,
+    Segments,
+    arrange,
+    group_names,
+    parse,
+    plan,
+    unit_size,
+    unstorable,
+    with_sign,
+)
 from fastws.symmetry.signs import Negated
 from fastws.symmetry.trace import trace
 from fastws.symmetry.verify import Check
@@ -455,7 +465,7 @@ class Symmetry:
 
     def to_dict(self) -> dict:
         """Lists, numbers and strings, for JSON."""
-        return {key: copy.deepcopy(getattr(self, key)) for key in (*MOVES, "unpermuted", "fixed")}
+        return {"format": FORMAT} | {key: copy.deepcopy(getattr(self, key)) for key in (*MOVES, "unpermuted", "fixed")}
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Symmetry":
