@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import CASES, networks
 from small_zoo import make_small_zoo
+from test_signs import CASES as SIGNED
 from torch import nn
 
 import fastws
@@ -71,6 +72,51 @@ def test_residual_stream_is_sorted_where_it_begins():
     for name in symmetry.names:
         norms = state[name].flatten(1).norm(dim=1)
         assert (norms.diff() <= 0).all(), name
+
+
+ODD = [name for name, (_, _, flips) in SIGNED.items() if any(flips)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ODD)
+def test_form_is_that_of_all_copies_whose_units_changed_sign(name, form):
+    module, inputs, _ = SIGNED[name]
+    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    flat = torch.randn(3, layout.num_weights, generator=torch.Generator().manual_seed(0))
+    drawn = symmetry.random(9, seed=4, flips=True)
+    copies = symmetry.permute(flat.repeat(3, 1), drawn, layout)
+    assert (drawn < 0).any()
+    first, second = (
+        symmetry.permute(rows, canonical(rows, symmetry, layout, form, flips=True), layout) for rows in (flat, copies)
+    )
+    assert torch.equal(first.repeat(3, 1), second)
+    assert torch.equal(symmetry.permute(first, canonical(first, symmetry, layout, form, flips=True), layout), first)
+    unsigned = canonical(copies, symmetry, layout, form)
+    some = torch.arange(9) % 2 == 0
+    mixed = canonical(copies, symmetry, layout, form, flips=some)
+    assert (unsigned >= 0).all() and torch.equal(mixed[~some], unsigned[~some])
+    assert torch.equal(mixed[some], canonical(copies, symmetry, layout, form, flips=True)[some])
+
+
+def test_sums_of_cubes_of_signed_rows_are_positive():
+    module, inputs, _ = SIGNED["tanh"]
+    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    flat = torch.randn(2, layout.num_weights, generator=torch.Generator().manual_seed(1))
+    moved = symmetry.permute(flat, canonical(flat, symmetry, layout, flips=True), layout)
+    for row in moved:
+        state = layout.unflatten(row)
+        for layer in ("0", "2"):
+            rows = torch.cat([state[f"{layer}.weight"], state[f"{layer}.bias"][:, None]], 1)
+            assert (rows.double().pow(3).sum(1) > 0).all()
+
+
+def test_sign_that_nothing_decides_stays():
+    # tanh(W x) + x: rows and columns are one group and nothing else tells signs
+    segments = ((0, 6, 1, True),)
+    symmetry = Symmetry((6,), ("w.weight",), {"w.weight": (6, 6)}, {}, {"w.weight": (segments, segments)}, [])
+    layout = Layout.from_checkpoint({"w.weight": torch.empty(6, 6)})
+    flat = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
+    assert symmetry.flips == (True,) and (canonical(flat, symmetry, layout, flips=True) >= 0).all()
 
 
 def test_group_without_sorted_inputs_is_sorted_by_the_entries_of_its_rows():

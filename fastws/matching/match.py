@@ -83,12 +83,7 @@ def match(
         raise ValueError(f"match: sweeps and tolerance must be at least 0, got {sweeps} and {tolerance}")
     if restarts < 1:
         raise ValueError(f"match: restarts must be at least 1, got {restarts}")
-    if not isinstance(flips, Tensor):
-        flips = torch.full((len(flat),), flips, device=flat.device)
-    if flips.shape != (len(flat),) or flips.dtype != torch.bool:
-        raise ValueError(
-            f"match: flips must be a bool, or [{len(flat)}] of them, got {list(flips.shape)} {flips.dtype}"
-        )
+    flips = check_flips("match", flips, flat)
     flat, reference = flat.detach(), reference.detach()
 
     def match_part(part: Tensor, reference: Tensor, flips: Tensor, pool: Executor) -> Tensor:
@@ -105,7 +100,7 @@ def match(
         size = batch_size(symmetry)
         networks = flat.split(size)
         theirs = reference.split(size) if reference.dim() == 2 else [reference] * len(networks)
-        parts = zip(networks, theirs, flips.to(flat.device).split(size), strict=True)
+        parts = zip(networks, theirs, flips.split(size), strict=True)
         return torch.cat([match_part(*part, pool) for part in parts])
 
 
@@ -317,6 +312,17 @@ def batch_size(symmetry: Symmetry) -> int:
     """Networks that are matched at a time: as many as fit with their similarities."""
     numbers = sum(math.prod(shape) for shape in symmetry.shapes.values()) + sum(size**2 for size in symmetry.sizes)
     return max(1, min(BATCH_NETWORKS, BATCH_BYTES // (4 * numbers)))
+
+
+def check_flips(where: str, flips: bool | Tensor, flat: Tensor) -> Tensor:
+    """Which networks may change signs, bool ``[M]``."""
+    if not isinstance(flips, Tensor):
+        flips = torch.full((len(flat),), flips, device=flat.device)
+    if flips.shape != (len(flat),) or flips.dtype != torch.bool:
+        raise ValueError(
+            f"{where}: flips must be a bool, or [{len(flat)}] of them, got {list(flips.shape)} {flips.dtype}"
+        )
+    return flips.to(flat.device)
 
 
 def check_networks(where: str, flat: Tensor, reference: Tensor, layout: Layout, norms: str) -> None:

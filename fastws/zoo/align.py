@@ -230,13 +230,14 @@ def align_zoo(config: Config, zoo: Zoo) -> Alignment:
         known, rounds = dict(zip(places.tolist(), together.permutations, strict=True)), together.rounds
         base = goal = together.mean.to(goal.dtype)
     elif config.canonical:
-        goal = symmetry.permute(goal, canonical(goal[None], symmetry, layout, config.canonical), layout)[0]
+        own = may_flip[list(last).index(reference)][None]
+        goal = symmetry.permute(goal, canonical(goal[None], symmetry, layout, config.canonical, flips=own), layout)[0]
     permutations, before, after = [], [], []
     with tqdm(total=len(rows), desc="align", unit=" networks") as bar:
         for numbers in torch.arange(len(rows)).split(batch_size(symmetry)):
             flat = zoo.rows(rows[numbers]).to(config.device)
             if config.canonical:
-                found = canonical(flat, symmetry, layout, config.canonical)
+                found = canonical(flat, symmetry, layout, config.canonical, flips=may_flip[numbers])
             else:
                 found = symmetry.identity(len(flat), flat.device)
                 new = torch.tensor([number not in known for number in numbers.tolist()])

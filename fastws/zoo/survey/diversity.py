@@ -143,7 +143,7 @@ def measure_weights(zoo: Zoo, sample: Sample, aligned: bool = False) -> Weights:
             between["aligned"] = pairwise_distances(aligned_rows(zoo, rows))
         except ValueError as error:
             not_aligned = str(error)
-    permuted = count_repeated(canonical_hashes(last, zoo.symmetry, zoo.layout), rows.tolist())
+    permuted = count_repeated(canonical_hashes(last, zoo.symmetry, zoo.layout, flips=zoo.may_flip[rows]), rows.tolist())
     spread = read(rows) if aligned else last
     std = torch.cat([part.double().std(0, correction=0) for part in spread.split(COLUMNS, 1)])
     return Weights(statistics, steps, std, between, permuted, not_aligned)
