@@ -18,6 +18,9 @@ if find_spec("matplotlib"):
     from matplotlib.ticker import MaxNLocator
 
 TARGETS = {"test_accuracy": "accuracy", "epoch": "epoch", "generalisation_gap": "generalisation gap"}
+NEW = ("epoch 0", "trained", "novelty", "spread")  # what is said of new networks
+IS_NEW = 0.5  # novelty above which a set of networks is no copy: the mean of two training networks has .6
+TRAINED = "accuracy as sampled and after {} epochs of training; novelty and spread beside those of held-out networks"
 SMOKE = "<p><strong>A smoke run: it shows that everything works; its numbers mean nothing.</strong></p>"
 
 
@@ -60,6 +63,12 @@ def page(results: Mapping, curves: Curves) -> str:
         f"<p>{html.escape(nern_note(results['nern']))}</p>",
         pages.figure(
             draw_kernels(results["nern"]), "The kernels of its first layer: above as trained, below as stored."
+        ),
+        "<h2>New networks</h2>",
+        new_section(results["new"]),
+        pages.figure(
+            draw_new(results["new"]),
+            "Each point is a set of networks. Left is what copies, right what no training network is like.",
         ),
         "<h2>What was run</h2>",
         stage_table(results["stages"]),
@@ -137,6 +146,30 @@ def nern_note(found: Mapping) -> str:
     )
 
 
+def new_rows(found: Mapping) -> list[list[str]]:
+    """One row per set of new networks: its name and the columns of ``NEW``."""
+    rows = []
+    for name, one in found["sets"].items():
+        trained = "" if one["trained"] is None else number(one["trained"])
+        cells = (
+            f"{number(value, 2)} [{number(low, 2)}, {number(high, 2)}]"
+            for value, low, high in (one["novelty"], one["spread"])
+        )
+        rows.append([name, number(one["accuracy"][0]), trained, *cells])
+    return [*rows, ["from scratch", *map(number, found["scratch"]), "", ""]]
+
+
+def new_section(found: Mapping) -> str:
+    text = (
+        f"{found['count']} networks of {found['weights']:,} weights of each kind, made from "
+        f"{found['training_states']:,} states of {found['networks']} trained ones: "
+        f"{TRAINED.format(found['more_epochs'])}. Novelty is the distance to the nearest training state, whatever the "
+        "order and the signs of neurons, over the same of networks that nobody trained on: a copy has 0, and copies "
+        "are accurate. What counts is accuracy at the novelty and the spread of held-out networks."
+    )
+    return f"<p>{html.escape(text)}</p>{table(('', *NEW), new_rows(found))}"
+
+
 def stage_table(stages: Mapping) -> str:
     rows = [
         (name, f"{stage['seconds']:.1f}", f"{stage['cpu_seconds']:.1f}", str(stage["attempts"]))
@@ -208,6 +241,24 @@ def draw_kernels(found: Mapping) -> "Figure":
         for kernel, axis in zip(row, axes, strict=True):
             axis.imshow(kernel, cmap="RdBu", vmin=-limit, vmax=limit)
             axis.set_axis_off()
+    return figure
+
+
+def draw_new(found: Mapping) -> "Figure":
+    figure, (axis,) = make_figure(height=4.0)
+    sets, epochs = found["sets"], found["more_epochs"]
+    for color, (name, one) in zip((ORANGE, "#cc79a7", BLUE, GREY, "black"), sets.items(), strict=True):
+        (across, *_), (up, *_), (size, *_) = one["novelty"], one["accuracy"], one["spread"]
+        axis.scatter(across, up, s=30 + 120 * size, color=color, label=name)
+        if one["trained"] is not None:
+            axis.annotate("", (across, one["trained"]), (across, up), arrowprops={"arrowstyle": "->", "color": color})
+    scratch = {"color": GREY, "linewidth": 0.7, "linestyle": "--"}
+    axis.axhline(found["scratch"][1], label=f"from scratch after {epochs} epochs", **scratch)
+    new = [(one["accuracy"][0], name) for name, one in sets.items() if one["novelty"][0] >= IS_NEW and one["trained"]]
+    title = "{1}, {0:.2f}".format(*max(new)) if new else "none is new"
+    axis.set(title=f"Most accurate beyond novelty {IS_NEW}: {title}", xlim=(0, None))
+    axis.set(xlabel="novelty; the size of a point is spread", ylabel=f"accuracy; arrows: after {epochs} epochs")
+    axis.legend(frameon=False, loc="lower left")
     return figure
 
 

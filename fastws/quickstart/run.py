@@ -1,4 +1,4 @@
-"""The first complete job: a zoo of small networks, a SANE of their weights, and what its embeddings say about others.
+"""The first complete job: a zoo of small networks, a SANE of their weights, what its embeddings say, new networks.
 
 Networks of the test split are seen by nothing before the last stage: not by SANE, not by the statistics that
 standardise weights, not by the reference of the alignment, not by the probes. Penalties and the scaling of features are
@@ -32,7 +32,7 @@ from fastws.downstream.embed import (
 from fastws.files.atomic import write_json
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
-from fastws.quickstart import nern_demo
+from fastws.quickstart import nern_demo, new_networks
 from fastws.quickstart import page as report
 from fastws.runs.begun import begin
 from fastws.runs.stages import TIMES, stage
@@ -53,6 +53,9 @@ SMOKE = {
     "batch_size": 8,
     "width": 16,
     "nern_steps": 20,
+    "sampled_zoo": 80,
+    "passes": 2,
+    "samples": 12,
 }
 
 
@@ -85,6 +88,10 @@ class Config:
 
     nern_steps: int = 1000  # of storing the best network in a NeRN
 
+    sampled_zoo: int = 240  # networks of the zoo that new networks are sampled from
+    passes: int = 60  # of the autoencoder of that zoo over its training networks
+    samples: int = 100  # new networks of each kind
+
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
     permutations: int = 8  # permuted copies of each test network, to see how far they move its embedding
     threads: int = 0  # processor cores to use; 0: all
@@ -92,7 +99,11 @@ class Config:
     def __post_init__(self):
         if self.networks < 20:
             raise ValueError(f"quickstart: networks must be at least 20, some for each split, got {self.networks}")
-        for name in ("epochs", "permutations", "nern_steps", "width", "depth", "latent"):
+        if self.sampled_zoo < 80:
+            raise ValueError(
+                f"quickstart: sampled_zoo must be at least 80, to judge samples by, got {self.sampled_zoo}"
+            )
+        for name in ("epochs", "permutations", "nern_steps", "passes", "samples", "width", "depth", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"quickstart: {name} must be at least 1, got {getattr(self, name)}")
         if not self.probe_epochs or not all(0 <= epoch <= self.epochs for epoch in self.probe_epochs):
@@ -267,6 +278,12 @@ def store_network(config: Config, folder: Path) -> dict:
     return nern_demo.store_best(Zoo.open(folder / "zoo"), folder / "nern", config.nern_steps, config.seed)
 
 
+def sample_networks(config: Config, folder: Path) -> dict:
+    """new networks from an autoencoder of tanh networks, beside what needs no learning"""
+    sizes = new_networks.Sizes(config.sampled_zoo, config.epochs, config.passes, config.samples)
+    return new_networks.sample_sets(folder / "new", sizes, config.seed)
+
+
 STAGES = {  # in this order
     "zoo": make_zoo,
     "align": align_zoo,
@@ -275,6 +292,7 @@ STAGES = {  # in this order
     "probe": probe,
     "permutations": check_permutations,
     "nern": store_network,
+    "new": sample_networks,
 }
 
 
@@ -337,6 +355,10 @@ def print_summary(results: dict, folder: Path, seconds: float) -> None:
     print(f"it is nearer than another network in {100 * check['nearer']:.1f} % of the cases")
     before, after = results["nern"]["accuracy"]
     print(f"the best network, its convolutions stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after")
+    print(f"\nnew networks: {report.TRAINED.format(results['new']['more_epochs'])}")
+    print(f"{'':<32}" + "".join(f"{name:>24}" for name in report.NEW))
+    for name, *cells in report.new_rows(results["new"]):
+        print(f"{name:<32}" + "".join(f"{cell:>24}" for cell in cells))
     print(f"\n{seconds:.0f} s, {process_time():.0f} s of processor time")
     print(f"report:  {folder / 'report.html'}   (open it in a browser)")
     print(f"numbers: {folder / 'results.json'}")
