@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastws import pages
+from fastws.quickstart import new_networks
 from fastws.quickstart import run as quickstart
 from fastws.zoo.format.zoo import Zoo
 
@@ -49,9 +50,23 @@ def test_results_are_complete(finished):
     assert {"fastws", "torch", "python", "commit", "processor", "cores"} <= set(results["machine"])
 
 
+def test_new_networks_are_judged(finished):
+    found = read(finished)["new"]
+    assert found["networks"] == 56 and found["training_states"] == 56 * 4 and found["weights"] == 1486
+    assert list(found["sets"]) == [words for words, _ in new_networks.SETS.values()] + ["held-out networks"]
+    sampled = Zoo.open(Path(finished.out) / "new/kde")
+    assert len(sampled) == found["count"] == 12
+    mean = sampled.numbers("test_accuracy").mean()
+    first, *_, held_out = found["sets"].values()
+    assert first["accuracy"][0] == pytest.approx(mean, abs=1e-6) and held_out["novelty"][0] == pytest.approx(1, abs=0.2)
+    page = html.unescape((Path(finished.out) / "report.html").read_text())
+    for row in quickstart.report.new_rows(found):
+        assert all(f"<td>{cell}</td>" in page for cell in row)
+
+
 def test_report_stands_alone(finished):
     page = (Path(finished.out) / "report.html").read_text()
-    assert page.count("src='data:image/png;base64,") == page.count("<img") == 5
+    assert page.count("src='data:image/png;base64,") == page.count("<img") == 6
     assert not re.search(r"<script|<link|https?:", page)
 
 
