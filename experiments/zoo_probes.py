@@ -18,7 +18,8 @@ import tyro
 from torch import Tensor
 
 import fastws
-from fastws.downstream.predict import fit_probes, r2_interval
+from fastws.downstream.probes.intervals import r2_interval
+from fastws.downstream.probes.ridge import fit_probes
 from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
@@ -54,7 +55,7 @@ def run(config: Config) -> None:
     models = zoo.properties["model"].cast("string").take(rows["test"].numpy()).to_pylist()
     numbers, names = find_targets(zoo, torch.cat(list(rows.values())))
     results = []
-    print(f"{'features':<10} {'target':<20} {'train':>8} {'val':>8} {'test':>8}  score, [5 %, 95 %] over networks")
+    print(f"{'features':<10} {'target':<20} {'train':>8} {'val':>8} {'test':>8}  score, [2.5 %, 97.5 %] over networks")
     for kind, features in make_features(zoo, rows).items():
         for line in probe_numbers(features, numbers, rows, models) + probe_names(features, names, rows):
             results.append({"features": kind} | line)

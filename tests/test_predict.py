@@ -11,6 +11,8 @@ from small_zoo import make_small_zoo
 
 import fastws
 from fastws.downstream import predict
+from fastws.downstream.probes import features as probe_features
+from fastws.downstream.probes import intervals, ridge
 from fastws.files.lock import one_writer
 from fastws.nn.sane import SANE, SANEConfig
 
@@ -74,11 +76,11 @@ def make_problem(width, dtype=torch.float64):
 @pytest.mark.parametrize("width", [5, 39, 100])  # fewer, as many, more features than networks, with the ones
 def test_probes_are_those_of_numpy(width, published):
     features, targets = make_problem(width)
-    for number, probe in enumerate(predict.fit_probes(features, targets, standardize=False, published=published)):
+    for number, probe in enumerate(ridge.fit_probes(features, targets, standardize=False, published=published)):
         plain = {split: x.numpy() for split, x in features.items()}
         target = {split: y[:, number].numpy() for split, y in targets.items()}
-        runs = {penalty: regress(plain, target, penalty, published) for penalty in predict.PENALTIES}
-        penalty = max(predict.PENALTIES, key=lambda penalty: runs[penalty][0]["val"])
+        runs = {penalty: regress(plain, target, penalty, published) for penalty in ridge.PENALTIES}
+        penalty = max(ridge.PENALTIES, key=lambda penalty: runs[penalty][0]["val"])
         score, tau = runs[penalty]
         assert probe.penalty == penalty and probe.standardized is False
         assert probe.train_r2 == pytest.approx(score["train"], rel=0, abs=1e-8)
@@ -92,30 +94,30 @@ def test_intercept_is_not_penalised(width):
     """No penalty keeps predictions from the mean: that of the training split is reached, however far it is from 0."""
     features, targets = make_problem(width)
     far = {split: y + 1e3 for split, y in targets.items()}
-    for ours, theirs in zip(predict.fit_probes(features, targets), predict.fit_probes(features, far), strict=True):
+    for ours, theirs in zip(ridge.fit_probes(features, targets), ridge.fit_probes(features, far), strict=True):
         assert ours.scores() == pytest.approx(theirs.scores(), rel=1e-6)
         assert ours.train_r2 > -1e-9  # the mean alone has 0
-    moved = predict.fit_probes(features, far, published=True)[2]
-    assert moved.scores() != pytest.approx(predict.fit_probes(features, targets, published=True)[2].scores(), rel=1e-3)
+    moved = ridge.fit_probes(features, far, published=True)[2]
+    assert moved.scores() != pytest.approx(ridge.fit_probes(features, targets, published=True)[2].scores(), rel=1e-3)
 
 
 def test_scaling_is_chosen_on_the_validation_split():
     features, targets = make_problem(30)
     units = {split: x * torch.logspace(-4, 4, 30) for split, x in features.items()}
-    tried = [predict.fit_probes(units, targets, standardize=way) for way in (False, True)]
-    for chosen, *ways in zip(predict.fit_probes(units, targets), *tried, strict=True):
+    tried = [ridge.fit_probes(units, targets, standardize=way) for way in (False, True)]
+    for chosen, *ways in zip(ridge.fit_probes(units, targets), *tried, strict=True):
         best = max(ways, key=lambda probe: probe.val_r2)
         assert chosen.scores() == best.scores()
-    assert any(probe.standardized for probe in predict.fit_probes(units, targets))
+    assert any(probe.standardized for probe in ridge.fit_probes(units, targets))
     known = {split: y[~y.isnan().any(1)] for split, y in targets.items()}
     rows = {split: x[~targets[split].isnan().any(1)] for split, x in units.items()}
-    alone = predict.fit_probes(rows | {"val": rows["val"][:0]}, known | {"val": known["val"][:0]})
+    alone = ridge.fit_probes(rows | {"val": rows["val"][:0]}, known | {"val": known["val"][:0]})
     assert all(probe.train_r2 > 0.9 for probe in alone[:1])  # without validation rows the training split chooses
 
 
 def test_probe_finds_what_is_there():
     features, targets = make_problem(5)
-    clear, _, hidden = probes = predict.fit_probes(features, targets)
+    clear, _, hidden = probes = ridge.fit_probes(features, targets)
     for probe, y in zip(probes, targets["test"].T, strict=True):  # the predictions are those that were scored
         y = y[~y.isnan()]
         error = (probe.test_prediction - y).square().mean() / y.var(correction=0)
@@ -126,17 +128,17 @@ def test_probe_finds_what_is_there():
 def test_standardised_probes_ignore_units():
     features, targets = make_problem(5)
     other = {split: x * torch.tensor([1e-6, 1, 1e4, 3, 1e2]) - 7 for split, x in features.items()}
-    ours, theirs = (predict.fit_probes(x, targets, standardize=True) for x in (features, other))
+    ours, theirs = (ridge.fit_probes(x, targets, standardize=True) for x in (features, other))
     for a, b in zip(ours, theirs, strict=True):
         assert a.scores() == pytest.approx(b.scores(), rel=1e-6)
-    unscaled = predict.fit_probes(other, targets, standardize=False)
+    unscaled = ridge.fit_probes(other, targets, standardize=False)
     assert unscaled[0].scores() != pytest.approx(theirs[0].scores(), rel=1e-6)
 
 
 def test_constant_targets_have_no_score():
     features, targets = make_problem(5)
     targets = {split: torch.ones_like(y) for split, y in targets.items()}
-    probe = predict.fit_probes(features, targets)[0]
+    probe = ridge.fit_probes(features, targets)[0]
     assert numpy.isnan([probe.train_r2, probe.val_r2, probe.test_r2, probe.test_tau]).all()
 
 
@@ -145,16 +147,16 @@ def test_interval_is_that_of_resampled_networks():
     models = [f"m{number % 12}" for number in range(60)]
     target = torch.from_numpy(random.normal(size=60))
     prediction = target + 0.4 * torch.from_numpy(random.normal(size=60))
-    low, high = predict.r2_interval(prediction, target, models, seed=3)
+    low, high = intervals.r2_interval(prediction, target, models, seed=3)
     scores = []
     for _ in range(1500):
         drawn = random.integers(12, size=12)
         rows = torch.tensor([row for m in drawn for row in range(60) if models[row] == f"m{m}"])
         y = target[rows]
         scores.append(float(1 - (y - prediction[rows]).square().mean() / y.var(correction=0)))
-    assert [low, high] == pytest.approx(numpy.quantile(scores, [0.05, 0.95]).tolist(), abs=0.03)
-    assert predict.r2_interval(target, target, models, 0) == pytest.approx([1, 1])
-    assert predict.r2_interval(target, torch.ones(60), models, 0) is None
+    assert [low, high] == pytest.approx(numpy.quantile(scores, [0.025, 0.975]).tolist(), abs=0.03)
+    assert intervals.r2_interval(target, target, models, 0) == pytest.approx([1, 1])
+    assert intervals.r2_interval(target, torch.ones(60), models, 0) is None
 
 
 # --- features
@@ -171,13 +173,13 @@ def test_statistics_are_those_of_numpy(zoo, padded):
         entries = tokens[:, here][:, mask[here]].numpy()
         quantiles = numpy.percentile(entries, [1, 25, 50, 75, 99], axis=1)
         features += [entries.mean(1), entries.var(1), *quantiles]
-    actual = predict.layer_statistics(zoo.weights, layout, padded=padded)
+    actual = probe_features.layer_statistics(zoo.weights, layout, padded=padded)
     assert actual.shape == (len(zoo), 7 * len(layout.table))
     torch.testing.assert_close(actual, torch.from_numpy(numpy.stack(features, 1)), rtol=1e-10, atol=1e-12)
 
 
 def test_statistics_of_weights_and_biases_apart_are_those_of_each_tensor(zoo):
-    actual = predict.layer_statistics(zoo.weights, zoo.layout, apart=True)
+    actual = probe_features.layer_statistics(zoo.weights, zoo.layout, apart=True)
     weights = zoo.layout.unflatten(zoo.weights[0])
     expected = [fastws.layer_statistics(x.reshape(1, -1), torch.tensor([[0, x.numel()]])) for x in weights.values()]
     torch.testing.assert_close(actual[0], torch.cat(expected).flatten(), rtol=1e-10, atol=1e-12)
@@ -334,7 +336,7 @@ def test_published_protocol(checkpoint, encoder, zoo, tmp_path, monkeypatch, cap
     torch.testing.assert_close(features["sane"], embed.encode(encoder, zoo.weights, halo=None).mean(1))
     by_split = {split: features["statistics"][zoo.split(split)] for split in SPLITS}
     targets = {split: predict.read_target(zoo, "test_accuracy")[zoo.split(split)][:, None] for split in SPLITS}
-    (probe,) = predict.fit_probes(by_split, targets, published=True)
+    (probe,) = ridge.fit_probes(by_split, targets, published=True)
     (row,) = [row for row in results["results"] if (row["features"], row["target"]) == ("statistics", "test_accuracy")]
     assert row["test_r2"] == pytest.approx(probe.test_r2)
 

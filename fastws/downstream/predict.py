@@ -1,52 +1,25 @@
 """Linear probes: how well properties of networks are predicted from their embeddings, statistics or weights."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy
 import torch
-from scipy.stats import kendalltau
 from torch import Tensor
-from torch.nn.functional import pad
 
 import fastws
 from fastws.devices import find_device
 from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
+from fastws.downstream.probes.features import WEIGHTS_AT_ONCE, layer_statistics, layers_of
+from fastws.downstream.probes.ridge import fit_probes
 from fastws.files.atomic import write_json
-from fastws.table import table_rows
 from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
-PENALTIES = (
-    1e3,
-    3e2,
-    1e2,
-    3e1,
-    1e1,
-    3.0,
-    1.0,
-    0.3,
-    0.1,
-    3e-2,
-    1e-2,
-    3e-3,
-    1e-3,
-    3e-4,
-    1e-4,
-    3e-5,
-    1e-5,
-)  # as published
 PROTOCOL = "the intercept is not penalised; scaling of features and penalty by the validation split"
 PUBLISHED = (
     "as published with SANE (arXiv 2406.09997): the intercept is penalised and features are not scaled; statistics "
     "count the padding of tokens and norm layers; embeddings are made in one pass"
 )
-RESAMPLES = 1000  # for the intervals of R^2
-WEIGHTS_AT_ONCE = 2**24
-Splits = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +56,6 @@ class Config:
             raise ValueError("predict: padded must be left out where biases are apart, got both")
         if self.published and (self.apart or self.standardize):
             raise ValueError("predict: published must be given without apart and standardize, got both")
-
-
-class Probe(NamedTuple):
-    """What a ridge regression reached. Entries are nan where a target is constant."""
-
-    penalty: float
-    standardized: bool  # whether features were scaled to mean 0 and std 1
-    train_r2: float
-    val_r2: float
-    test_r2: float
-    test_tau: float  # Kendall's rank correlation of targets and predictions
-    test_prediction: Tensor  # [n] float64, for the networks of the test split whose target is known
-
-    def scores(self) -> dict[str, float | None]:
-        """All but the predictions, with None for nan, which JSON does not know."""
-        numbers = dict(zip(self._fields[:-1], self[:-1], strict=True))
-        return {name: value if isfinite(value) else None for name, value in numbers.items()}
 
 
 def run(config: Config) -> None:
@@ -160,172 +116,3 @@ def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
     if not features:
         raise ValueError("predict: features must be asked for, got none; give model, embeddings, statistics or weights")
     return features
-
-
-# --- features
-
-
-def layers_of(flat: Tensor, layout: fastws.Layout, *, apart: bool = False) -> list[Tensor]:
-    """``[B, n]`` each: the weights of each layer with its biases or, apart, the biases behind its weights."""
-    layers = []
-    for row in table_rows(layout.table):
-        parts = [flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]]
-        parts += [flat[:, row.bias_offset : row.bias_offset + row.rows]] if row.bias_offset >= 0 else []
-        layers += parts if apart else [torch.cat(parts, 1)]
-    return layers
-
-
-def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = False, apart: bool = False) -> Tensor:
-    """Mean, population variance and the 1, 25, 50, 75, 99 % quantiles of the weights of each layer.
-
-    The features s(W) of Unterthiner et al. (arXiv 2002.11448), as in SANE. Quantiles interpolate linearly.
-
-    Args:
-        flat: Checkpoints, ``[B, P]``.
-        layout: Says which weights make a layer; a bias belongs to its weight.
-        padded: Count the zeros that fill up tokens among the weights, as the published code does.
-        apart: Statistics of weights and of biases, as in the model zoo data set (arXiv 2209.14764).
-
-    Returns:
-        ``[B, 7 L]`` float64, layer by layer; apart, one more for each bias, behind its weight.
-    """
-    layers = layers_of(flat, layout, apart=apart)
-    if padded:
-        filled = [row.rows * row.chunks * layout.token_size for row in table_rows(layout.table)]
-        layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled, strict=True)]
-    sizes = torch.tensor([layer.shape[1] for layer in layers])
-    ends = sizes.cumsum(0)
-    return fastws.layer_statistics(torch.cat(layers, 1), torch.stack([ends - sizes, ends], 1)).flatten(1)
-
-
-# --- probes
-
-
-class Decomposition(NamedTuple):
-    """``X X' = U diag(eigenvalues) U'`` of training features ``X`` ``[n, d]``, and how to get ``x X' U`` for others.
-
-    Features are taken relative to ``center``: then the intercept is the mean of the target, and no penalty moves it.
-    """
-
-    features: Tensor
-    center: Tensor  # [d] float64
-    vectors: Tensor  # U, [n, r]
-    eigenvalues: Tensor  # [r]
-    axes: Tensor | None  # X' U, [d, r], where it is small
-
-    def project(self, x: Tensor) -> Tensor:
-        """``x X' U``, ``[m, r]``."""
-        if self.axes is None:
-            return gram(x, self.features, self.center) @ self.vectors
-        return (x.double() - self.center) @ self.axes
-
-
-def decompose(features: Tensor, center: Tensor) -> Decomposition:
-    if features.shape[0] >= features.shape[1]:
-        vectors, singular, axes = torch.linalg.svd(features.double() - center, full_matrices=False)
-        return Decomposition(features, center, vectors, singular.square(), axes.T * singular)
-    eigenvalues, vectors = torch.linalg.eigh(gram(features, features, center))
-    return Decomposition(features, center, vectors, eigenvalues.clamp(min=0), None)
-
-
-def gram(x: Tensor, y: Tensor, center: Tensor) -> Tensor:
-    """``(x - center) (y - center)'`` in float64, without float64 copies of features that are as long as networks."""
-    parts = (matrix.split(2**16, dim=-1) for matrix in (x, y, center))
-    return torch.stack([(a.double() - c) @ (b.double() - c).T for a, b, c in zip(*parts, strict=True)]).sum(0)
-
-
-def fit_probes(
-    features: Splits, targets: Splits, *, standardize: bool | None = None, published: bool = False
-) -> list[Probe]:
-    """Ridge regression from features to each target, with the penalty and scaling that do best on the validation split.
-
-    ``w, b = argmin |X w + b - y|^2 + penalty |w|^2``. One decomposition of X serves all penalties and targets. Networks
-    whose target is not finite are left out. Without validation rows the training split chooses.
-
-    Args:
-        features: ``train``, ``val`` and ``test``: ``[n, d]``.
-        targets: Likewise ``[n, K]``.
-        standardize: Features to mean 0 and std 1 over the training split first, or not; None tries both.
-        published: As in the code of SANE (arXiv 2406.09997): b is the weight of a column of ones, penalised like the
-            others, and features are never scaled.
-
-    Returns:
-        One probe per target. ``R^2 = 1 - MSE / variance`` of the split.
-    """
-    if published:
-        return fit_scaled(features, targets, standardize=False, published=True)
-    ways = (False, True) if standardize is None else (standardize,)
-    tried = [fit_scaled(features, targets, standardize=way, published=False) for way in ways]
-    chooses = "val_r2" if len(targets["val"]) else "train_r2"
-    # the first of equals, which are the features as they are
-    return [
-        max(probes, key=lambda probe: numpy.nan_to_num(getattr(probe, chooses), nan=-numpy.inf))
-        for probes in zip(*tried, strict=True)
-    ]
-
-
-def fit_scaled(features: Splits, targets: Splits, *, standardize: bool, published: bool) -> list[Probe]:
-    if standardize:
-        mean, std = features["train"].mean(0), features["train"].std(0, correction=0)
-        features = {split: (x - mean) / std.where(std > 0, 1) for split, x in features.items()}
-    if published:
-        features = {split: torch.cat([x, x.new_ones(len(x), 1)], 1) for split, x in features.items()}
-    decompositions: dict[bytes, Decomposition] = {}
-    probes = []
-    for target in range(targets["train"].shape[1]):
-        y = {split: values[:, target].double() for split, values in targets.items()}
-        known = {split: values.isfinite() for split, values in y.items()}
-        x = {split: features[split][known[split]] for split in y}
-        y = {split: y[split][known[split]] for split in y}
-        key = known["train"].numpy().tobytes()
-        if key not in decompositions:
-            center = x["train"].mean(0, dtype=torch.float64)
-            decompositions[key] = decompose(x["train"], torch.zeros_like(center) if published else center)
-        intercept = 0.0 if published else y["train"].mean()
-        projected = {split: decompositions[key].project(found) for split, found in x.items()}
-        probes.append(fit_probe(decompositions[key], projected, y, intercept, standardize))
-    return probes
-
-
-def fit_probe(
-    decomposition: Decomposition, projected: Splits, targets: Splits, intercept: Tensor | float, standardized: bool
-) -> Probe:
-    penalties = torch.tensor(PENALTIES, dtype=torch.float64)
-    inner = decomposition.vectors.T @ (targets["train"] - intercept)  # [r]
-    weights = inner[:, None] / (decomposition.eigenvalues[:, None] + penalties)  # [r, penalties]
-    predictions = {split: x @ weights + intercept for split, x in projected.items()}
-    scores = {split: r_squared(predictions[split], targets[split]) for split in targets}
-    chosen = scores["val"] if len(targets["val"]) else scores["train"]
-    chosen = chosen.nan_to_num(-torch.inf)
-    best = int((chosen == chosen.max()).nonzero()[0])  # the largest penalty of equals
-    tau = kendalltau(targets["test"].numpy(), predictions["test"][:, best].numpy()).statistic
-    numbers = [float(scores[split][best]) for split in ("train", "val", "test")]
-    return Probe(PENALTIES[best], standardized, *numbers, float(tau), predictions["test"][:, best])
-
-
-def r_squared(predictions: Tensor, target: Tensor) -> Tensor:
-    """``1 - MSE / variance`` of each column of predictions ``[n, k]``; nan if the target is constant."""
-    if len(target) == 0 or (target == target[0]).all():
-        return predictions.new_full(predictions.shape[1:], torch.nan)
-    return 1 - (predictions - target[:, None]).square().mean(0) / target.var(correction=0)
-
-
-def r2_interval(prediction: Tensor, target: Tensor, models: list[str], seed: int) -> list[float] | None:
-    """5 % and 95 % quantile of R^2 over resampled networks, all states of a network together; None without variance.
-
-    Args:
-        prediction: float64 ``[n]``.
-        target: float64 ``[n]``.
-        models: The network of each.
-        seed: Of the samples.
-    """
-    _, member = numpy.unique(models, return_inverse=True)
-    y, error = target.numpy(), (target - prediction).square().numpy()
-    sums = numpy.stack([numpy.bincount(member, weights) for weights in (numpy.ones(len(y)), y, y**2, error)])
-    count = sums.shape[1]
-    drawn = numpy.random.default_rng(seed).multinomial(count, numpy.full(count, 1 / count), RESAMPLES)
-    total, first, second, squares = sums @ drawn.T  # [RESAMPLES] each
-    variance = second / total - (first / total) ** 2
-    if not (variance > 1e-12).all():
-        return None
-    return numpy.quantile(1 - squares / total / variance, [0.05, 0.95]).tolist()

@@ -85,7 +85,7 @@ def features_note(results: Mapping) -> str:
     aligned = "of the aligned networks" if results["config"]["align"] else "of the networks"
     means = "over the tokens of each layer" if results["config"]["pool"] == "layers" else "over all tokens"
     return (
-        "Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 5 % and 95 % "
+        "Ridge regression; penalty and scaling are chosen on the validation split. In brackets the 2.5 % and 97.5 % "
         f"quantiles over resampled test networks. SANE: means {means} of the embeddings {aligned}, "
         f"{results['embed']['shape'][1]} numbers. s(W): mean, variance and five quantiles of each layer. W: all "
         "weights; aligned: with the neurons in the order of those of one network."

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastws import pages
 from fastws.devices import processor_name
-from fastws.downstream import predict
 from fastws.downstream.embed import (
     Pool,
     average,
@@ -29,6 +28,10 @@ from fastws.downstream.embed import (
     load_encoder,
     save_embeddings,
 )
+from fastws.downstream.predict import read_target
+from fastws.downstream.probes.features import layer_statistics
+from fastws.downstream.probes.intervals import r2_interval
+from fastws.downstream.probes.ridge import fit_probes
 from fastws.files.atomic import write_json
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
@@ -222,13 +225,13 @@ def probe(config: Config, folder: Path) -> dict:
     """ridge regression of properties from embeddings, from statistics of the weights and from the weights"""
     zoo = Zoo.open(folder / "zoo")
     rows = probed_rows(config, zoo)
-    values = torch.stack([predict.read_target(zoo, name) for name in TARGETS], 1)
+    values = torch.stack([read_target(zoo, name) for name in TARGETS], 1)
     targets = {split: values[numbers] for split, numbers in rows.items()}
     models = [zoo.properties["model"][row].as_py() for row in rows["test"].tolist()]
     scores, predictions = [], {"true": targets["test"][:, 0].tolist()}
     for kind, features in make_features(config, folder, zoo, rows).items():
-        for target, (name, fit) in enumerate(zip(TARGETS, predict.fit_probes(features, targets), strict=True)):
-            interval = predict.r2_interval(fit.test_prediction, targets["test"][:, target], models, config.seed)
+        for target, (name, fit) in enumerate(zip(TARGETS, fit_probes(features, targets), strict=True)):
+            interval = r2_interval(fit.test_prediction, targets["test"][:, target], models, config.seed)
             scores.append({"features": kind, "target": name, "interval": interval} | fit.scores())
             if target == 0:
                 predictions[kind] = fit.test_prediction.tolist()
@@ -246,7 +249,7 @@ def make_features(config: Config, folder: Path, zoo: Zoo, rows: dict[str, Tensor
     """What is compared: name: split: features ``[n, d]``."""
     embeddings = load_embeddings(folder / "embeddings.safetensors", len(zoo), zoo.layout)
     features = {"SANE": {split: embeddings[numbers] for split, numbers in rows.items()}}
-    features["s(W)"] = {split: predict.layer_statistics(zoo.rows(r), zoo.layout) for split, r in rows.items()}
+    features["s(W)"] = {split: layer_statistics(zoo.rows(r), zoo.layout) for split, r in rows.items()}
     features["W"] = {split: zoo.rows(numbers) for split, numbers in rows.items()}
     if config.align:
         features["W aligned"] = {split: aligned_rows(zoo, numbers) for split, numbers in rows.items()}
@@ -334,7 +337,7 @@ def read_log(folder: Path) -> list[dict]:
 def read_curves(config: Config, folder: Path) -> report.Curves:
     zoo = Zoo.open(folder / "zoo")
     rows = torch.cat(list(probed_rows(config, zoo).values()))
-    known = predict.read_target(zoo, "test_accuracy")
+    known = read_target(zoo, "test_accuracy")
     epochs = torch.from_numpy(zoo.numbers("epoch")).long()
     _, model = numpy.unique(zoo.properties["model"].to_pylist(), return_inverse=True)
     accuracy = torch.full((int(model.max()) + 1, config.epochs + 1), torch.nan, dtype=torch.float64)
