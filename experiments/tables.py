@@ -83,14 +83,17 @@ def nern(found: dict) -> str:
 
 
 def hyperrep(found: dict) -> str:
-    """Accuracy at epoch 0 and after one epoch, novelty and spread of each set of sampled networks."""
+    """Accuracy at epoch 0 and after training, novelty and spread of each set of sampled networks."""
     parts = []
     for name, row in found["sets"].items():
-        if "epoch 1" in row:
+        accuracies = [f"{value:.3f}" for key, value in row.items() if key.startswith("epoch ")]
+        if accuracies:
             where = f"novelty {row['novelty']:.2f}, spread {row['spread']:.2f}"
-            parts.append(f"{name} {row['epoch 0']:.3f} and {row['epoch 1']:.3f} ({where})")
-    about = f"seed {found['seed']}: zoo {found['zoo']:.3f}, scratch after one epoch {found['scratch']:.3f}"
-    return f"{about}; accuracy at epochs 0 and 1: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+            parts.append(f"{name} {', '.join(accuracies)} ({where})")
+    epochs = ", ".join(["0", *(key.removeprefix("epoch ") for key in found["scratch"])])
+    scratch = ", ".join(f"{value:.3f}" for value in found["scratch"].values())
+    about = f"seed {found['seed']}, {found['networks']} networks: zoo {found['zoo']:.3f}; scratch {scratch}"
+    return f"{about}; accuracy at epochs {epochs}: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
 
 
 KINDS = {

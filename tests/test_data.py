@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastws.data import digits as digits_file
 from fastws.data import images
-from fastws.data.images import load
+from fastws.data.images import Transform, load
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -49,6 +49,17 @@ def test_digits_are_those_of_scikit_learn():
     every = torch.cat([digits.train_x, digits.test_x]).flatten(1)
     every = (every - every.min()) / (every.max() - every.min()) * 16  # pixels are whole numbers up to 16
     assert sorted(every.round().int().tolist()) == sorted(expected.int().tolist())
+
+
+def test_large_digits_are_the_same_images():
+    small, large = load("digits"), load("digits28", transform=Transform(mean=(0.0,), std=(1.0,)))
+    assert large.train_x.shape == (len(small.train_x), 1, 28, 28) and large.num_classes == 10
+    assert torch.equal(small.train_y, large.train_y) and torch.equal(small.test_y, large.test_y)
+    assert large.train_x.min() == 0 and 0.9 < large.train_x.max() <= 1
+    # the mean of what lies where a pixel was is near it
+    again = torch.nn.functional.interpolate(large.test_x, (8, 8), mode="area")
+    plain = load("digits", transform=Transform(mean=(0.0,), std=(1.0,))).test_x
+    assert torch.corrcoef(torch.stack([again.flatten(), plain.flatten()]))[0, 1] > 0.95  # blurred by the interpolation
 
 
 def test_digits_are_split_by_class_and_always_alike():
@@ -89,7 +100,8 @@ def test_limit_takes_evenly_spaced_rows_over_all_files(tmp_path):
 
 
 def test_errors_name_the_file_and_what_it_lacks(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'digits', or a folder with .* train\*.parquet.*, got no such folder"):
+    what = r"'digits', 'digits28', or a folder with .* train\*.parquet.*, got no such folder"
+    with pytest.raises(FileNotFoundError, match=what):
         load(tmp_path / "nothing")
     folder = write_folder(tmp_path / "set", pictures(3, 4, 4), pictures(2, 4, 4), column="picture")
     with pytest.raises(ValueError, match="train.parquet: columns must include 'image' or 'img', got picture, label"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_data_formats import write_idx
 
 from fastws.nn import CIFARResNet, ResNet
 
@@ -51,10 +52,27 @@ def test_hyperrep_digits(experiment, tmp_path, capsys):
     module = experiment("hyperrep_digits")
     module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
     found = results(tmp_path)
-    assert set(found["verdicts"]) == set(module.SMOKE) <= set(found["sets"])
-    assert all(0 <= found["sets"][name]["epoch 1"] <= 1 for name in module.SMOKE)
+    assert set(found["verdicts"]) == set(experiment("hyperrep").SMOKE) <= set(found["sets"])
+    assert all(0 <= found["sets"][name]["epoch 1"] <= 1 for name in experiment("hyperrep").SMOKE)
     assert "kde-independent" in capsys.readouterr().out
     assert "novelty" in experiment("tables").hyperrep(found)
+
+
+def test_hyperrep_mnist(experiment, tmp_path):
+    random = numpy.random.default_rng(0)
+    (tmp_path / "mnist").mkdir()
+    for part, count in {"train": 11_000, "t10k": 60}.items():
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=numpy.uint8)
+        write_idx(tmp_path / "mnist" / f"{part}-images-idx3-ubyte", pixels, False)
+        write_idx(
+            tmp_path / "mnist" / f"{part}-labels-idx1-ubyte", (numpy.arange(count) % 10).astype(numpy.uint8), False
+        )
+    module = experiment("hyperrep_mnist")
+    options = {"data": str(tmp_path / "mnist"), "zoo": "decay", "transfer": True, "smoke": True, "device": "cpu"}
+    module.run(module.Config(out=str(tmp_path / "out"), **options))
+    found = results(tmp_path / "out")
+    assert set(found["verdicts"]) == set(experiment("hyperrep").SMOKE)
+    assert "digits28 epoch 1" in found["sets"]["noise"]
 
 
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])

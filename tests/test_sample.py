@@ -245,7 +245,7 @@ def test_zoos_of_other_origin_cannot_be_evaluated(zoo, tmp_path):
     with pytest.raises(ValueError, match="provenance must be that of fastws zoo make"):
         evaluate.evaluate(evaluate.Config(zoo=str(tmp_path / "bare"), device="cpu"))
     made = sample.sample(config(zoo, tmp_path / "made", method="average"))
-    with pytest.raises(FileNotFoundError, match="data must be 'digits', or a folder with"):
+    with pytest.raises(FileNotFoundError, match="data must be 'digits', 'digits28', or a folder with"):
         evaluate.evaluate(evaluate.Config(zoo=str(made.path), data=str(tmp_path / "nothing"), device="cpu"))
 
 

@@ -20,6 +20,7 @@ from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.making import ranks
 from fastws.zoo.making.architectures import build, initialize
+from fastws.zoo.making.grids import PRESETS
 from fastws.zoo.making.make import MAY_CHANGE, Config, draw_recipes, make
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
@@ -92,7 +93,7 @@ def test_zoo_holds_every_epoch_of_every_network(tmp_path):
     table = zoo.properties.to_pydict()
     assert table["model"] == [f"{number:06}" for number in [*range(4)] * 3 + [4, 5] * 3]
     assert table["epoch"] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 2 + [1] * 2 + [2] * 2
-    images = load("digits", limit=96)
+    images = load("digits", limit=96, validation=PRESETS["digits"]["validation"])
     for row in range(len(zoo)):
         network = build("digits-cnn", (1, 8, 8), activation=table["activation"][row])
         network.load_state_dict(zoo.checkpoint(row))
@@ -183,7 +184,7 @@ def test_killed_command_resumes_to_the_same_zoo(tmp_path):
 
 OTHER_WAYS = {
     "published": {"order": "published", "train_metrics": "running", "validation": 20, "sampling": "grid"},
-    "one by one": {"schedule": "one-cycle", "optimizers": ("momentum",), "networks": 3},
+    "one by one": {"schedule": "one-cycle", "optimizers": ("momentum",), "networks": 3, "validation": 0},
 }
 
 
@@ -191,7 +192,7 @@ OTHER_WAYS = {
 def test_other_ways_resume_too(tmp_path, monkeypatch, options):
     expected = make(tiny(tmp_path / "whole", **options))
     columns = expected.properties.column_names
-    assert ("val_loss" in columns) == ("validation" in options) and expected.dropped == 0
+    assert ("val_loss" in columns) == (options["validation"] > 0) and expected.dropped == 0
     append, dead = ZooWriter.append, 0
     while not (tmp_path / "zoo/done").exists():  # dies after every append, which is before it says so
 

@@ -85,7 +85,7 @@ def test_report_of_twins_compares_what_they_compute(dense, tmp_path):
 
 def test_properties_are_those_of_the_states(dense, tmp_path):
     twins = sparsify(tiny(dense, tmp_path / "twins", models=2, variational=True))
-    table, data = twins.properties.to_pydict(), TrainingData.of(load("digits", limit=96))
+    table, data = twins.properties.to_pydict(), TrainingData.of(load("digits", limit=96, validation=287))
     full = Zoo.open(tmp_path / "twins/variational")
     layers = fastws.layer_table(build("digits-cnn", (1, 8, 8), dropout=0.5), (1, 8, 8))
     for row in range(len(twins)):

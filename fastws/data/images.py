@@ -13,6 +13,7 @@ from fastws.data import digits, encoded, raw
 from fastws.files.checkpoints import load_plain
 from fastws.files.limits import DAMAGED
 
+BUNDLED = ("digits", "digits28")  # data sets that need no folder
 SPLIT_SEED = 42  # of the published split into training and validation
 KINDS = [*raw.KINDS, *encoded.KINDS]  # the first whose files are there reads a folder
 
@@ -54,7 +55,8 @@ def load(
 
     Args:
         name: ``"digits"``, the 1,797 images of 8 x 8 pixels that come with scikit-learn, of which a fixed fifth of each
-            class is for testing; or a folder with one of
+            class is for testing; ``"digits28"``, the same in 28 x 28 pixels, for networks of MNIST's size; or a folder
+            with one of
 
             - parquet files ``train*.parquet`` and ``test*.parquet``, there or in ``data/``, with columns ``image`` or
               ``img`` (PNG or JPEG) and ``label``, as the Hugging Face hub has them;
@@ -99,14 +101,15 @@ def load(
 
 def read(name: str | os.PathLike, train: int | None, test: int | None) -> list[tuple[Tensor, Tensor]]:
     """Pixels ``[n, C, H, W]`` uint8 and labels ``[n]`` of both parts, at most so many of each."""
-    if name == "digits":
-        return [(x[:limit], y[:limit]) for (x, y), limit in zip(digits.read(), (train, test), strict=True)]
+    if name in BUNDLED:
+        parts = [(x[:limit], y[:limit]) for (x, y), limit in zip(digits.read(), (train, test), strict=True)]
+        return parts if name == "digits" else [(enlarge(x), y) for x, y in parts]
     folder = Path(name)
     kind = next((kind for kind in KINDS if kind.is_in(folder)), None)
     if kind is None:
         what = "none of these" if folder.is_dir() else "no such folder"
         known = ", ".join(dict.fromkeys(kind.files for kind in KINDS))
-        raise FileNotFoundError(f"{folder}: data must be 'digits', or a folder with {known}, got {what}")
+        raise FileNotFoundError(f"{folder}: data must be 'digits', 'digits28', or a folder with {known}, got {what}")
     parts = [kind.read(folder, part, limit) for part, limit in (("train", train), ("test", test))]
     if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
         shapes = f"{list(parts[0][0].shape[1:])} and {list(parts[1][0].shape[1:])}"
@@ -117,6 +120,12 @@ def read(name: str | os.PathLike, train: int | None, test: int | None) -> list[t
 def white_of(name: str | os.PathLike) -> int:
     """The largest pixel that ``read`` gives."""
     return digits.WHITE if name == "digits" else 255
+
+
+def enlarge(x: Tensor) -> Tensor:
+    """The digits of 8 x 8 pixels in 28 x 28, white still the largest; interpolated in finer steps than theirs."""
+    finer = (x.float() * (255 / digits.WHITE)).round().to(torch.uint8)
+    return torch.stack([resize(image, 28) for image in finer])
 
 
 def spaced(rows: Tensor, limit: int | None) -> Tensor:

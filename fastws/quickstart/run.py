@@ -79,7 +79,7 @@ class Config:
     probe_epochs: tuple[int, ...] = (1, 3, 5, 10, 15, 20, 25)  # epochs whose states are probed, as published
     align: bool = True  # put all networks' neurons in the order of one network's
 
-    steps: int = 900  # of SANE's training
+    steps: int = 600  # of SANE's training
     batch_size: int = 32  # networks per step
     lr: float = 3e-3  # peak of the one-cycle schedule
     width: int = 64  # of SANE's transformers
@@ -92,8 +92,8 @@ class Config:
     nern_steps: int = 1000  # of storing the best network in a NeRN
 
     sampled_zoo: int = 240  # networks of the zoo that new networks are sampled from
-    passes: int = 60  # of the autoencoder of that zoo over its training networks
-    samples: int = 100  # new networks of each kind
+    passes: int = 50  # of the autoencoder of that zoo over its training networks
+    samples: int = 80  # new networks of each kind
 
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all
     permutations: int = 8  # permuted copies of each test network, to see how far they move its embedding

@@ -16,7 +16,7 @@ DIGITS = {
     "resize": 0,
     "mean": (),
     "std": (),
-    "validation": 0,
+    "validation": 287,  # a fifth of the training images
     "architecture": "digits-cnn",
     "networks": 240,
     "epochs": 25,
