@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastws
-from fastws.downstream import evaluate, generators, populations, sample
+from fastws.downstream import evaluate, flow, generators, populations, sample
 from fastws.downstream.representation import load
 from fastws.train import sane
 from fastws.train.ae import train as ae
@@ -101,7 +101,7 @@ def test_components_restore_what_they_span():
     assert len(space.scale) == 9
     torch.testing.assert_close(space.restore(space.project(points)), points)
     torch.testing.assert_close(space.project(points).std(0), torch.ones(9, dtype=torch.float64))
-    drawn = generators.gaussian(points, 5000, 4, 0.5, generator()).points
+    drawn = generators.gaussian(space.leading(4), 5000, 0.5, generator()).points
     z = space.project(drawn)
     torch.testing.assert_close(z[:, :4].std(0), torch.full((4,), 0.5, dtype=torch.float64), rtol=0.05, atol=0)
     assert z[:, 4:].abs().max() < 1e-9
@@ -109,14 +109,23 @@ def test_components_restore_what_they_span():
 
 def test_trained_flow_draws_from_the_distribution():
     points = torch.randn(2000, 2) @ torch.tensor([[2.0, 0.5], [0.0, 1.0]]) + 3
-    held_out = torch.randn(500, 2) @ torch.tensor([[2.0, 0.5], [0.0, 1.0]]) + 3
-    trained = generators.train_flow(points, held_out, 0, generator(), steps=600)
-    drawn = generators.flow(trained, 4000, 1.0, generator()).points
+    held_out = torch.randn(100, 2) @ torch.tensor([[2.0, 0.5], [0.0, 1.0]]) + 3
+    trained = flow.train_flow(generators.Components.of(points, 0), points, held_out, generator(), steps=250)
+    drawn = flow.follow(trained._replace(integration_steps=8), 2000, 1.0, generator()).points
     torch.testing.assert_close(drawn.mean(0), points.mean(0), rtol=0, atol=0.25)
     torch.testing.assert_close(drawn.T.cov(), points.T.cov(), rtol=0.25, atol=0.25)
 
 
-def test_flow_of_the_closed_form_ends_on_training_points():
+def test_flow_of_a_normal_distribution_is_a_normal_distribution():
+    points, held_out = torch.randn(8000, 2), torch.randn(100, 2)
+    trained = flow.train_flow(generators.Components.of(points, 0), points, held_out, generator(), steps=250)
+    drawn = flow.follow(trained._replace(integration_steps=8), 4000, 1.0, generator()).points
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(2), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.std(0), torch.ones(2), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("source", [1.0, 0.01])
+def test_flow_of_the_closed_form_ends_on_training_points(source):
     """The minimiser of the loss over few points leads back to them: v(z, t) = (sum_i p_i z_i - z) / (1 - t)."""
     anchors = torch.randn(20, 2, dtype=torch.float64)
     space = generators.Components.of(anchors, 0)
@@ -125,12 +134,43 @@ def test_flow_of_the_closed_form_ends_on_training_points():
     class Optimal(torch.nn.Module):
         def forward(self, z, t):
             rest = (1 - t).clamp(min=1e-6)[:, None]
-            weight = (-torch.cdist(z, t[:1] * codes).square() / (2 * rest**2)).softmax(1)
+            weight = (-torch.cdist(z, t[:1] * codes).square() / (2 * rest**2 * source**2)).softmax(1)
             return (weight @ codes - z) / rest
 
-    trained = generators.Flow(space, Optimal(), 0, 0.0)
-    drawn = generators.flow(trained, 50, 1.0, generator(), steps=400).points
+    trained = flow.Flow(space, Optimal(), 0, 0, 0.0, source, 400)
+    drawn = flow.follow(trained, 50, 1.0, generator()).points
     assert torch.cdist(drawn, anchors).min(1).values.max() < 1e-2
+    assert len(torch.cdist(drawn, anchors).argmin(1).unique()) > 5
+
+
+def test_deepweightflow_is_what_was_released():
+    """Its velocity written out, its loss, and 99 steps of integration where 100 are said."""
+    velocity, calls = flow.ReleasedVelocity(6, hidden=8).eval(), []
+    with torch.no_grad():
+        for parameter in velocity.parameters():
+            parameter.normal_(std=0.5)
+    state, gelu, linear = velocity.state_dict(), torch.nn.functional.gelu, torch.nn.functional.linear
+
+    def plain(x, t):
+        layer = lambda name, x: linear(x, state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
+        x = torch.cat([x, layer("time.2", gelu(layer("time.0", t[:, None])))], 1)
+        for dense, norm in (("net.0", "net.1"), ("net.4", "net.5"), ("net.8", "net.9")):
+            x = layer(dense, x)
+            x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            x = gelu(x * state[f"{norm}.weight"] + state[f"{norm}.bias"])
+        return layer("net.11", x)
+
+    x0, x1, jitter, t = *torch.randn(3, 5, 6), torch.rand(5)
+    torch.testing.assert_close(velocity(x0, t), plain(x0, t), rtol=1e-5, atol=1e-6)
+    path = (1 - t[:, None]) * x0 + t[:, None] * x1 + jitter
+    expected = (plain(path, t) - (x1 - x0)).square().mean()
+    torch.testing.assert_close(flow.flow_loss(velocity, x0, x1, t, jitter), expected)
+    trained = flow.train_deepweightflow(torch.randn(10, 12), generator(), steps=30)
+    assert trained.space.axes.shape == (9, 12) and trained.source == 0.01 and 0 < trained.kept <= 30
+    counted = torch.nn.Module()
+    counted.forward = lambda z, t: calls.append(t[0].item()) or torch.zeros_like(z)
+    flow.follow(trained._replace(velocity=counted), 2, 1.0, generator())
+    assert len(calls) == 4 * 99 and max(calls) == pytest.approx(1)
 
 
 def test_gan_learns_where_points_are():

@@ -1,38 +1,43 @@
 """``fastws zoo compare``: sampled networks beside the zoo that they were made from, and beside cheap baselines."""
 
-import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastws import pages
 from fastws.devices import find_device
-from fastws.downstream import generators
-from fastws.downstream.evaluate import job_of
-from fastws.downstream.memorisation import SCREENED, Judge, Judged, judge, text, verdict
-from fastws.downstream.populations import measure
+from fastws.downstream import compare_page, trained
+from fastws.downstream.baselines import Set, baselines
+from fastws.downstream.compute import cost_of
+from fastws.downstream.evaluate import activations_of, job_of
+from fastws.downstream.judging import ENSEMBLE, Judged, Known, Replicates, behave, ensemble_gain, judge
+from fastws.downstream.memorisation import SCREENED, Judge
+from fastws.downstream.populations import Measured, measure
+from fastws.downstream.representation import load
+from fastws.downstream.sample import BY, Anchors, choose_anchors
 from fastws.downstream.sample import Config as SampleConfig
-from fastws.downstream.sample import choose_anchors
-from fastws.files.atomic import write_file, write_json
-from fastws.layout.spread import layer_offsets, layer_std, per_weight
+from fastws.downstream.statistics import tabulate
+from fastws.downstream.verdict import Evidence, evidence, verdict
+from fastws.files.atomic import write_file, write_json, write_tensors
+from fastws.files.json import read as read_json
+from fastws.files.safetensors import open_tensors
 from fastws.matching.match import match
 from fastws.zoo.align import aligned_rows
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.zoo import ODD, Zoo
+from fastws.zoo.making.make import Job
 from fastws.zoo.making.recipes import Part
 
-NOISE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # in units of each layer's std
-COMPONENTS = (16, 32, 64, 96, 128, 192, 256, 0)  # 0: all
-TEMPERATURES = (0.5, 0.7, 1.0, 1.2)
-TOGETHER = (2, 4, 16)
 SMALLEST = 10  # held-out networks
-BASELINES = {"noise": pages.GREY, "average": "#009e73", "PCA + Gaussian": pages.BLUE}  # and their colours
-COLOURS = (pages.ORANGE, "#cc79a7", "#56b4e9", "#e69f00", "#8c564b", "#7f3fbf")  # of samples
+PLAIN = ("noise", "average", "PCA + Gaussian", "PCA + flow")  # groups of baselines, of which the nearest are screened
+RESULTS, REPLICATES = "results.json", "replicates.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,187 +45,293 @@ class Config:
     """Says whether sampled networks are new, and whether they are better than cheap baselines that are as new.
 
     fastws zoo compare --zoo zoos/mnist --samples zoos/kde30 zoos/pca64 --out runs/compare
+    fastws zoo compare --reports runs/compare-0 runs/compare-1 runs/compare-2 --out runs/compare
+    fastws zoo compare --trained zoos/scratch zoos/kde30-trained --out runs/trained
+
+    Give a zoo and samples, or reports of several zoos, whose verdicts are then joined, or zoos that were trained on.
     """
 
-    zoo: str  # folder of the zoo that the samples were made from, aligned
-    samples: tuple[str, ...]  # folders of sampled networks
     out: str  # folder for report.html and results.json
+    zoo: str | None = None  # folder of the zoo that the samples were made from, aligned
+    samples: tuple[str, ...] = ()  # folders of sampled networks
+    trained: tuple[str, ...] = ()  # zoos of networks that were trained, by epoch; others are tested against the first
+    reports: tuple[str, ...] = ()  # folders that zoo compare wrote, of samples of the same names from other zoos
 
     epochs: tuple[int, int] | None = None  # first and last epoch of the training states; by default all
+    best: float = 1.0  # share of the training networks that are anchors, and whose accuracy held-out networks must have
+    model: str | None = None  # checkpoint of train ae or train sane: reconstructed anchors are then a set as well
     baselines: bool = True  # measures noise, averages and Gaussians of principal components as well
+    flow: bool = False  # also a flow in the space of principal components, which takes a minute for each number of them
     count: int = 200  # networks of each set, at most, and of each baseline
     images: int = 2000  # test images, at most, that predictions are compared on
     seed: int = 0  # of the random numbers of the baselines
+    json: bool = False  # print the results as JSON
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
     def __post_init__(self):
-        if not self.samples:
-            raise ValueError("zoo compare: samples must name at least one folder, got none")
+        if not (self.samples or self.reports or self.trained):
+            raise ValueError("zoo compare: samples must name at least one folder, got none; or give reports or trained")
+        if (self.zoo is None) != (not self.samples):
+            got = f"zoo {self.zoo} and {len(self.samples)} samples"
+            raise ValueError(f"zoo compare: zoo must be given with samples, and samples with a zoo, got {got}")
+        if self.reports and (self.samples or len(self.reports) < 2):
+            got = f"{len(self.reports)} reports and {len(self.samples)} samples"
+            raise ValueError(f"zoo compare: reports must be two or more, and without samples, got {got}")
         for name in ("count", "images"):
             if getattr(self, name) < 2:
                 raise ValueError(f"zoo compare: {name} must be at least 2, got {getattr(self, name)}")
+        if not 0 < self.best <= 1:
+            raise ValueError(f"zoo compare: best must be in (0, 1], got {self.best}")
 
 
 def run(config: Config) -> None:
     pages.require_matplotlib("zoo compare")
     results = compare(config)
-    for name, sentence in results["verdicts"].items():
-        print(f"{name}: {sentence}")
+    if config.json:
+        print(json.dumps(results, indent=2))
+        return
+    for sentence in results["verdicts"].values():
+        print(sentence)
+    for line in compare_page.lines_of(results["populations"]):
+        print(line)
     print(f"report: {Path(config.out) / 'report.html'}")
 
 
 def compare(config: Config) -> dict:
-    """Judges samples and baselines; writes ``report.html`` and ``results.json``.
+    """Judges samples and baselines; writes ``report.html``, ``results.json`` and ``replicates.safetensors``.
 
     Raises:
-        FileNotFoundError: If a zoo is missing, or has no alignment.
+        FileNotFoundError: If a zoo or report is missing, or a zoo has no alignment.
         ValueError: If samples are of another architecture or activation, or there are too few held-out networks.
     """
+    results = {"zoo": config.zoo, "verdicts": {}, "populations": [], "costs": {}, "sets": []}
+    tensors: dict[str, Tensor] = {}
+    if config.samples:
+        results |= judge_samples(config, tensors)
+    if config.reports:
+        results["reports"] = list(config.reports)
+        results["verdicts"] = join_reports(config.reports)
+    if config.trained:
+        found = trained.read(config.trained)
+        results["populations"] += trained.tables(found)
+        results["costs"] |= {path: cost_of(Zoo.open(path)) for path in config.trained}
+        results["accuracy"] = {
+            name: {str(epoch): values.tolist() for epoch, values in one.items()} for name, one in found.items()
+        }
+    results = plain(results)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        write_tensors(out / REPLICATES, tensors)
+    write_json(out / RESULTS, results)
+    title = Path(config.zoo).name if config.zoo else "several populations"
+    write_file(out / "report.html", pages.document(f"samples of {title}", compare_page.body(results)).encode())
+    return results
+
+
+def plain(results: object) -> object:
+    """Results without what JSON does not have: numbers that are not finite become None, tuples lists."""
+    if isinstance(results, dict):
+        return {name: plain(value) for name, value in results.items()}
+    if isinstance(results, list | tuple):
+        return [plain(value) for value in results]
+    if isinstance(results, float | numpy.floating):
+        return float(results) if numpy.isfinite(results) else None
+    return results
+
+
+# --- samples of one zoo
+
+
+class Scene(NamedTuple):
+    """What sets are judged in."""
+
+    zoo: Zoo
+    job: Job
+    activation: str
+    device: torch.device
+    judged_by: Judge
+    part: Part  # images that predictions are compared on
+    known: Known
+    gain: float  # of ten held-out networks as an ensemble
+
+    def measure(self, flat: Tensor) -> Measured:
+        return measure_on(flat, self.job, self.activation, self.part, self.device)
+
+    def judge(self, one: Set) -> tuple[Judged, Replicates, Measured]:
+        novelty = self.judged_by.novelty(one.flat, SCREENED if one.group in PLAIN else None)
+        found = self.measure(one.flat)
+        gain = ensemble_gain(self.measure(one.flat[:ENSEMBLE]), self.known.y)
+        told = judge(self.judged_by, self.known, one.name, one.group, one.flat, novelty, found, gain, self.gain)
+        return *told, found
+
+
+def judge_samples(config: Config, tensors: dict[str, Tensor]) -> dict:
+    """Judges all sets; adds what verdicts rest on to ``tensors``, ``name/field`` ``[1 + RESAMPLES]`` each."""
     zoo = Zoo.open(config.zoo)
     samples = [Zoo.open(path) for path in config.samples]
     for one in samples:
         zoo.layout.require_same(one.layout, f"zoo compare: samples {one.path}")
-    device = find_device(config.device)
-    job = job_of(zoo, limit=None, device=str(device.type))
-    picked = SampleConfig(zoo=config.zoo, out=config.out, method="direct", epochs=config.epochs, aligned=True)
+    picked = SampleConfig(
+        zoo=config.zoo, out=config.out, method="direct", epochs=config.epochs, best=config.best, aligned=True
+    )
     anchors = choose_anchors(picked, zoo, None)
-    if config.epochs is None:
-        anchors = anchors._replace(rows=states_of(zoo, "train", anchors.activation))
-    held_out = states_of(zoo, "test", anchors.activation, last=True)[: config.count]
-    if len(held_out) < SMALLEST:
-        what = f"{SMALLEST} networks of activation {anchors.activation} in its test split, got {len(held_out)}"
-        raise ValueError(f"zoo compare: zoo must have at least {what}; take a larger zoo")
-    training = aligned_rows(zoo, anchors.rows).float()
-    plan, odd = job.plan, anchors.activation in ODD
-    flips = tuple(flip and odd for flip in zoo.symmetry.flips)
-    judged_by = Judge(training, aligned_rows(zoo, held_out).float(), zoo.symmetry, zoo.layout, flips)
-    x, y = job.data.test
-    spaced = torch.linspace(0, len(y) - 1, min(len(y), config.images)).long()
-    part = Part(x[spaced.to(x.device)], y[spaced.to(y.device)])
-    labels = part.y.cpu()
-
-    def say(name: str, group: str, flat: Tensor) -> Judged:
-        novelty = judged_by.novelty(flat, SCREENED if group in BASELINES else None)
-        found = measure(flat.to(device), plan, [anchors.activation] * len(flat), part, progress=False)
-        theirs, places = novelty.neighbour.unique(return_inverse=True)
-        known = measure(training[theirs].to(device), plan, [anchors.activation] * len(theirs), part, progress=False)
-        return judge(judged_by, name, group, flat, novelty, found, known.predictions[places], labels)
-
-    sets = [("held-out networks", "held-out", judged_by.held_out)]
     for one in samples:
-        flat = one.rows(torch.arange(min(len(one), config.count))).float()
-        if "activation" in one.properties.column_names:
-            others = set(one.properties["activation"].to_pylist()) - {anchors.activation}
-            if others:
-                what = (
-                    f"activation {anchors.activation}, the commonest of {zoo.path}, got {', '.join(map(str, others))}"
-                )
-                raise ValueError(f"zoo compare: samples {one.path} must have {what}")
-        rows = match(flat, judged_by.mean, zoo.symmetry, zoo.layout, flips=odd)
-        sets.append((one.path.name, one.path.name, zoo.symmetry.permute(flat, rows, zoo.layout)))
-    last = [n for n, row in enumerate(anchors.rows.tolist()) if row in set(last_rows(zoo).values())]
-    sets += list(baselines(config, zoo, training, training[last] if last else training)) if config.baselines else []
-    judged = [say(*one) for one in tqdm(sets, desc="compare", unit=" sets")]
-    curves = {name: [one for one in judged if one.group == name] for name in ("noise", "PCA + Gaussian")}
-    names = [one.path.name for one in samples]
-    verdicts = {
-        one.name: verdict(one, curves["noise"], curves["PCA + Gaussian"]) for one in judged if one.name in names
-    }
-    results = {
-        "zoo": str(zoo.path),
-        "training states": len(training),
+        require_activation(one, zoo, anchors.activation)
+    scene, rows = set_scene(config, zoo, anchors)
+    judged, replicates, accuracies = [], {}, {}
+    for one in tqdm(list(sets_of(config, scene, samples, anchors, rows)), desc="compare", unit=" sets"):
+        told, numbers, found = scene.judge(one)
+        judged.append(told)
+        replicates[one.name] = one, numbers
+        if one.group not in PLAIN:
+            accuracies[one.name] = found.accuracy.numpy()
+    noise = [numbers for one, numbers in replicates.values() if one.group == "noise"]
+    gaussian: dict[int, dict[float, Replicates]] = {}
+    for one, numbers in replicates.values():
+        if one.group == "PCA + Gaussian":
+            gaussian.setdefault(one.components, {})[one.temperature] = numbers
+    verdicts, rivals = {}, {}
+    for name in (one.path.name for one in samples):
+        rests_on, rivals[name] = evidence(replicates[name][1], noise, gaussian)
+        verdicts[name] = verdict(name, [rests_on], rivals[name])
+        tensors |= {f"{name}/{field}": torch.from_numpy(value.copy()) for field, value in rests_on._asdict().items()}
+    judged_by = scene.judged_by
+    return {
+        "training states": len(judged_by.training),
+        "held-out networks": len(judged_by.held_out),
         "activation": anchors.activation,
-        "flipped groups": [name for name, flip in zip(zoo.symmetry.names, flips, strict=True) if flip],
+        "flipped groups": [name for name, flip in zip(zoo.symmetry.names, flips_of(zoo, anchors), strict=True) if flip],
         "held-out distance": judged_by.unit,
         "recall": judged_by.recall(),
         "sets": [one._asdict() for one in judged],
         "verdicts": verdicts,
+        "rivals": rivals,
+        "populations": [{"epoch": 0, "rows": tabulate(accuracies)}],
+        "costs": {one.path.name: cost_of(one) for one in samples},
     }
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", json.loads(json.dumps(results)))
-    write_file(out / "report.html", pages.document(f"samples of {zoo.path.name}", body(results, judged)).encode())
-    return results
 
 
-def states_of(zoo: Zoo, split: str, activation: str | None, last: bool = False) -> Tensor:
-    """Rows of a split, of one activation: all states after training has begun, or each network's last."""
+def require_activation(one: Zoo, zoo: Zoo, activation: str | None) -> None:
+    if "activation" in one.properties.column_names:
+        others = set(one.properties["activation"].to_pylist()) - {activation}
+        if others:
+            what = f"activation {activation}, the commonest of {zoo.path}, got {', '.join(map(str, others))}"
+            raise ValueError(f"zoo compare: samples {one.path} must have {what}")
+
+
+def flips_of(zoo: Zoo, anchors: Anchors) -> tuple[bool, ...]:
+    return tuple(flip and anchors.activation in ODD for flip in zoo.symmetry.flips)
+
+
+def set_scene(config: Config, zoo: Zoo, anchors: Anchors) -> tuple[Scene, Tensor]:
+    """What sets are judged in, and the rows of the training states: all that the samples were learned from."""
+    device = find_device(config.device)
+    job = job_of(zoo, limit=None, device=str(device.type))
+    rows = states_of(zoo, "train", anchors.activation)
+    if config.epochs is not None:
+        epoch = torch.from_numpy(zoo.numbers("epoch"))[rows]
+        rows = rows[(epoch >= config.epochs[0]) & (epoch <= config.epochs[1])]
+    held_out = states_of(zoo, "test", anchors.activation, last=True)
+    by = next((name for name in BY if name in zoo.properties.column_names), None)
+    if config.best < 1 and by is not None:  # as accurate as the anchors have to be
+        values = torch.from_numpy(zoo.numbers(by))
+        held_out = held_out[values[held_out] >= values[anchors.rows].min()]
+    held_out = held_out[: config.count]
+    if len(held_out) < SMALLEST:
+        what = f"{SMALLEST} networks of activation {anchors.activation} in its test split, got {len(held_out)}"
+        raise ValueError(f"zoo compare: zoo must have at least {what}; take a larger zoo")
+    training, others = aligned_rows(zoo, rows).float(), aligned_rows(zoo, held_out).float()
+    judged_by = Judge(training, others, zoo.symmetry, zoo.layout, flips_of(zoo, anchors))
+    x, y = job.data.test
+    spaced = torch.linspace(0, len(y) - 1, min(len(y), config.images)).long()
+    part = Part(x[spaced.to(x.device)], y[spaced.to(y.device)])
+    activation = anchors.activation or activations_of(zoo, job.plan)[0]
+    predictions = measure_on(training, job, activation, part, device).predictions
+    found = measure_on(others, job, activation, part, device)
+    known = Known(part.y.cpu(), predictions, found, None)
+    known = known._replace(behaviour=behave(known, found, judged_by.nearest(others)[1]))
+    gain = ensemble_gain(measure_on(others[:ENSEMBLE], job, activation, part, device), known.y)
+    return Scene(zoo, job, activation, device, judged_by, part, known, gain), rows
+
+
+def measure_on(flat: Tensor, job: Job, activation: str, part: Part, device: torch.device) -> Measured:
+    return measure(flat.to(device), job.plan, [activation] * len(flat), part, progress=False)
+
+
+def sets_of(config: Config, scene: Scene, samples: list[Zoo], anchors: Anchors, rows: Tensor) -> Iterator[Set]:
+    """All networks that are judged: held-out ones, untrained ones, reconstructed anchors, samples and baselines."""
+    zoo, judged_by = scene.zoo, scene.judged_by
+
+    def aligned(flat: Tensor) -> Tensor:
+        found = match(flat, judged_by.mean, zoo.symmetry, zoo.layout, flips=anchors.activation in ODD)
+        return zoo.symmetry.permute(flat, found, zoo.layout)
+
+    yield Set("held-out networks", "held-out", judged_by.held_out)
+    untrained = states_of(zoo, "train", anchors.activation, untrained=True)[: config.count]
+    if len(untrained) > 1:
+        yield Set("scratch", "scratch", aligned(zoo.rows(untrained).float()))
+    if config.model is not None:
+        representation = load(config.model, scene.device)
+        representation.layout.require_same(zoo.layout, f"zoo compare: model {config.model}")
+        some = anchors.rows[: config.count]
+        flat = (aligned_rows(zoo, some) if representation.aligned else zoo.rows(some)).float().to(scene.device)
+        yield Set("reconstructed", "reconstructed", aligned(representation.decode(representation.encode(flat)).cpu()))
+    for one in samples:
+        yield Set(one.path.name, one.path.name, aligned(one.rows(torch.arange(min(len(one), config.count))).float()))
+    if config.baselines:
+        last = set(last_rows(zoo).values())
+        ends = anchors.rows[[row in last for row in anchors.rows.tolist()]]
+        picked = aligned_rows(zoo, ends if len(ends) else anchors.rows).float()
+        validation = states_of(zoo, "val", anchors.activation, last=True)
+        stopping = aligned_rows(zoo, validation).float() if len(validation) else judged_by.training[:0]
+        options = {"count": config.count, "flow": config.flow, "seed": config.seed}
+        yield from baselines(judged_by.training, picked, stopping, zoo.layout, **options)
+
+
+def states_of(zoo: Zoo, split: str, activation: str | None, last: bool = False, untrained: bool = False) -> Tensor:
+    """Rows of a split, of one activation: all states after training has begun, each network's last, or untrained."""
     rows = zoo.split(split)
     kept = set(last_rows(zoo).values()) if last else None
     column = zoo.properties["activation"].to_pylist() if activation is not None else None
     epochs = zoo.numbers("epoch") if "epoch" in zoo.properties.column_names else None
+    if epochs is None and untrained:
+        return rows[:0]
     chosen = [
         row
         for row in rows.tolist()
         if (kept is None or row in kept)
         and (column is None or column[row] == activation)
-        and (epochs is None or epochs[row] > 0)
+        and (epochs is None or (epochs[row] == 0 if untrained else epochs[row] > 0))
     ]
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-def baselines(config: Config, zoo: Zoo, training: Tensor, last: Tensor) -> Iterable[tuple[str, str, Tensor]]:
-    """What needs no learning: noise, averages, and a Gaussian of the weights' principal components."""
-    generator = torch.Generator().manual_seed(config.seed)
-    offsets = layer_offsets(zoo.layout)
-    scale = per_weight(layer_std(training, offsets), offsets, training.shape[1])
-    for factor in NOISE:
-        yield f"noise of {factor:g} sd", "noise", generators.noisy(last, config.count, factor * scale, generator).points
-    for together in TOGETHER:
-        yield f"average of {together}", "average", generators.average(last, config.count, together, generator).points
-    most = min(len(training) - 1, training.shape[1])
-    for components in COMPONENTS:
-        if components >= most:
-            continue
-        for temperature in TEMPERATURES:
-            drawn = generators.gaussian(training, config.count, components, temperature, generator)
-            yield f"PCA {components or 'all'} + Gaussian, T = {temperature:g}", "PCA + Gaussian", drawn.points
+# --- samples of several zoos
 
 
-# --- the page
+def join_reports(reports: tuple[str, ...]) -> dict[str, str]:
+    """Verdicts on the sets that every report judged, from all zoos together.
 
-LEGEND = """
-Brackets are 95 % intervals over networks. spread: standard deviation of weights over that of training states. apart:
-median distance among networks of the set over that among held-out networks. p &le; .05: share of networks nearer to a
-training state than 95 % of held-out networks are; 5 % is expected of networks that are like these. agreement and phi:
-equal predictions with the nearest training state, and the correlation of errors with its errors. neighbours: how many
-training states are nearest to some network, over that of uniform draws. ensemble gain: accuracy of the mean logits of
-all networks less their mean accuracy, in points.
-"""
-
-
-def body(results: dict, judged: list[Judged]) -> Iterable[str]:
-    yield "<h1>New networks, or old ones?</h1>"
-    for sentence in results["verdicts"].values():
-        yield f"<p><b>{html.escape(sentence)}</b></p>"
-    figure, (axis,) = pages.make_figure(height=5.0)
-    colours = {"held-out": "black"} | BASELINES
-    for group in dict.fromkeys(one.group for one in judged):
-        points = sorted((one for one in judged if one.group == group), key=lambda one: one.novelty[0])
-        colour = colours.setdefault(group, COLOURS[(len(colours) - 1 - len(BASELINES)) % len(COLOURS)])
-        across, up = [one.novelty[0] for one in points], [one.accuracy[0] for one in points]
-        if group != "PCA + Gaussian":  # a grid of components and temperatures is no curve
-            axis.plot(across, up, color=colour, linewidth=1, alpha=0.5)
-        marker, sizes = "P" if group == "held-out" else "o", [30 + 120 * one.spread[0] for one in points]
-        axis.scatter(across, up, s=sizes, color=colour, marker=marker, label=group, alpha=0.85)
-    axis.set(
-        xlabel="novelty: distance to the nearest training state, of held-out networks 1", ylabel="accuracy, epoch 0"
-    )
-    axis.legend(fontsize="small")
-    yield pages.figure(figure, "Accuracy over novelty; the size of a point is the spread of its networks.")
-    states, flipped = results["training states"], ", ".join(results["flipped groups"]) or "none"
-    yield f"<p>Distances are to the nearest of {states:,} training states, modulo permutations of all hidden units and "
-    yield f"signs of these groups: {html.escape(flipped)}. Activation: {html.escape(str(results['activation']))}. For "
-    yield f"baselines the {SCREENED} states nearest as they lie are looked at, among which the nearest of a held-out "
-    yield f"network is in {results['recall']:.0%} of the cases.</p>"
-    header = ("set", "networks", "accuracy", "novelty", "spread", "apart", "p <= .05", "agreement", "phi")
-    header += ("neighbours", "ensemble gain")
-    yield pages.table(header, (line(one) for one in judged))
-    yield f"<p><small>{LEGEND}</small></p>"
-
-
-def line(one: Judged) -> list[str]:
-    measures = [text(getattr(one, name)) for name in ("novelty", "spread", "apart")]
-    accuracy = f"{one.accuracy[0]:.3f} [{one.accuracy[1]:.3f}, {one.accuracy[2]:.3f}]"
-    rest = [f"{one.near:.0%}", *(f"{value:.2f}" for value in (one.agreement, one.phi, one.effective_neighbours))]
-    return [one.name, str(one.count), accuracy, *measures, *rest, f"{100 * one.ensemble_gain:+.1f}"]
+    Raises:
+        FileNotFoundError: If a report is missing.
+        ValueError: If no set is in all of them, or two are of the same zoo.
+    """
+    found, zoos = [], []
+    for path in map(Path, reports):
+        for name in (RESULTS, REPLICATES):
+            if not (path / name).is_file():
+                raise FileNotFoundError(
+                    f"zoo compare: reports must be folders that zoo compare wrote, got no {path / name}"
+                )
+        zoos.append(str(read_json(path / RESULTS).get("zoo")))
+        with open_tensors(path / REPLICATES) as file:
+            found.append({name: file.get_tensor(name).numpy() for name in file.keys()})  # noqa: SIM118
+    if len(set(zoos)) < len(zoos):
+        raise ValueError(f"zoo compare: reports must be of different zoos, got {', '.join(zoos)}")
+    fields = Evidence._fields
+    names = [name for name in dict.fromkeys(key.rpartition("/")[0] for key in found[0])]
+    shared = [name for name in names if all(f"{name}/{field}" in one for field in fields for one in found)]
+    if not shared:
+        raise ValueError(f"zoo compare: reports must have sets of the same name, got {', '.join(names)} and others")
+    return {name: verdict(name, [Evidence(*(one[f"{name}/{x}"] for x in fields)) for one in found]) for name in shared}

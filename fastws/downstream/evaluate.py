@@ -5,16 +5,17 @@ from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor
 
 from fastws.devices import find_device
 from fastws.downstream.populations import Measured, measure
+from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.properties import add_properties
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.architectures import Activation
 from fastws.zoo.making.make import Job, config_of, prepare
-from fastws.zoo.making.recipes import Part
+from fastws.zoo.making.recipes import Part, Plan, check_choices
 
-ACTIVATION = "tanh"  # of networks whose zoo does not say
+ANY = "relu"  # of networks that do not ask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Config:
     zoo: str  # folder of the zoo; the results become columns of its properties
     data: str | None = None  # another data set than the one that the networks were made for
     limit: int | None = None  # images of each part, evenly spaced; by default as many as the zoo was made with
+    activation: Activation | None = None  # of networks whose zoo does not say theirs
     ensemble: bool = True  # says the accuracy of the mean of all networks' logits as well
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
@@ -59,7 +61,7 @@ def evaluate(config: Config) -> tuple[Zoo, dict[str, numpy.ndarray], dict[str, f
     prefix = "" if config.data is None else f"{Path(config.data).name}_"
     columns, ensemble = {}, {}
     for name, part in job.data.evaluated().items():
-        found = measure_zoo(zoo, job, part)
+        found = measure_zoo(zoo, job, part, activation=config.activation)
         columns[f"{prefix}{name}_accuracy"] = found.accuracy.numpy()
         columns[f"{prefix}{name}_loss"] = found.loss.numpy()
         right = found.mean_logits.argmax(1) == part.y.cpu()
@@ -74,7 +76,8 @@ def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: 
         ValueError: If it is of another origin, or other images do not fit its networks.
     """
     made = config_of(zoo.path, zoo.provenance)
-    changes = {"device": find_device(device).type, "networks": 1, "start": None}
+    changes = {"device": find_device(device).type, "networks": 1, "start": None, "regularise": None}
+    changes |= {"regularise_at": ()}
     changes |= ({} if data is None else {"data": data}) | ({} if limit is None else {"limit": limit})
     job = prepare(replace(made, **changes))
     if data is not None and data != made.data:
@@ -97,14 +100,28 @@ def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: 
     return job
 
 
-def measure_zoo(zoo: Zoo, job: Job, part: Part, rows: Tensor | None = None) -> Measured:
-    """What all networks of a zoo, or those of some rows, do on images."""
-    rows = torch.arange(len(zoo)) if rows is None else rows
-    return measure(zoo.rows(rows).float().to(part.x.device), job.plan, activations_of(zoo, rows), part)
+def measure_zoo(zoo: Zoo, job: Job, part: Part, activation: str | None = None) -> Measured:
+    """What all networks of a zoo do on images; ``activation`` is of those whose zoo does not say theirs."""
+    rows = torch.arange(len(zoo))
+    return measure(zoo.rows(rows).float().to(part.x.device), job.plan, activations_of(zoo, job.plan, activation), part)
 
 
-def activations_of(zoo: Zoo, rows: Tensor) -> list[str]:
-    if "activation" not in zoo.properties.column_names:
-        return [ACTIVATION] * len(rows)
-    column = zoo.properties["activation"].cast("string").to_pylist()
-    return [column[row] or ACTIVATION for row in rows.tolist()]
+def activations_of(zoo: Zoo, plan: Plan, activation: str | None = None) -> list[str]:
+    """The activation of each network of a zoo.
+
+    Raises:
+        ValueError: If neither zoo nor ``activation`` says it, or both do.
+    """
+    known = "activation" in zoo.properties.column_names
+    names = zoo.properties["activation"].cast("string").to_pylist() if known else [None] * len(zoo)
+    if ":" in plan.architecture:  # a function of the user's, whose networks have theirs inside
+        return [name or ANY for name in names]
+    missing = sum(not name for name in names)
+    if missing and activation is None:
+        what = f"given for networks whose zoo does not say theirs, got {missing} such networks of {zoo.path}"
+        raise ValueError(f"zoo evaluate: activation must be {what}; give --activation")
+    if activation is not None and not missing:
+        raise ValueError(f"zoo evaluate: activation must be left out for {zoo.path}, whose networks say theirs")
+    names = [name or activation for name in names]
+    check_choices(zoo.path, "activation", set(names), ACTIVATIONS)
+    return names

@@ -5,20 +5,15 @@ device, from a generator of random numbers that it is given. Where a point was m
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 REFERENCE_SEED = 42  # of the released sampler of KDE
 BANDWIDTH = 0.002  # of the published KDE, in units of codes that a tanh bounds
 MANIFOLD = 3  # dimensions of the plane in which neighbours are looked for
-HELD_OUT_DRAWS = 20  # per held-out point, of the loss that stops the flow
-LOOK_EVERY = 50  # steps of the flow between two looks at that loss
-PATIENCE = 6  # such looks without a better loss
 
 
 class Drawn(NamedTuple):
@@ -121,6 +116,10 @@ class Components(NamedTuple):
         kept = min(found, count) if count else found
         return cls(*(x.to(points.dtype) for x in (mean, axes[:kept], scale[:kept])))
 
+    def leading(self, count: int) -> "Components":
+        """The first ``count`` of them; 0 takes all."""
+        return self._replace(axes=self.axes[: count or None], scale=self.scale[: count or None])
+
     def project(self, points: Tensor) -> Tensor:
         return (points - self.mean) @ self.axes.T / self.scale
 
@@ -128,121 +127,13 @@ class Components(NamedTuple):
         return self.mean + (z * self.scale) @ self.axes
 
 
-def gaussian(anchors: Tensor, count: int, components: int, temperature: float, generator: torch.Generator) -> Drawn:
+def gaussian(space: Components, count: int, temperature: float, generator: torch.Generator) -> Drawn:
     """A Gaussian in the space of the leading principal components: ``mean + axes * (temperature * std * normal)``."""
-    space = Components.of(anchors, components)
-    z = temperature * normals((count, len(space.scale)), anchors, generator)
+    z = temperature * normals((count, len(space.scale)), space.mean, generator)
     return Drawn(space.restore(z), nobody(count))
 
 
-# --- learned samplers
-
-
-class Velocity(nn.Module):
-    """The velocity of a flow at points z and times t: a perceptron with three residual blocks."""
-
-    def __init__(self, size: int, width: int = 256, hidden: int = 512, waves: int = 32):
-        super().__init__()
-        self.register_buffer("waves", torch.pi * torch.arange(1, waves // 2 + 1))
-        self.first = nn.Linear(size + waves, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-            for _ in range(3)
-        )
-        self.last = nn.Linear(width, size)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        waves = t[:, None] * self.waves
-        x = self.first(torch.cat([z, waves.sin(), waves.cos()], 1))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.last(x)
-
-
-def flow_loss(velocity: Callable[..., Tensor], noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """``mean |v((1 - t) x0 + t z, t) - (z - x0)|^2``: flow matching along straight lines (arXiv 2210.02747)."""
-    path = torch.lerp(noise, z, t[:, None])
-    return (velocity(path, t) - (z - noise)).square().mean()
-
-
-class Flow(NamedTuple):
-    """A trained flow, and how it was stopped."""
-
-    space: Components
-    velocity: nn.Module
-    steps: int  # of the weights that are kept
-    loss: float  # on the held-out points; nan without
-
-
-def train_flow(
-    anchors: Tensor,
-    held_out: Tensor,
-    components: int,
-    generator: torch.Generator,
-    *,
-    steps: int = 4000,
-    batch: int = 256,
-    lr: float = 1e-3,
-    decay: float = 0.998,
-) -> Flow:
-    """Flow matching in the space of principal components, stopped where the loss of held-out points is lowest.
-
-    The minimiser of the loss on the training points leads back to these points, so that a flow trained to its end
-    copies them; what it makes of new is its lack of fit. With fewer than two held-out points it runs to the end.
-    """
-    space = Components.of(anchors, components)
-    z, judge = space.project(anchors), space.project(held_out) if len(held_out) else anchors[:0]
-    with torch.random.fork_rng([anchors.device] if anchors.is_cuda else []):
-        torch.manual_seed(int(integers((), 2**31, generator)))
-        velocity = Velocity(z.shape[1]).to(z)
-    kept = {name: tensor.clone() for name, tensor in velocity.state_dict().items()}  # a running average
-    best, best_steps, lowest, in_vain = kept, 0, math.inf, 0
-    targets = judge.repeat(HELD_OUT_DRAWS, 1)
-    times = torch.rand(len(targets), generator=generator, device=z.device).to(z)
-    judged = normals(targets.shape, z, generator), targets, times  # always the same
-    optimizer = torch.optim.AdamW(velocity.parameters(), lr=lr, weight_decay=1e-2)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * step / steps)) / 2
-        chosen = z[integers((batch,), len(z), generator)]
-        t = torch.rand(batch, generator=generator, device=z.device).to(z)
-        loss = flow_loss(velocity, normals(chosen.shape, z, generator), chosen, t)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        for name, tensor in velocity.state_dict().items():
-            kept[name].lerp_(tensor, 1 - min(decay, step / (step + 10)))
-        if len(judge) > 1 and (step + 1) % LOOK_EVERY == 0:
-            now = {name: tensor.clone() for name, tensor in kept.items()}
-            with torch.no_grad():
-                value = flow_loss(lambda z, t, now=now: functional_call(velocity, now, (z, t)), *judged).item()
-            if value < lowest:
-                best, best_steps, lowest, in_vain = now, step + 1, value, 0
-            else:
-                in_vain += 1
-            if in_vain >= PATIENCE:
-                break
-    if len(judge) < 2:
-        best, best_steps, lowest = kept, steps, math.nan
-    velocity.load_state_dict(best)
-    return Flow(space, velocity.eval(), best_steps, lowest)
-
-
-@torch.no_grad()
-def flow(trained: Flow, count: int, temperature: float, generator: torch.Generator, steps: int = 25) -> Drawn:
-    """Follows the velocity from noise, by the Runge-Kutta method of fourth order."""
-    like = trained.space.mean
-    z, step = temperature * normals((count, len(trained.space.scale)), like, generator), 1 / steps
-    for number in range(steps):
-        t = torch.full((count,), number * step, device=z.device, dtype=z.dtype)
-        k1 = trained.velocity(z, t)
-        k2 = trained.velocity(z + step / 2 * k1, t + step / 2)
-        k3 = trained.velocity(z + step / 2 * k2, t + step / 2)
-        k4 = trained.velocity(z + step * k3, t + step)
-        z = z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return Drawn(trained.space.restore(z), nobody(count))
+# --- a learned sampler
 
 
 def gan(

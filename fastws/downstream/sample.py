@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastws.devices import find_device
+from fastws.downstream import flow as flows
 from fastws.downstream import generators
-from fastws.downstream.generators import BANDWIDTH, Drawn
+from fastws.downstream.generators import BANDWIDTH, Components, Drawn
 from fastws.downstream.representation import Representation, load
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.version import __version__
@@ -54,6 +55,7 @@ class Config:
     noise: float = 0.2  # noise: std, in units of the std of a layer's weights, or of a code's entry
     together: int = 2  # average: anchors of each mean
     components: int = 64  # gaussian, flow, gan: leading principal components; 0: all
+    flow: Literal["stopped", "deepweightflow"] = "stopped"  # flow: by held-out loss; or all components, as released
     temperature: float = 1.0  # gaussian, flow: factor of the noise that samples begin from
 
     seed: int = 0  # of everything random
@@ -104,7 +106,7 @@ def sample(config: Config) -> Zoo:
     if representation is not None:
         representation.layout.require_same(zoo.layout, f"sample: zoo {zoo.path}")
     anchors = choose_anchors(config, zoo, representation)
-    drawn = draw(config, zoo, representation, anchors, device)
+    drawn, made_by = draw(config, zoo, representation, anchors, device)
     weights = drawn.points if representation is None else representation.decode(drawn.points)
     number = range(len(weights))
     properties = {
@@ -117,7 +119,7 @@ def sample(config: Config) -> Zoo:
     }
     if anchors.activation is not None:
         properties["activation"] = [anchors.activation] * len(weights)
-    sampled = asdict(config) | {"from": anchors.said, "aligned": anchors.aligned}
+    sampled = asdict(config) | {"from": anchors.said, "aligned": anchors.aligned} | made_by
     provenance = {"made_by": f"fastws {__version__}", "config": zoo.provenance.get("config"), "sampled": sampled}
     splits = {"train": properties["model"], "val": [], "test": []}
     with ZooWriter(out, zoo.layout, zoo.symmetry, provenance, splits=splits) as writer:
@@ -127,8 +129,8 @@ def sample(config: Config) -> Zoo:
 
 def draw(
     config: Config, zoo: Zoo, representation: Representation | None, anchors: Anchors, device: torch.device
-) -> Drawn:
-    """New points: codes where there is a representation, else weights; see ``generators``."""
+) -> tuple[Drawn, dict[str, float]]:
+    """New points, codes where there is a representation, else weights, and what a sampler says that was trained."""
 
     def points_of(rows: Tensor) -> Tensor:
         flat = (aligned_rows(zoo, rows) if anchors.aligned else zoo.rows(rows)).float().to(device)
@@ -137,7 +139,7 @@ def draw(
     codes = points_of(anchors.rows)
     shape, cloud = codes.shape[1:], codes.flatten(1)
     generator = torch.Generator(device).manual_seed(config.seed)
-    count, method = config.count, config.method
+    count, method, made_by = config.count, config.method, {}
     if method == "direct":
         drawn = generators.direct(cloud, count)
     elif method == "uniform":
@@ -153,14 +155,18 @@ def draw(
     elif method == "average":
         drawn = generators.average(cloud, count, config.together, generator)
     elif method == "gaussian":
-        drawn = generators.gaussian(cloud, count, config.components, config.temperature, generator)
+        drawn = generators.gaussian(Components.of(cloud, config.components), count, config.temperature, generator)
     elif method == "gan":
         drawn = generators.gan(cloud, count, generator, components=config.components)
     else:
-        held_out = points_of(anchors.held_out).flatten(1) if len(anchors.held_out) else cloud[:0]
-        trained = generators.train_flow(cloud, held_out, config.components, generator)
-        drawn = generators.flow(trained, count, config.temperature, generator)
-    return Drawn(drawn.points.unflatten(1, shape), drawn.anchors)
+        if config.flow == "deepweightflow":
+            trained = flows.train_deepweightflow(cloud, generator)
+        else:
+            held_out = points_of(anchors.held_out).flatten(1) if len(anchors.held_out) else cloud[:0]
+            trained = flows.train_flow(Components.of(cloud, config.components), cloud, held_out, generator)
+        made_by |= {"steps": trained.steps, "kept": trained.kept, "loss": trained.loss}
+        drawn = flows.follow(trained, count, config.temperature, generator)
+    return Drawn(drawn.points.unflatten(1, shape), drawn.anchors), made_by
 
 
 def spread(zoo: Zoo, representation: Representation | None, cloud: Tensor) -> Tensor:

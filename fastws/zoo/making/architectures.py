@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastws.nn.resnet import ResNet
+from fastws.zoo.making.transfer import TRANSFER
 
-Architecture = Literal["digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp", "resnet18"]
+Architecture = Literal[
+    "digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp", "res-cnn", "cnn-deep", "cnn-skip", "cnn-deep-skip", "resnet18"
+]
 Activation = Literal["tanh", "relu", "sigmoid", "gelu"]
 Init = Literal["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
@@ -59,7 +62,9 @@ def build(
     ``cnn-s`` is the published CNN of 2,464 weights for images [1, 28, 28], ``cnn2`` its wider sibling, ``cnn-l`` the
     CNN of 10,853 weights for images [3, 32, 32]; ``digits-cnn`` has 1,486 weights for [1, 8, 8]. All of them, and
     ``mlp`` (two hidden layers of 20), take other image sizes too: the first dense layer follows. ``resnet18`` is that
-    of the published ResNet zoos, with ReLU and without dropout.
+    of the published ResNet zoos, with ReLU and without dropout. ``res-cnn``, ``cnn-deep``, ``cnn-skip`` and
+    ``cnn-deep-skip`` are what arXiv 2209.14733 transfers ``cnn-s`` to, see ``fastws.zoo.making.transfer``; they know no
+    dropout.
 
     Args:
         name: The architecture.
@@ -82,6 +87,10 @@ def build(
             got = f"{activation}, dropout {dropout} and {image_shape[0]} channels"
             raise ValueError(f"build: resnet18 must have relu, no dropout and images of 3 channels, got {got}")
         return ResNet(18, num_classes)
+    if name in TRANSFER:
+        if dropout:
+            raise ValueError(f"build: {name} must have no dropout, got {dropout}")
+        return TRANSFER[name](image_shape, num_classes, ACTIVATIONS[activation])
     layers = [*hidden_layers(name, image_shape, activation, dropout), nn.Flatten()]
     features = count_features(name, layers, image_shape)
     for _ in range(2 if name == "mlp" else 1):

@@ -11,7 +11,9 @@ from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.manifest import read_manifest
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.architectures import initialize
 from fastws.zoo.making.recipes import Plan, Recipe, check_choices
+from fastws.zoo.making.transfer import carry_over
 
 # what a zoo does not hand on: where it lies, which networks it has, and how they were drawn
 OWN = (
@@ -19,6 +21,8 @@ OWN = (
     "preset",
     "explain",
     "start",
+    "regularise",
+    "regularise_at",
     "networks",
     "sampling",
     "seed",
@@ -38,7 +42,7 @@ def options(start: str, config: object) -> dict[str, Any]:
         FileNotFoundError: If there is no such zoo.
         ValueError: If another program made it.
     """
-    if all(value is not None for name, value in vars(config).items() if name != "limit"):
+    if all(value is not None for name, value in vars(config).items() if name not in ("limit", "regularise")):
         return {}  # a configuration that was filled before, when a finished zoo is opened
     provenance = read_manifest(Path(start))["provenance"]
     made = provenance.get("config") if isinstance(provenance, dict) else None
@@ -66,14 +70,12 @@ def networks(config: Any, plan: Plan) -> tuple[list[Recipe], dict[str, Tensor]]:
         if len(getattr(config, name)) != 1:
             what = f"one choice for the networks of start, got {getattr(config, name)}"
             raise ValueError(f"zoo make: {name} must name {what}; give --{name.replace('_', '-')}")
-    with torch.device("meta"):
-        Layout.from_checkpoint(plan.build()).require_same(zoo.layout, f"zoo make: start {zoo.path}")
     last = last_rows(zoo)
     chosen = dict(list(last.items())[: config.networks])
     rows, known = list(chosen.values()), zoo.properties.column_names
     own = {
-        name: zoo.properties[name].take(rows).to_pylist() if name in known else [default] * len(rows)
-        for name, default in (("activation", config.activations[0]), ("dropout", config.dropouts[0]))
+        name: zoo.properties[name].take(rows).to_pylist() if name in known else given(name, choices, zoo) * len(rows)
+        for name, choices in (("activation", config.activations), ("dropout", config.dropouts))
     }
     check_choices(zoo.path, "activation", own["activation"], ACTIVATIONS)
     trained = config.inits[0], config.optimizers[0], config.lrs[0], config.weight_decays[0]
@@ -81,4 +83,41 @@ def networks(config: Any, plan: Plan) -> tuple[list[Recipe], dict[str, Tensor]]:
         Recipe(model, config.seed + number, own["activation"][number], own["dropout"][number] or 0.0, *trained)
         for number, model in enumerate(chosen)
     ]
-    return recipes, dict(zip(chosen, zoo.rows(rows).float(), strict=True))
+    return recipes, dict(zip(chosen, weights_of(config, plan, zoo, recipes, rows), strict=True))
+
+
+def weights_of(config: Any, plan: Plan, zoo: Zoo, recipes: list[Recipe], rows: list[int]) -> Tensor:
+    """The weights that networks begin with, ``[M, P]``: their own, or what of them fits another architecture.
+
+    What does not fit is initialised as networks without a start are; how much is carried over is printed.
+
+    Raises:
+        ValueError: If nothing fits, or networks of the same architecture have other weights.
+    """
+    weights, made = zoo.rows(rows).float(), zoo.provenance["config"]
+    with torch.device("meta"):
+        layout = Layout.from_checkpoint(plan.build())
+    if plan.architecture == made["architecture"]:
+        layout.require_same(zoo.layout, f"zoo make: start {zoo.path}")
+        return weights
+    found, carried = carry_over(weights, zoo.layout, layout)
+    if not carried.any():
+        what = f"an architecture with layers of {made['architecture']}, of which {zoo.path} is, got {plan.architecture}"
+        raise ValueError(f"zoo make: architecture must be {what}")
+    for row, recipe in zip(found, recipes, strict=True):
+        network = plan.build(recipe.activation)
+        initialize(network, recipe.init, recipe.seed)
+        row[~carried] = layout.flatten(network.state_dict())[~carried]
+    print(
+        f"{int(carried.sum()):,} of {len(carried):,} weights are carried over from {made['architecture']} "
+        f"to {plan.architecture}, the others are initialised by {recipes[0].init}"
+    )
+    return found
+
+
+def given(name: str, choices: tuple[Any, ...], zoo: Zoo) -> list[Any]:
+    """The one choice of a property that networks do not say themselves; a guess would be a wrong network."""
+    if len(choices) != 1:
+        what = f"one choice for networks of start that do not say theirs, those of {zoo.path}, got {choices}"
+        raise ValueError(f"zoo make: {name}s must name {what}; give --{name}s")
+    return list(choices)

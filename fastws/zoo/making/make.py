@@ -30,7 +30,7 @@ from fastws.zoo.making.explain import explain
 from fastws.zoo.making.grids import PRESETS, Preset
 from fastws.zoo.making.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
 from fastws.zoo.making.resume import RESUME, read_resume, write_resume
-from fastws.zoo.making.training import Wave
+from fastws.zoo.making.training import Regularise, Wave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = ("out", "threads", "explain")  # fields of Config that a resumed run may have otherwise
@@ -54,6 +54,9 @@ class Config:
     preset: Preset = "digits"  # digits, or a published zoo: one recipe and 1,000 seeds, or a grid with ten seeds each
     explain: bool = False  # print what would be trained, on what and for how long, and end
     start: str | None = None  # folder of a zoo whose last states are trained on, by default as they were
+
+    regularise: str | None = None  # with start: checkpoint of train ae or train sane that networks are passed through
+    regularise_at: tuple[int, ...] = ()  # epochs after which they are, 0 for those of the start
 
     data: str | None = None  # "digits"; a folder: parquet, IDX, torchvision's files, a folder per class; or dataset.pt
     limit: int | None = None  # images of each part, evenly spaced; by default all
@@ -91,6 +94,12 @@ class Config:
         for name, value in (PRESETS[self.preset] | inherited).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the way of dataclasses that are frozen
+        if (self.regularise is None) != (not self.regularise_at) or (self.regularise and self.start is None):
+            got = f"{self.regularise} at {self.regularise_at} from {self.start}"
+            raise ValueError(f"zoo make: regularise must be given with regularise_at and start, got {got}")
+        if not all(0 <= epoch <= self.epochs for epoch in self.regularise_at):
+            what = f"epochs in [0, {self.epochs}], got {self.regularise_at}"
+            raise ValueError(f"zoo make: regularise_at must be {what}")
         for name in ("networks", "batch_size", "wave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -172,8 +181,11 @@ def prepare(config: Config) -> Job:
     return Job(plan, TrainingData.of(images, ranks.device(config.device)), recipes, one_by_one, start)
 
 
-def make(config: Config) -> Zoo:
+def make(config: Config, regularise: Regularise | None = None) -> Zoo:
     """Trains a zoo, or goes on with one that was stopped; returns it, open.
+
+    ``regularise`` is called after the epochs ``config.regularise_at`` with the weights ``[G, P]`` of some networks, and
+    what it returns they go on with. It comes from above, because zoos know nothing of what learns them.
 
     A run that is killed at any moment and started again gives the same weights, bit for bit on a CPU. Under torchrun
     all processes make one zoo, and return when it is whole.
@@ -183,6 +195,9 @@ def make(config: Config) -> Zoo:
         BlockingIOError: If another process is writing the zoo.
     """
     path, place = Path(config.out), ranks.place()
+    if (config.regularise is None) != (regularise is None):
+        what = f"given with the function that it stands for, got {config.regularise}; call fastws zoo make"
+        raise ValueError(f"zoo make: regularise must be {what}")
     for begun in (path, *ranks.begun_parts(path)):
         check_config(begun, config)
     ranks.check(path, place, config.networks * (config.epochs + 1))
@@ -191,19 +206,23 @@ def make(config: Config) -> Zoo:
         return Zoo.open(path)
     job = prepare(config)
     if place.world == 1:
-        return make_part(config, job, path)
+        return make_part(config, job, path, regularise)
     share = job._replace(recipes=job.recipes[place.rank :: place.world])
-    make_part(config, share, ranks.folder(path, place))
+    make_part(config, share, ranks.folder(path, place), regularise)
     ranks.join(path, place, lambda: open_writer(config, job, path), lambda part: check_config(part, config))
     return Zoo.open(path)
 
 
-def make_part(config: Config, job: Job, path: Path) -> Zoo:
+def make_part(config: Config, job: Job, path: Path, regularise: Regularise | None) -> Zoo:
     """Trains the networks of a job."""
+
+    def make_wave(recipes: Sequence[Recipe]) -> Wave:
+        wave = Wave(job.plan, recipes, job.data, not job.one_by_one, job.start)
+        wave.regularise, wave.regularise_at = regularise, config.regularise_at
+        return wave
+
     with open_writer(config, job, path) as writer, workers(config, job) as pool:
-        train(
-            config, job, writer, pool, lambda recipes: Wave(job.plan, recipes, job.data, not job.one_by_one, job.start)
-        )
+        train(config, job, writer, pool, make_wave)
         remove(path / RESUME)
     return Zoo.open(path)
 
@@ -291,11 +310,11 @@ def workers(config: Config, job: Job) -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-def run(config: Config) -> None:
+def run(config: Config, regularise: Regularise | None = None) -> None:
     if config.explain:
         print(explain(config, prepare(config)))
         return
-    zoo = make(config)
+    zoo = make(config, regularise)
     if ranks.place().rank > 0:
         return
     last = zoo.numbers("epoch") == config.epochs

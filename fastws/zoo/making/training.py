@@ -27,6 +27,9 @@ STEPS = 500  # of one call: seconds on a CPU, and the orders of a thousand netwo
 IMAGES = 10_000  # evaluated by one call
 
 
+Regularise = Callable[[Tensor], Tensor]  # weights of some networks to others, [G, P]
+
+
 class Trainer(Protocol):
     """Trains and measures some of the networks of a wave; ``groups`` says which ones together."""
 
@@ -133,7 +136,11 @@ class Wave:
         state: Weights and the two moments of the optimizers, ``[3, W, P]`` float32, on the CPU.
         orders: Decides their minibatches.
         epoch: The last one that is done; 0 is that of the initial weights, -1 none.
+        regularise: What makes other weights of those after the epochs ``regularise_at``; before they are measured.
     """
+
+    regularise: Regularise | None = None
+    regularise_at: Sequence[int] = ()
 
     def __init__(
         self,
@@ -208,6 +215,8 @@ class Wave:
         if self.epoch > 0:
             orders = torch.stack([self.orders.next(member, self.epoch) for member in members])
             running = self.trainer.train_epoch(members, state, orders, self.epoch)
+        if self.regularise is not None and self.epoch in self.regularise_at:
+            state[0], running = self.regularise(state[0]), None  # minibatches know nothing of these weights
         if running is None or self.plan.train_metrics == "evaluated":
             running = self.trainer.measure(members, state[0], self.data.train)
         measures = [*running]
