@@ -72,15 +72,9 @@ def cnn_s(tmp_path_factory):
     """Networks of cnn-s for images of 28 x 28, and their images."""
     folder = tmp_path_factory.mktemp("cnn-s")
     torch.set_num_threads(1)
-    options = {
-        "resize": 28,
-        "activations": ("tanh",),
-        "optimizers": ("adam",),
-        "lrs": (0.01,),
-        "threads": 1,
-        "weight_decays": (0.0,),
-    }
-    make(Config(out=str(folder), architecture="cnn-s", networks=2, epochs=0, limit=60, **options))
+    options = {"resize": 28, "activations": ("tanh",), "inits": ("xavier_uniform",), "optimizers": ("adam",)}
+    options |= {"lrs": (0.003,), "weight_decays": (0.0,), "batch_size": 10, "threads": 1}
+    make(Config(out=str(folder), architecture="cnn-s", networks=2, epochs=0, limit=300, **options))
     return Zoo.open(folder)
 
 
@@ -94,16 +88,16 @@ def cnn_s(tmp_path_factory):
     ],
 )
 def test_weights_that_fit_are_carried_over(cnn_s, tmp_path, capsys, architecture, weights, carried):
-    zoo = make(Config(out=str(tmp_path), start=str(cnn_s.path), architecture=architecture, epochs=1, threads=1))
+    zoo = make(Config(out=str(tmp_path), start=str(cnn_s.path), architecture=architecture, epochs=2, threads=1))
     assert f"{carried:,} of {weights:,} weights are carried over from cnn-s" in capsys.readouterr().out
-    assert zoo.layout.num_weights == weights and len(zoo) == 4
+    assert zoo.layout.num_weights == weights and len(zoo) == 6
     first, source = zoo.checkpoint(0), cnn_s.checkpoint(0)
     key = "module_list.0.weight" if architecture == "res-cnn" else "stages.0.0.weight"
     assert torch.equal(first[key], source["module_list.0.weight"])
     if architecture == "res-cnn":
         assert all(torch.equal(first[name], tensor) for name, tensor in source.items())
         assert (first["branches.1.1.bias"] == 0.01).all() and first["branches.1.1.weight"].std() > 0.05
-    assert zoo.numbers("train_loss")[2:].mean() < zoo.numbers("train_loss")[:2].mean()
+    assert zoo.numbers("train_loss")[4:].mean() < zoo.numbers("train_loss")[:2].mean()
     done, columns, _ = evaluate.evaluate(evaluate.Config(zoo=str(zoo.path), device="cpu"))
     assert columns["test_accuracy"] == pytest.approx(zoo.numbers("test_accuracy"), abs=1e-6)
 

@@ -46,9 +46,9 @@ class Config:
 
     fastws zoo compare --zoo zoos/mnist --samples zoos/kde30 zoos/pca64 --out runs/compare
     fastws zoo compare --reports runs/compare-0 runs/compare-1 runs/compare-2 --out runs/compare
-    fastws zoo compare --trained zoos/scratch zoos/kde30-trained --out runs/trained
 
-    Give a zoo and samples, or reports of several zoos, whose verdicts are then joined, or zoos that were trained on.
+    Give a zoo and samples, or reports of several zoos, whose verdicts are then joined, or with --trained zoos of
+    networks that were trained, whose accuracies are compared epoch by epoch.
     """
 
     out: str  # folder for report.html and results.json
@@ -61,7 +61,7 @@ class Config:
     best: float = 1.0  # share of the training networks that are anchors, and whose accuracy held-out networks must have
     model: str | None = None  # checkpoint of train ae or train sane: reconstructed anchors are then a set as well
     baselines: bool = True  # measures noise, averages and Gaussians of principal components as well
-    flow: bool = False  # also a flow in the space of principal components, which takes a minute for each number of them
+    flow: bool = False  # also a flow in the space of principal components, of a minute for each number of components
     count: int = 200  # networks of each set, at most, and of each baseline
     images: int = 2000  # test images, at most, that predictions are compared on
     seed: int = 0  # of the random numbers of the baselines
