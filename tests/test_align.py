@@ -481,7 +481,7 @@ def test_embeddings_and_probes_of_aligned_networks(tmp_path, capsys):
     capsys.readouterr()
     main(["embed", "--model", model, "--zoo", str(zoo.path), "--out", str(tmp_path / "e"), "--device", "cpu"])
     assert "note: the model was trained on networks as aligned, these are embedded as stored" in capsys.readouterr().out
-    options = ["--targets", "test_accuracy", "--no-statistics", "--device", "cpu", "--model", model]
+    options = ["--targets", "test_accuracy", "--features", "weights", "--device", "cpu", "--model", model]
     main(["predict", "--zoo", str(zoo.path), "--aligned", *options, "--out", str(tmp_path / "a")])
     main(["predict", "--zoo", str(tmp_path / "second"), *options, "--out", str(tmp_path / "b")])
     a, b = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in "ab")

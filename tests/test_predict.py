@@ -11,8 +11,9 @@ from small_zoo import make_small_zoo
 
 import fastws
 from fastws.downstream import predict
+from fastws.downstream.probes import extract, intervals, ridge
 from fastws.downstream.probes import features as probe_features
-from fastws.downstream.probes import intervals, ridge
+from fastws.downstream.probes import targets as targets_module
 from fastws.files.lock import one_writer
 from fastws.nn.sane import SANE, SANEConfig
 
@@ -162,6 +163,10 @@ def test_interval_is_that_of_resampled_networks():
 # --- features
 
 
+def make_features(config, zoo):
+    return {name: features(zoo) for name, features in extract.make_extractors(config, zoo).items()}
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_statistics_are_those_of_numpy(zoo, padded):
     layout = zoo.layout.with_tokens(5)
@@ -281,13 +286,17 @@ def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
     embed.run(embed.Config(model=str(checkpoint), zoo="small", out=str(out), device="cpu"))
     predict.run(predict.Config(zoo="small", out=str(tmp_path), embeddings=str(out)))
     predict.run(
-        predict.Config(zoo="small", out=str(tmp_path / "b"), model=str(checkpoint), device="cpu", weights=False)
+        predict.Config(
+            zoo="small", out=str(tmp_path / "b"), model=str(checkpoint), device="cpu", features=("statistics",)
+        )
     )
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     again = json.loads((tmp_path / "b/results.json").read_text())
-    assert results["results"][0] == pytest.approx(again["results"][0])
-    assert {row["features"] for row in results["results"]} == {"sane", "statistics", "weights"}
+    for name, value in results["results"][0].items():
+        other = again["results"][0][name]
+        assert value == (other if isinstance(value, str) else pytest.approx(other))
+    assert {row["features"] for row in results["results"]} == {"embedding", "statistics", "weights"}
     scores = {(row["features"], row["target"]): row["test_r2"] for row in results["results"]}
     assert f"protocol: {predict.PROTOCOL}" in printed and results["protocol"] == predict.PROTOCOL
     assert scores["statistics", "test_accuracy"] > 0.9 and scores["statistics", "generalisation_gap"] is None
@@ -296,13 +305,15 @@ def test_commands(checkpoint, zoo, tmp_path, monkeypatch, capsys):
 
 def test_targets_that_are_not_finite_are_left_out_and_counted(zoo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict.Zoo, "open", lambda path: zoo)
-    train, accuracy = zoo.split("train"), predict.read_target(zoo, "test_accuracy")
+    train, accuracy = zoo.split("train"), targets_module.read_target(zoo, "test_accuracy")
     spoilt = accuracy.clone()
     spoilt[train[0]], spoilt[train[1]], spoilt[zoo.split("test")[0]] = torch.inf, -torch.inf, torch.nan
     known, scores = spoilt.isfinite(), []
     for target in (spoilt, accuracy.where(known, torch.nan)):
-        monkeypatch.setattr(predict, "read_target", lambda zoo, name, target=target: target)
-        predict.run(predict.Config(zoo="small", out=str(tmp_path), targets=("test_accuracy",), weights=False))
+        monkeypatch.setattr(targets_module, "read_target", lambda zoo, name, target=target: target)
+        predict.run(
+            predict.Config(zoo="small", out=str(tmp_path), targets=("test_accuracy",), features=("statistics",))
+        )
         assert "note: test_accuracy is missing or infinite in 3 states, which are left out" in capsys.readouterr().out
         results = json.loads((tmp_path / "results.json").read_text())
         assert results["left_out"] == {"test_accuracy": 3}
@@ -328,14 +339,14 @@ def test_published_protocol(checkpoint, encoder, zoo, tmp_path, monkeypatch, cap
     assert f"protocol: {predict.PUBLISHED}\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["protocol"] == predict.PUBLISHED and not any(row["standardized"] for row in results["results"])
-    features = predict.make_features(config, zoo)
+    features = make_features(config, zoo)
     longest = zoo.layout.with_tokens(None)
     tokens = longest.tokenize(zoo.weights.double()).values
     entries = tokens[:, longest.positions[:, 1] == 0].flatten(1)  # with their padding
     torch.testing.assert_close(features["statistics"][:, 0], entries.mean(1))
-    torch.testing.assert_close(features["sane"], embed.encode(encoder, zoo.weights, halo=None).mean(1))
+    torch.testing.assert_close(features["embedding"], embed.encode(encoder, zoo.weights, halo=None).mean(1))
     by_split = {split: features["statistics"][zoo.split(split)] for split in SPLITS}
-    targets = {split: predict.read_target(zoo, "test_accuracy")[zoo.split(split)][:, None] for split in SPLITS}
+    targets = {split: targets_module.read_target(zoo, "test_accuracy")[zoo.split(split)][:, None] for split in SPLITS}
     (probe,) = ridge.fit_probes(by_split, targets, published=True)
     (row,) = [row for row in results["results"] if (row["features"], row["target"]) == ("statistics", "test_accuracy")]
     assert row["test_r2"] == pytest.approx(probe.test_r2)
@@ -386,9 +397,9 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(checkpoint, zoo, tmp
 
 def test_targets_must_be_properties(zoo):
     with pytest.raises(ValueError, match=r"predict: targets must be properties of the zoo \(model, epoch,.*got 'size'"):
-        predict.read_target(zoo, "size")
+        targets_module.read_target(zoo, "size")
     with pytest.raises(ValueError, match="property 'model' must be a number, got string"):
-        predict.read_target(zoo, "model")
+        targets_module.read_target(zoo, "model")
 
 
 def test_embeddings_must_fit_the_zoo(zoo, tmp_path):
@@ -426,4 +437,4 @@ def test_configs_are_checked():
 
 def test_features_must_be_asked_for(zoo):
     with pytest.raises(ValueError, match="predict: features must be asked for, got none"):
-        predict.make_features(predict.Config(zoo="small", out="", statistics=False, weights=False), zoo)
+        make_features(predict.Config(zoo="small", out="", features=()), zoo)

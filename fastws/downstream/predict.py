@@ -1,36 +1,51 @@
-"""Linear probes: how well properties of networks are predicted from their embeddings, statistics or weights."""
+"""Probes: how well properties of networks are foretold by their embeddings, statistics, spectra or weights."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastws
-from fastws.devices import find_device
-from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
-from fastws.downstream.probes.features import WEIGHTS_AT_ONCE, layer_statistics, layers_of
-from fastws.downstream.probes.ridge import fit_probes
+from fastws.downstream.probes.extract import Extractor, Features, Transformed, make_extractors
+from fastws.downstream.probes.published import Published, PublishedZoo, find_published
+from fastws.downstream.probes.ridge import PENALTIES, Probe, Splits, fit_probes
+from fastws.downstream.probes.scores import chance_of, describe, score_names, score_numbers
+from fastws.downstream.probes.softmax import UNKNOWN, Classified, classify
+from fastws.downstream.probes.targets import Names, Targets, read_targets
+from fastws.downstream.probes.trees import classify_trees, fit_trees
 from fastws.files.atomic import write_json
-from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
-PROTOCOL = "the intercept is not penalised; scaling of features and penalty by the validation split"
+SPLITS = ("train", "val", "test")
+PROTOCOL = (
+    "numbers by ridge regression, names by softmax regression with L-BFGS; the intercept is not penalised; scaling of "
+    "features and penalty by the validation split"
+)
 PUBLISHED = (
     "as published with SANE (arXiv 2406.09997): the intercept is penalised and features are not scaled; statistics "
-    "count the padding of tokens and norm layers; embeddings are made in one pass"
+    "count the padding of tokens and norm layers; embeddings are made in one pass; names by Adam, 50 epochs of batches "
+    "of 10; other zoos with the penalty 1e-5"
 )
+WIDEST = 4096  # features that trees are grown on, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Predicts properties of the networks of a zoo by ridge regression, and prints R^2 and rank correlation.
+    """Predicts properties of the networks of a zoo, and prints R^2, rank correlation or accuracy with 95 % intervals.
 
     fastws predict --zoo zoos/digits --out runs/predict
-    fastws predict --zoo zoos/digits --model runs/sane/checkpoint.pt --out runs/predict-sane
+    fastws predict --zoo zoos/digits --model runs/sane/checkpoint.pt --probe linear trees --out runs/predict-sane
+    fastws predict --zoo zoos/mnist --ood zoos/usps zoos/fmnist --features statistics spectra --out runs/ood
 
-    The regression is fitted on the training split, the penalty and the scaling of features are chosen on the
-    validation split, and the scores that count are those of the test split.
+    Probes are fitted on the training split, penalties and the like are chosen on the validation split, and the scores
+    that count are those of the test split. Intervals are of resampled networks, all states of one together.
+
+    Features: statistics are mean, variance and quantiles of each layer; spectra are norms and power laws of its
+    singular values, as WeightWatcher has them; a chunk is a slice of the weights; kpca and umap are components of them.
     """
 
     zoo: str  # folder of the zoo
@@ -39,80 +54,192 @@ class Config:
     embeddings: str | None = None  # file of fastws embed whose embeddings are probed, instead of model
     aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics see its signs only
 
-    statistics: bool = True  # probe mean, variance and quantiles of each layer as well
-    apart: bool = False  # statistics of weights and of biases apart, as the model zoo data set has them
-    weights: bool = True  # probe the weights as well
+    features: tuple[Features, ...] = ("statistics", "weights")  # what is probed, beside embeddings
+    probe: tuple[Literal["linear", "trees"], ...] = ("linear",)  # linear: numbers by ridge, names by softmax
     targets: tuple[str, ...] = ("test_accuracy", "epoch", "generalisation_gap")  # columns of the zoo's properties
+    ood: tuple[str, ...] = ()  # folders of other zoos whose test splits the fitted probes are tried on
+    transform: Transformed = "none"  # polar: radius and angles instead of each set of features
+    apart: bool = False  # statistics of weights and of biases apart, as the model zoo data set has them
+    chunk: int = 256  # consecutive weights of the feature set chunk
+    chunk_start: int | None = None  # the first of them; by default drawn by the seed
+    leading: int | None = None  # singular values of a layer in spectra, by random projection; by default all
     norm: bool = False  # statistics and weights of norm layers as well
     standardize: bool | None = None  # features to mean 0 and std 1 or not; by default what the validation split prefers
     padded: int | None = None  # count the padding of tokens of this size in statistics
     published: bool = False  # exactly as published with SANE: what that changes is printed, and kept in results.json
+    beside: PublishedZoo | None = None  # published zoo whose scores are shown too; by default what the zoo is made like
+    seed: int = 0  # of intervals, and of the chunk
     device: str | None = None  # of the model; by default cuda where there is one
 
     def __post_init__(self):
         if not self.targets:
             raise ValueError("predict: targets must name at least one property, got none")
+        if not self.probe:
+            raise ValueError("predict: probe must name at least one, got none")
         if self.apart and self.padded is not None:
             raise ValueError("predict: padded must be left out where biases are apart, got both")
         if self.published and (self.apart or self.standardize):
             raise ValueError("predict: published must be given without apart and standardize, got both")
+        if self.ood and self.embeddings:
+            raise ValueError("predict: ood must be given with model instead of embeddings, which are of one zoo alone")
+        if self.chunk < 1 or (self.leading is not None and self.leading < 1):
+            got = f"{self.chunk} and {self.leading}"
+            raise ValueError(f"predict: chunk and leading must be at least 1, got {got}")
+
+
+class Job(NamedTuple):
+    """One kind of probe on one set of features."""
+
+    features: str
+    probe: str
+    extract: Extractor
+    fit: Callable[[Splits, Splits], list[Probe]]
+    fit_elsewhere: Callable[[Splits, Splits], list[Probe]] | None  # of probes for other zoos, where they differ
+    classify: Callable[[Splits, Splits, Sequence[int]], list[Classified]] | None
+
+
+class Data(NamedTuple):
+    """Rows of the splits of a zoo, and what is to be foretold of them."""
+
+    zoo: Zoo
+    rows: Splits
+    targets: Targets
+    chance: float | None  # accuracy of guessing
+
+    @classmethod
+    def of(cls, path: str, names: tuple[str, ...]) -> "Data":
+        zoo = Zoo.open(path)
+        return cls(zoo, {split: zoo.split(split) for split in SPLITS}, read_targets(zoo, names), chance_of(zoo))
+
+    @property
+    def models(self) -> list[str]:
+        """Of each row of the test split its network."""
+        return self.zoo.properties["model"].cast("string").take(self.rows["test"].numpy()).to_pylist()
+
+    def number(self, name: str) -> tuple[Tensor, list[str]]:
+        """A numeric target on the test split, and the network of each row."""
+        if name not in self.targets.numbers:
+            what = f"property {name!r} must be a number, as in the zoo of the probes, got names"
+            raise ValueError(f"{self.zoo.path}: {what}")
+        return self.targets.numbers[name][self.rows["test"]], self.models
+
+    def name(self, name: str, classes: list[str]) -> tuple[Tensor, list[str]]:
+        """The codes of a categorical target on the test split, and the network of each row."""
+        if name not in self.targets.names:
+            what = f"property {name!r} must be a name, as in the zoo of the probes, got numbers"
+            raise ValueError(f"{self.zoo.path}: {what}")
+        return Names.encode({name: self.targets.names[name]}, [classes])[self.rows["test"], 0], self.models
+
+
+class Place(NamedTuple):
+    """Where a probe is tried: the features of the test split of a zoo."""
+
+    data: Data
+    features: Tensor
+    name: str | None  # of another zoo than that of the probes
 
 
 def run(config: Config) -> None:
-    zoo = Zoo.open(config.zoo)
-    rows = {split: zoo.split(split) for split in ("train", "val", "test")}
-    targets = {name: read_target(zoo, name) for name in config.targets}
+    data = Data.of(config.zoo, config.targets)
+    others = [Data.of(path, config.targets) for path in config.ood]
     protocol = PUBLISHED if config.published else PROTOCOL
-    dealt = torch.cat(list(rows.values()))
-    left_out = {name: int((~target[dealt].isfinite()).sum()) for name, target in targets.items()}
+    published = find_published(data.zoo, config.beside)
     print(f"protocol: {protocol}")
-    numbers = f"{'train R2':>9} {'val R2':>9} {'test R2':>9} {'test tau':>9}"
-    print(f"{'features':<12} {'target':<20} {numbers} {'penalty':>8} scaled")
     results = []
-    for kind, features in make_features(config, zoo).items():
-        by_split = {split: features[numbers] for split, numbers in rows.items()}
-        wanted = {split: torch.stack([t[numbers] for t in targets.values()], 1) for split, numbers in rows.items()}
-        probes = fit_probes(by_split, wanted, standardize=config.standardize, published=config.published)
-        for target, probe in zip(targets, probes, strict=True):
-            results.append({"features": kind, "target": target} | probe.scores())
-            numbers = f"{probe.train_r2:9.4f} {probe.val_r2:9.4f} {probe.test_r2:9.4f} {probe.test_tau:9.4f}"
-            print(f"{kind:<12} {target:<20} {numbers} {probe.penalty:8.0e} {'yes' if probe.standardized else 'no'}")
-    path = Path(config.out) / "results.json"
+    for job in make_jobs(config, data.zoo):
+        for line in probe(config, job, data, others, published):
+            results.append(line)
+            print(describe(line, heading=len(results) == 1), flush=True)
+    left_out = data.targets.left_out(torch.cat(list(data.rows.values())))
     about = {"config": asdict(config), "fastws": fastws.__version__, "protocol": protocol}
-    about["left_out"] = left_out  # states whose target is missing or infinite
-    write_json(path, about | {"rows": {split: len(numbers) for split, numbers in rows.items()}, "results": results})
+    about |= {"left_out": left_out, "published": published and published.source, "chance": data.chance}
+    about |= {"rows": {split: len(numbers) for split, numbers in data.rows.items()}, "results": results}
+    path = Path(config.out) / "results.json"
+    write_json(path, about)
+    if published:
+        print(f"published scores: {published.source}")
     for name, count in left_out.items():
         if count:
             print(f"note: {name} is missing or infinite in {count:,} states, which are left out of its probes")
     print(f"results: {path}")
 
 
-def read_target(zoo: Zoo, name: str) -> Tensor:
-    if name not in zoo.properties.column_names:
-        known = ", ".join(zoo.properties.column_names)
-        raise ValueError(f"predict: targets must be properties of the zoo ({known}), got {name!r}")
-    return torch.from_numpy(zoo.numbers(name))
+def make_jobs(config: Config, zoo: Zoo) -> Iterator[Job]:
+    ridge = partial(fit_probes, standardize=config.standardize, published=config.published)
+    elsewhere = partial(ridge, penalties=PENALTIES[-1:]) if config.published else None
+    softmax = partial(classify, published=config.published)
+    for kind, extract in make_extractors(config, zoo).items():
+        for name in config.probe:
+            if name == "linear":
+                yield Job(kind, name, extract, ridge, elsewhere, softmax)
+            else:
+                yield Job(kind, name, extract, fit_trees, None, classify_trees)
 
 
-def make_features(config: Config, zoo: Zoo) -> dict[str, Tensor]:
-    """The feature sets that were asked for, ``[M, d]`` each."""
-    features, read = {}, rows_of(zoo, config.aligned)
-    padded = config.padded is not None or config.published
-    if config.embeddings is not None:
-        features["sane"] = load_embeddings(config.embeddings, len(zoo), zoo.layout)
-    elif config.model is not None:
-        encoder = load_encoder(config.model, find_device(config.device))
-        halo = None if config.published else default_halo(encoder)
-        features["sane"] = embed(encoder, zoo, halo=halo, aligned=config.aligned)
-    layout = zoo.layout.with_tokens(config.padded, "keep" if config.norm or config.published else "skip")
-    if config.statistics:
-        parts = [
-            layer_statistics(read(rows), layout, padded=padded, apart=config.apart)
-            for rows in torch.arange(len(zoo)).split(max(1, WEIGHTS_AT_ONCE // layout.num_weights))
-        ]
-        features["statistics"] = torch.cat(parts)
-    if config.weights:
-        features["weights"] = torch.cat(layers_of(read(torch.arange(len(zoo))), layout), 1)
-    if not features:
-        raise ValueError("predict: features must be asked for, got none; give model, embeddings, statistics or weights")
-    return features
+def probe(
+    config: Config, job: Job, data: Data, others: Sequence[Data], published: Published | None
+) -> Iterator[dict[str, Any]]:
+    """Fits one kind of probe to one set of features, and scores it on the test split and on those of other zoos."""
+    features = job.extract(data.zoo)
+    if job.probe == "trees" and features.shape[1] > WIDEST:
+        print(f"note: {job.features} has {features.shape[1]:,} features; trees are grown on at most {WIDEST:,}")
+        return
+    by_split = {split: features[rows] for split, rows in data.rows.items()}
+    places = [Place(data, by_split["test"], None)]
+    for other in others:
+        found = job.extract(other.zoo)
+        if found.shape[1] != features.shape[1]:
+            what = f"must have {features.shape[1]:,} features, got {found.shape[1]:,} in {other.zoo.path}"
+            raise ValueError(f"predict: {job.features} of other zoos {what}")
+        places.append(Place(other, found[other.rows["test"]], str(other.zoo.path)))
+    about = {"features": job.features, "probe": job.probe}
+    lines = list(probe_numbers(config, job, data, by_split, places)) if data.targets.numbers else []
+    lines += probe_names(config, job, data, by_split, places) if data.targets.names and job.classify else []
+    for line in lines:
+        known = published.score(job.features, line["target"]) if published and job.probe == "linear" else None
+        yield about | line | ({} if known is None or line["zoo"] else {"published": known})
+
+
+def probe_numbers(
+    config: Config, job: Job, data: Data, by_split: Splits, places: Sequence[Place]
+) -> Iterator[dict[str, Any]]:
+    columns = torch.stack(list(data.targets.numbers.values()), 1)
+    wanted = {split: columns[rows] for split, rows in data.rows.items()}
+    probes = job.fit(by_split, wanted)
+    moved = job.fit_elsewhere(by_split, wanted) if len(places) > 1 and job.fit_elsewhere else probes
+    for name, here, there in zip(data.targets.numbers, probes, moved, strict=True):
+        for place in places:
+            own = place.data is data
+            target, models = place.data.number(name)
+            known = target.isfinite()
+            prediction = here.test_prediction if own else there.predict(place.features[known])
+            chance = place.data.chance if name.endswith("accuracy") else None
+            found = score_numbers(prediction, target[known], pick(models, known), chance, config.seed)
+            scores = here.scores() if own else {"penalty": there.scores()["penalty"]}
+            yield {"target": name, "zoo": place.name} | scores | found
+
+
+def probe_names(
+    config: Config, job: Job, data: Data, by_split: Splits, places: Sequence[Place]
+) -> Iterator[dict[str, Any]]:
+    names = Names.of(data.targets.names, data.rows["train"])
+    counts = [len(known) for known in names.classes]
+    codes = {split: names.codes[rows] for split, rows in data.rows.items()}
+    # a name that no training network has is no class by which anything could be chosen
+    codes["val"] = codes["val"].where(codes["val"] < torch.tensor(counts), UNKNOWN)
+    for target, (name, fitted) in enumerate(
+        zip(data.targets.names, job.classify(by_split, codes, counts), strict=True)
+    ):
+        train = codes["train"][:, target]
+        frequent = train[train != UNKNOWN].mode().values
+        for place in places:
+            wanted, models = place.data.name(name, names.classes[target])
+            known = wanted != UNKNOWN
+            right = fitted.predict(place.features[known]) == wanted[known]
+            found = score_names(right, wanted[known] == frequent, pick(models, known), config.seed)
+            scores = fitted.scores() if place.data is data else {"penalty": fitted.scores()["penalty"]}
+            yield {"target": name, "zoo": place.name} | scores | found
+
+
+def pick(models: list[str], known: Tensor) -> list[str]:
+    return [model for model, here in zip(models, known.tolist(), strict=True) if here]

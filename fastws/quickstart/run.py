@@ -28,10 +28,10 @@ from fastws.downstream.embed import (
     load_encoder,
     save_embeddings,
 )
-from fastws.downstream.predict import read_target
 from fastws.downstream.probes.features import layer_statistics
 from fastws.downstream.probes.intervals import r2_interval
 from fastws.downstream.probes.ridge import fit_probes
+from fastws.downstream.probes.targets import read_target
 from fastws.files.atomic import write_json
 from fastws.files.json import parse
 from fastws.files.limits import read_bytes
