@@ -148,10 +148,31 @@ def test_key_of_the_network_is_found(tmp_path, content, key, others, legacy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_checkpoint(tmp_path / "a.pt"), load_checkpoint(tmp_path / "a.pt", key)
-    told = [f"{tmp_path}/a.pt: file holds several networks; that under {key!r} was taken"] if others else []
+    told = [f"{tmp_path}/a.pt: checkpoint holds several networks; that under {key!r} was taken"] if others else []
     assert [str(warning.message).partition(", not ")[0] for warning in caught] == told
     for other in others:
         assert other == "" or torch.equal(load_checkpoint(tmp_path / "a.pt", other)["fc.weight"], AVERAGE["fc.weight"])
+
+
+@pytest.mark.parametrize("content, key, others", KEYS.values(), ids=KEYS)
+def test_dictionaries_of_networks_are_read_as_their_files_are(tmp_path, content, key, others):
+    torch.save(content, tmp_path / "a.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layout = fastws.Layout.from_checkpoint(content)
+    told = [f"layout: checkpoint holds several networks; that under {key!r} was taken"] if others else []
+    assert [str(warning.message).partition(", not ")[0] for warning in caught] == told
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert layout == fastws.Layout.from_checkpoint(tmp_path / "a.pt")
+        assert torch.equal(layout.flatten(content), layout.flatten(tmp_path / "a.pt"))
+        state = layout.unflatten(layout.flatten(content), like=content)
+    assert state.keys() >= WEIGHTS.keys()
+
+
+def test_dictionaries_of_several_networks_are_told_so():
+    with pytest.raises(ValueError, match="layout: .* got several under 'student', 'teacher'; .* give that one alone"):
+        fastws.Layout.from_checkpoint({"student": WEIGHTS, "teacher": AVERAGE})
 
 
 def test_key_that_is_wrong_or_wanted_is_told(tmp_path):
@@ -417,7 +438,7 @@ SHARED = {  # what neither a torch file nor a safetensors file is: how it begins
         "a web page; download the file again",
     ),
     "error": (lambda path: path.write_text('<?xml version="1.0"?><Error/>'), "an XML document, as servers answer"),
-    "JSON": (lambda path: path.write_text('{"error": "not found, or private"}'), "text in JSON"),
+    "JSON": (lambda path: path.write_text('{"error": "not found, or private"}'), "a JSON file; name"),
     "GGUF": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + bytes(100)), "a GGUF file of llama.cpp; .*gguf_file="),
     "HDF5": (
         lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)),
@@ -453,6 +474,16 @@ def test_files_of_other_kinds_are_called_by_their_names(tmp_path, write, sentenc
     with pytest.warns(UserWarning, match="1 of 2 states left out: 1 unreadable"):
         zoo = read_checkpoints([file, tmp_path / "b.pt"], tmp_path / "zoo")
     assert [entry.state for entry in read_report(zoo.path).bad] == [str(file)]
+
+
+@pytest.mark.parametrize("name", ["LFS", "annex", "page", "gzip", "npy", "empty"])
+def test_json_files_of_other_kinds_are_called_by_their_names(tmp_path, name):
+    write, sentence = SHARED[name]
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "layout.json"):
+        write(tmp_path / file)
+        read = fastws.Layout.load if file == "layout.json" else fastws.Layout.from_checkpoint
+        with pytest.raises(ValueError, match=rf"{file}: file must be JSON, got {sentence}"):
+            read(tmp_path / file)
 
 
 def test_files_with_the_suffix_of_the_other_format_are_told_so(tmp_path):

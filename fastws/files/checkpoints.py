@@ -108,11 +108,11 @@ def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     return state.tensors
 
 
-def tell_others(path: str | Path, state: State) -> None:
-    """Warns where a file holds several networks."""
+def tell_others(where: str | Path, state: State) -> None:
+    """Warns where a file or dictionary holds several networks."""
     if state.others:
         taken = f"that under {shorten(state.key)!r} was taken, not {', '.join(map(repr, map(shorten, state.others)))}"
-        warnings.warn(f"{path}: file holds several networks; {taken}; key= and --key name another", stacklevel=4)
+        warnings.warn(f"{where}: checkpoint holds several networks; {taken}; key= and --key name another", stacklevel=4)
 
 
 def open_checkpoint(path: str | Path, key: str | None = None) -> State:

@@ -4,7 +4,9 @@ import json
 import os
 import re
 from itertools import accumulate
+from pathlib import Path
 
+from fastws.files.kinds import find_kind
 from fastws.files.limits import read_bytes, room
 
 DEEPEST = 100  # values in values
@@ -19,9 +21,15 @@ def read(path: str | os.PathLike) -> object:
 
     Raises:
         OSError: If it cannot be read, or is no regular file.
-        ValueError: If it is no JSON, see ``parse``.
+        ValueError: If it is no JSON, see ``parse``; files of another kind are called by their names.
     """
-    return parse(read_bytes(path), f"{path}: file")
+    content = read_bytes(path)
+    try:
+        return parse(content, f"{path}: file")
+    except ValueError:
+        if kind := find_kind(Path(path), "JSON"):
+            raise ValueError(f"{path}: file must be JSON, got {kind}") from None
+        raise
 
 
 def parse(text: str | bytes, where: str) -> object:

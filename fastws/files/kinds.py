@@ -39,7 +39,7 @@ KINDS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
     ),
     (f"a web page; {AGAIN}", lambda first: text(first).startswith((b"<!doctype", b"<html", b"<head", b"<!--"))),
     (f"an XML document, as servers answer with errors; {AGAIN}", lambda first: text(first).startswith(b"<?xml")),
-    ("text in JSON; name the files with the tensors", lambda first: text(first).startswith((b"{", b'["', b"[{"))),
+    ("a JSON file; name the files with the tensors", lambda first: text(first).startswith((b"{", b'["', b"[{"))),
     (
         "a GGUF file of llama.cpp; let transformers convert it with from_pretrained(<folder>, gguf_file=<name>)",
         lambda first: first.startswith(b"GGUF"),
@@ -91,7 +91,7 @@ def find_kind(path: Path, format: str) -> str:
 
     Args:
         path: The file.
-        format: ``"torch"`` or ``"safetensors"``: what it could not be read as.
+        format: ``"torch"``, ``"safetensors"`` or ``"JSON"``: what it could not be read as.
 
     Returns:
         "" if its first bytes do not say, or say that it is of the format.

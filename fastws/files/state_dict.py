@@ -61,7 +61,15 @@ def find_state(content: object, where: str, key: str | None = None) -> State:
     if not found and not holds_tensors(state):
         raise ValueError(f"{where}: checkpoint must hold a dictionary of tensors, got {describe_value(content)}")
     tensors, aside = split(where, state)
-    return State(tensors, aside, key, tuple(name for name in found if name != key))
+    others = tuple(name for name in found if name != key)
+    inner = f"{key}." if key else ""
+    # what is told as a further network is not told as a part of this one
+    aside = {name: value for name, value in aside.items() if not any(leads_to(inner + name, other) for other in others)}
+    return State(tensors, aside, key, others)
+
+
+def leads_to(key: str, other: str) -> bool:
+    return other == key or other.startswith(f"{key}.")
 
 
 def find_networks(content: object) -> Iterator[tuple[str, Mapping]]:
@@ -98,7 +106,7 @@ def choose(found: Mapping[str, Mapping], where: str) -> str:
     if len(own) == 1 or len(found) == 1:
         return (own or [*found])[0]
     names = ", ".join(repr(shorten(key or "the file itself")) for key in found)
-    fix = "say which with --key (key= of load_checkpoint)"
+    fix = "say which with --key (key= of load_checkpoint), or give that one alone"
     raise ValueError(f"{where}: checkpoint must hold one network, got several under {names}; {fix}")
 
 

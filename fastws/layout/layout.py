@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastws.files.atomic import write_file
-from fastws.files.json import parse
-from fastws.files.limits import read_bytes
+from fastws.files.json import read as read_json
 from fastws.files.state_dict import EXTRA, is_quantised
 from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
 from fastws.layout.roles import describe_source, load_parts, load_state
@@ -361,7 +360,7 @@ class Layout:
     def load(cls, path: str | os.PathLike) -> "Layout":
         """Reads a layout that ``save`` wrote."""
         try:
-            return cls.from_dict(parse(read_bytes(path), f"{path}: file"))
+            return cls.from_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: file must be a layout that Layout.save wrote, got {error}") from error
 

@@ -17,7 +17,7 @@ from fastws.files.checkpoints import (
     tell_others,
 )
 from fastws.files.names import plain_names
-from fastws.files.state_dict import count_numbers, split
+from fastws.files.state_dict import count_numbers, find_networks, find_state, split
 
 Role = Literal["weight", "bias", "norm weight", "norm bias", "norm statistic", "other"]
 
@@ -35,8 +35,17 @@ def load_state(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike) -> 
 
 
 def load_parts(source: Mapping[str, Tensor] | nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The tensors, and what is no tensor of numbers: extra states, packed weights."""
-    return split("layout", source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source)
+    """The tensors, and what is no tensor of numbers: extra states, packed weights.
+
+    Of a dictionary of networks, as training scripts save it, the one that would be read from its file.
+    """
+    if isinstance(source, nn.Module):
+        return split("layout", source.state_dict(keep_vars=True))
+    if not any(find_networks(source)):
+        return split("layout", source)
+    state = find_state(source, "layout")
+    tell_others("layout", state)
+    return state.tensors, state.aside
 
 
 class Described(NamedTuple):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from fastws.checks import is_permutation
 from fastws.files.checkpoints import load_plain
-from fastws.files.json import parse as parse_json
-from fastws.files.limits import DAMAGED, read_bytes
+from fastws.files.json import read as read_json
+from fastws.files.limits import DAMAGED
 from fastws.ops.kernel_order import kernel_order, unit_rows
 
 MODES = ("crossfilter", "infilter")
@@ -255,7 +255,7 @@ def check_manifest(folder: Path, weights: Sequence[Tensor], mode: str) -> None:
     if not path.exists():
         return
     try:
-        manifest = parse_json(read_bytes(path), f"{path}: file")
+        manifest = read_json(path)
         key, theirs, improve = manifest["key"], manifest["mode"], manifest["improve"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: file must hold key, mode and improve, got {error!r}; remove {folder}") from error

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
 
+from fastws.files import json
 from fastws.files.atomic import write_json
-from fastws.files.json import parse
-from fastws.files.limits import read_bytes
 from fastws.terminal import shorten
 
 TIMES = ("seconds", "cpu_seconds", "attempts")
@@ -35,7 +34,7 @@ def stage(folder: Path, name: str, work: Callable[[], dict]) -> dict:
 
 def read(path: Path, *keys: str) -> dict:
     try:
-        content = parse(read_bytes(path), f"{path}: file")
+        content = json.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove it, and its stage is done again") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
