@@ -22,7 +22,8 @@ from torch import nn
 
 from fastws.cli import main
 from fastws.files.checkpoints import load_checkpoint
-from fastws.files.torch_file import TorchFile, find_many_records, find_records
+from fastws.files.torch_file import TorchFile
+from fastws.files.torch_records import find_many_records, find_records
 from fastws.files.values import ALLOWED
 from fastws.zoo import (
     ReadOptions,

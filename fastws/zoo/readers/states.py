@@ -11,16 +11,8 @@ from torch import Tensor
 from fastws.files.checkpoints import find_checkpoint, is_safetensors, open_checkpoint
 from fastws.files.limits import open_regular
 from fastws.files.state_dict import find_state
-from fastws.files.torch_file import (
-    NOT_A_TORCH_FILE,
-    PICKLE,
-    ZIP,
-    Place,
-    find_bytes,
-    find_records,
-    is_whole,
-    read_record,
-)
+from fastws.files.torch_file import NOT_A_TORCH_FILE, find_bytes
+from fastws.files.torch_records import PICKLE, ZIP, Place, find_records, is_whole, read_record
 from fastws.files.unpickle import Unpickler
 from fastws.layout.layout import Layout
 from fastws.zoo.readers.names import Expected, Held, describe, find_variances, match, quoted
