@@ -19,7 +19,7 @@ from fastws.files import atomic, parquet
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo import Zoo, ZooWriter
-from fastws.zoo.format import writer
+from fastws.zoo.format import parts, writer
 from fastws.zoo.format import zoo as format
 from fastws.zoo.making.architectures import build
 from fastws.zoo.making.make import Config, draw_recipes
@@ -155,7 +155,7 @@ def test_zoo_of_a_million_states_opens_at_once(tmp_path):
     weights.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(weights, 8 + len(text) + size)  # a sparse file: 388 MB of zeros that take no room
     models = pyarrow.array(numpy.arange(states) // 50).cast("string")
-    format.write_models(tmp_path / "models.parquet", pyarrow.table({"model": models}))
+    parts.write_models(tmp_path / "models.parquet", pyarrow.table({"model": models}))
     resident, begin = resident_bytes(), time.perf_counter()
     zoo = Zoo.open(tmp_path)
     assert len(zoo) == states and zoo.rows([states - 1]).sum() == 0
@@ -308,7 +308,7 @@ def test_a_reader_beside_a_merging_writer_never_fails(tmp_path, monkeypatch, mom
         writer.append(row, {"model": ["a"]})
     owner = {
         "is_file": Path,
-        "read_safetensors_header": format,
+        "read_safetensors_header": parts,
         "from_file": torch.UntypedStorage,
         "open_regular": parquet,
         "ParquetFile": pyarrow.parquet,
@@ -363,7 +363,7 @@ def test_reader_finds_rows_that_are_not_finite(tmp_path):
     rows = numbered(0, 12)
     rows[7, 2] = float("nan")
     (file,) = tmp_path.glob("weights-*")
-    format.write_weights(file, [rows], (12, P), torch.float32)
+    parts.write_weights(file, [rows], (12, P), torch.float32)
     assert Zoo.open(tmp_path).bad_rows.tolist() == []
     with pytest.raises(ValueError, match="NaN or infinity in 1 of 12 rows, first in row 7; open it with on_bad"):
         Zoo.open(tmp_path, on_bad="raise")

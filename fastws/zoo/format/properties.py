@@ -6,7 +6,8 @@ import numpy
 import pyarrow
 
 from fastws.files.lock import release_lock, take_lock
-from fastws.zoo.format.zoo import Zoo, write_models
+from fastws.zoo.format.parts import write_models
+from fastws.zoo.format.zoo import Zoo
 
 
 def add_properties(zoo: Zoo, columns: Mapping[str, numpy.ndarray]) -> Zoo:

@@ -17,18 +17,18 @@ from fastws.files.safetensors import DTYPES
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.format.manifest import FORMAT, MANIFEST, read_manifest
-from fastws.zoo.format.splits import SPLITS, deal, find_shared, find_splits
-from fastws.zoo.format.zoo import (
+from fastws.zoo.format.parts import (
     CHUNK,
-    Zoo,
     check_columns,
-    check_path,
     find_nonfinite,
     map_weights,
     read_models,
+    to_table,
     write_models,
     write_weights,
 )
+from fastws.zoo.format.splits import SPLITS, deal, find_shared, find_splits
+from fastws.zoo.format.zoo import Zoo, check_path
 
 MODELS = "models.parquet"
 OWN = r"(weights-\d{5,}\.safetensors|models-\d{5,}\.parquet)"
@@ -168,7 +168,9 @@ class ZooWriter:
             raise ValueError(f"append: rows must be {what}, got {list(rows.shape)} {rows.dtype}")
         if len(rows) == 0:
             return 0
-        table = self._to_table(properties, len(rows))
+        first = self._manifest["models"][:1]
+        schema = pyarrow.parquet.read_schema(self.path / first[0]["file"]) if first else None
+        table = to_table(properties, len(rows), schema)
         check_columns(self.path, table)
         stored = rows.detach().to("cpu", self.dtype)
         bad = find_nonfinite(stored)
@@ -217,31 +219,6 @@ class ZooWriter:
             release_lock(self.path, self._lock)
 
     # --- one append
-
-    def _to_table(self, properties: Mapping[str, object], rows: int) -> pyarrow.Table:
-        if "model" not in properties:
-            raise ValueError(f"append: properties must have a column 'model', got {', '.join(properties) or 'none'}")
-        columns = {}
-        for name, column in properties.items():
-            column = column.detach().cpu().numpy() if isinstance(column, Tensor) else column
-            column = [str(model) for model in column] if name == "model" else column
-            if len(column) != rows:
-                raise ValueError(f"append: column {name!r} must have {rows} entries like rows, got {len(column)}")
-            try:
-                columns[name] = pyarrow.array(column)
-            except pyarrow.ArrowException as error:
-                raise ValueError(f"append: column {name!r} must be of one simple type, got {error}") from error
-        table = pyarrow.table(columns)
-        if not self._manifest["models"]:
-            return table
-        schema = pyarrow.parquet.read_schema(self.path / self._manifest["models"][0]["file"])
-        different = sorted(set(schema.names) ^ set(columns))
-        if different:
-            raise ValueError(f"append: columns must be those of the zoo, {schema.names}, which differ in {different}")
-        try:
-            return table.select(schema.names).cast(schema)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"append: columns must have the types of the zoo, got {error}") from error
 
     def _add_files(self, manifest: dict, rows: Tensor, table: pyarrow.Table) -> None:
         number = manifest["next_file"]

@@ -9,8 +9,9 @@ import pyarrow
 from fastws import pages
 from fastws.runs.begun import former_names
 from fastws.zoo.align import Alignment, find_alignment
+from fastws.zoo.format.parts import is_number
 from fastws.zoo.format.rows import last_rows
-from fastws.zoo.format.zoo import Zoo, is_number
+from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.survey import report
 from fastws.zoo.survey.diversity import draw_sample, find_duplicates, measure_functions, measure_weights
 from fastws.zoo.survey.progress import find_unfinished
