@@ -84,7 +84,7 @@ def test_weights_of_a_sample(zoo):
 
 @pytest.mark.parametrize("columns", [7, 1000])  # at a time
 def test_distances_of_all_pairs(monkeypatch, columns):
-    monkeypatch.setattr(diversity, "COLUMNS", columns)
+    monkeypatch.setattr(diversity, "WEIGHTS_AT_A_TIME", columns)
     weights = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     weights[3] = 2 * weights[1]
     found = diversity.pairwise_distances(weights)

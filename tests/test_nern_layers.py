@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fastws.nern.batching import KernelBatches, learn_from
 from fastws.nern.folding import fold
-from fastws.nern.layers import Layer, StoredLayers, find_layers, rows_of
+from fastws.nern.layers import StoredLayer, StoredLayers, find_layers, rows_of
 from fastws.nern.orders import Infilter, network_orders
 from fastws.nern.presets import PRESETS, fields_of
 from fastws.nn.nern import NeRN, NeRNConfig
@@ -51,7 +51,7 @@ def small_network():
 def test_layers_are_chosen():
     network = small_network()
     names = {"0.weight": (4, 3, 3, 3), "2.weight": (6, 2, 1, 3), "4.weight": (5, 9)}
-    assert find_layers(network, linear=True) == [Layer(*pair) for pair in names.items()]
+    assert find_layers(network, linear=True) == [StoredLayer(*pair) for pair in names.items()]
     assert [layer.name for layer in find_layers(network)] == ["0.weight", "2.weight"]
     assert [layer.name for layer in find_layers(network, sizes=(3,))] == ["0.weight"]
     assert [layer.name for layer in find_layers(network, exclude=("0",))] == ["2.weight"]
@@ -109,7 +109,7 @@ def test_predictions_become_weights():
 
 
 def test_two_by_two_kernels_are_pooled():
-    layers = (Layer("w", (2, 1, 2, 2)),)
+    layers = (StoredLayer("w", (2, 1, 2, 2)),)
     predictions = torch.randn(2, 9)
     square = predictions.view(2, 1, 3, 3)
     pooled = {"average": F.avg_pool2d(square, 2, 1), "max": F.max_pool2d(square, 2, 1), "center": square[:, :, :2, :2]}
@@ -130,7 +130,7 @@ def test_originals_and_norms():
 
 
 def test_kernels_get_the_coordinates_of_their_places_on_the_path():
-    layers = [Layer("a", (2, 3, 3, 3)), Layer("b", (2, 2, 1, 1))]
+    layers = [StoredLayer("a", (2, 3, 3, 3)), StoredLayer("b", (2, 2, 1, 1))]
     path = torch.tensor([0, 4, 2, 5, 1, 3])
     rows = rows_of(layers, [path, torch.arange(4)])
     assert all(rows[kernel] == place for place, kernel in enumerate(path.tolist()))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastws.nern.layers import Layer
+from fastws.nern.layers import StoredLayer
 from fastws.ops.kernel_gradients import kernel_gradients
 
 FEW = 1 / 3  # of the kernels of a layer, up to which their gradients take less time than those of all
@@ -15,7 +15,7 @@ ONE = (1, 1)
 PLAIN = [(stride, ONE, ONE, 1) for stride in (ONE, (2, 2))]  # stride, padding, dilation, groups
 
 
-def chosen_kernels(layers: Sequence[Layer], chosen: Tensor | None) -> dict[str, Tensor]:
+def chosen_kernels(layers: Sequence[StoredLayer], chosen: Tensor | None) -> dict[str, Tensor]:
     """By name of a layer: those of its kernels that were chosen, each once, counted from its first; ``[n]`` int64.
 
     Args:

@@ -18,7 +18,7 @@ from fastws.nern.orders import Order, coordinates
 Reduction = Literal["center", "average", "max"]
 
 
-class Layer(NamedTuple):
+class StoredLayer(NamedTuple):
     """A stored tensor."""
 
     name: str  # in the state dict
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 def find_layers(
     network: nn.Module, *, sizes: Sequence[int] = (), exclude: Sequence[str] = (), linear: bool = False
-) -> list[Layer]:
+) -> list[StoredLayer]:
     """The convolutions of a network, in the order of its state dict; of convolutions that share weights the first.
 
     Args:
@@ -56,7 +56,7 @@ def find_layers(
         if "weight" not in module._parameters:
             got = "one that is computed; see torch.nn.utils.parametrize.remove_parametrizations"
             raise ValueError(f"nern: weight of {name or 'the network'} must be a parameter, got {got}")
-        layer = Layer(f"{name}.weight".lstrip("."), tuple(module.weight.shape))
+        layer = StoredLayer(f"{name}.weight".lstrip("."), tuple(module.weight.shape))
         wanted = not sizes or all(size in sizes for size in layer.kernel)
         if wanted and id(module.weight) not in seen and not any(fnmatchcase(name, pattern) for pattern in exclude):
             check(layer, module.weight)
@@ -67,7 +67,7 @@ def find_layers(
     return layers
 
 
-def check(layer: Layer, weight: Tensor) -> None:
+def check(layer: StoredLayer, weight: Tensor) -> None:
     if 0 in layer.shape:
         raise ValueError(f"nern: {layer.name} must have kernels, got shape {list(layer.shape)}")
     if not weight.isfinite().all():
@@ -90,7 +90,7 @@ class StoredLayers:
         ValueError: If a kernel is larger than predictions are, or there is no such reduction.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[StoredLayer, ...]
     kernel: int
     reduction: Reduction
     rows: Tensor
@@ -117,7 +117,7 @@ class StoredLayers:
         parts = predictions.split([layer.kernels for layer in self.layers])
         return {layer.name: self.reduce(part, layer) for layer, part in zip(self.layers, parts, strict=True)}
 
-    def reduce(self, predictions: Tensor, layer: Layer) -> Tensor:
+    def reduce(self, predictions: Tensor, layer: StoredLayer) -> Tensor:
         height, width = layer.kernel
         if height == width == self.kernel:
             return predictions.view(layer.shape)
@@ -149,7 +149,7 @@ class StoredLayers:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], rows: Tensor) -> "StoredLayers":
-        layers = tuple(Layer(name, tuple(shape)) for name, shape in plain["layers"])
+        layers = tuple(StoredLayer(name, tuple(shape)) for name, shape in plain["layers"])
         for name, shape in layers:
             whole = all(type(size) is int and size > 0 for size in (*shape, plain["kernel"]))
             if not isinstance(name, str) or len(shape) not in (2, 4) or not whole:
@@ -157,7 +157,7 @@ class StoredLayers:
         return cls(layers, plain["kernel"], plain["reduction"], rows)
 
 
-def rows_of(layers: Sequence[Layer], orders: Sequence[Order] | None) -> Tensor:
+def rows_of(layers: Sequence[StoredLayer], orders: Sequence[Order] | None) -> Tensor:
     """The grid row of each kernel, ``[N]`` int64: its own number, or where its order puts it within its layer."""
     rows, first = [], 0
     for number, layer in enumerate(layers):

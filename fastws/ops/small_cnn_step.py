@@ -116,7 +116,7 @@ def small_cnn_step_reference(
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights, first, second = weights.clone(), first.clone(), second.clone()
-    rows, recipe = rows_of(layers), (optimizer, lr, weight_decay)
+    rows, rates = rows_of(layers), (optimizer, lr, weight_decay)
     losses = weights.new_empty(batches.shape[:2])
     correct = labels.new_empty(batches.shape[:2])
     for s, batch in enumerate(batches.long().unbind(1) if len(weights) else ()):  # [G, B]
@@ -127,7 +127,7 @@ def small_cnn_step_reference(
         losses[:, s], correct[:, s], grad_x = classify(logits, labels[batch])
         for back in reversed(backs):
             grad_x = back(grad_x)
-        weights, first, second = update(weights, first, second, grad, *recipe, step + s + 1)
+        weights, first, second = update(weights, first, second, grad, *rates, step + s + 1)
     return weights, first, second, losses, correct
 
 

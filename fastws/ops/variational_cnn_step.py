@@ -180,7 +180,7 @@ def variational_cnn_step_reference(
     kl_weight: float,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, recipe = rows_of(layers), (optimizer, lr, weight_decay)
+    rows, rates = rows_of(layers), (optimizer, lr, weight_decay)
     bounds = bounds_of(rows, weights)
     # log sigma^2 of a dense layer's bias has no gradient, which is not the same as zero: it does not decay either
     moves = torch.cat([torch.ones_like(bounds), bounds]) > 0
@@ -207,7 +207,7 @@ def variational_cnn_step_reference(
         grad_theta += torch.where(inside, 0, 2 * alpha.exp() * theta * grad_variance)
         grad_theta -= kl_weight * slope * 2 * theta.sign() / (theta.abs() + TINY)
         grad_log_sigma = torch.where(inside, variance * grad_variance, 0) + kl_weight * slope
-        moved = update(*state, torch.cat([grad_theta, grad_log_sigma], 1), *recipe, step + s + 1)
+        moved = update(*state, torch.cat([grad_theta, grad_log_sigma], 1), *rates, step + s + 1)
         state = tuple(torch.where(moves, new, old) for new, old in zip(moved, state, strict=True))
     return *(x.clone().view(weights.shape) for x in state), losses, correct, divergences
 

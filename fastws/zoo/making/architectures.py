@@ -36,7 +36,7 @@ INITS: dict[str, Callable[..., Tensor]] = {
 BIAS = 0.01  # every bias at the start (arXiv 2209.14764)
 
 
-class Network(nn.Module):
+class Chain(nn.Module):
     """Layers one after the other, images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
 
     def __init__(self, layers: list[nn.Module]):
@@ -97,7 +97,7 @@ def build(
         width = 16 if name == "digits-cnn" else 20
         layers += [nn.Linear(features, width), *activate(name, activation, dropout)]
         features = width
-    return Network([*layers, nn.Linear(features, num_classes)])
+    return Chain([*layers, nn.Linear(features, num_classes)])
 
 
 def hidden_layers(name: str, image_shape: tuple[int, int, int], activation: str, dropout: float) -> list[nn.Module]:

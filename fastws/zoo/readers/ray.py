@@ -29,7 +29,7 @@ RESULTS, STATE = "result.json", "checkpoints"
 CONFIG, DECODER = '"config": ', JSONDecoder()  # as json.dumps writes it
 REPLACED = "\ufffd"  # stands where bytes are no text
 CHECKPOINT = re.compile(r"checkpoint_(\d{1,18})")
-COLUMNS = {  # name in published zoos: name in the zoos that fastws makes
+OWN_NAMES = {  # name in published zoos: name in the zoos that fastws makes
     "train_acc": "train_accuracy",
     "val_acc": "val_accuracy",
     "test_acc": "test_accuracy",
@@ -71,7 +71,7 @@ def read_ray(
     """Reads raw zoos into a zoo folder; the same call goes on where a killed one was.
 
     The properties of epoch e are those of the line whose ``training_iteration`` is e, whether or not the network was
-    evaluated before training. Their names are those of zoos that fastws makes, see ``COLUMNS``; the generalisation gap
+    evaluated before training. Their names are those of zoos that fastws makes (``OWN_NAMES``); the generalisation gap
     is train minus test accuracy. Networks and epochs are those of the folders: what results or configuration call
     ``model`` or ``epoch`` is left out, and so is what the configuration repeats of the results. Numbers of modules are
     ranked, so networks with and without dropout layers are of one architecture. Of sparsified twins the weights are
@@ -100,7 +100,7 @@ def read_ray(
     states = [state for trial in trials for state in trial.states]
     columns = to_columns(trials, name_models(folders))
     if properties is not None:
-        wanted = {COLUMNS.get(name, name) for name in properties}
+        wanted = {OWN_NAMES.get(name, name) for name in properties}
         if unknown := sorted(wanted - columns.keys()):
             raise ValueError(f"zoo read: --properties must be some of {', '.join(columns)}, got {unknown[0]!r}")
         columns = {name: column for name, column in columns.items() if name in wanted | {"model", "epoch"}}
@@ -235,7 +235,7 @@ def to_columns(trials: Sequence[Trial], models: Sequence[str]) -> dict[str, list
 def add_columns(columns: dict[str, list], found: Mapping[str, list]) -> None:
     """Adds columns under the names of zoos that fastws makes; those that are there stay, identities above all."""
     for name, column in found.items():
-        columns.setdefault(COLUMNS.get(name, name), column)
+        columns.setdefault(OWN_NAMES.get(name, name), column)
 
 
 def add_gap(columns: Mapping[str, list]) -> dict[str, list]:

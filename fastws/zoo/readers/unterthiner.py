@@ -29,7 +29,7 @@ SHAPES = {  # of the one architecture; modules as the published wrapper numbers 
 LENGTH = 4970
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}  # as numpy writes them, little endian
 PUBLISHED_STARTS = (0, 160, 2320, 4800)  # where the published wrapper puts the layers; the third begins at 2480
-COLUMNS = {"learning_rate": "lr", "w_init": "init"}
+OWN_NAMES = {"learning_rate": "lr", "w_init": "init"}
 
 
 def read_unterthiner(
@@ -114,7 +114,7 @@ def read_metrics(path: Path) -> dict[str, list]:
     for name, column in zip(table.column_names, table.columns, strict=True):
         name = name.removeprefix("config.")
         if name not in ("", "modeldir", "step"):  # the first column numbers the rows
-            columns.setdefault(COLUMNS.get(name, name), column.to_pylist())
+            columns.setdefault(OWN_NAMES.get(name, name), column.to_pylist())
     return add_gap(columns)
 
 

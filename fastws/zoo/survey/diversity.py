@@ -27,7 +27,7 @@ from fastws.zoo.making.make import config_of, prepare
 from fastws.zoo.making.recipes import check_choices
 
 AT_ONCE = 2**28  # weights in memory, of the networks of a sample at one epoch
-COLUMNS = 2**16  # weights that are multiplied at a time in float64
+WEIGHTS_AT_A_TIME = 2**16  # weights that are multiplied at a time in float64
 
 
 class Sample(NamedTuple):
@@ -145,7 +145,7 @@ def measure_weights(zoo: Zoo, sample: Sample, aligned: bool = False) -> Weights:
             not_aligned = str(error)
     permuted = count_repeated(canonical_hashes(last, zoo.symmetry, zoo.layout, flips=zoo.may_flip[rows]), rows.tolist())
     spread = read(rows) if aligned else last
-    std = torch.cat([part.double().std(0, correction=0) for part in spread.split(COLUMNS, 1)])
+    std = torch.cat([part.double().std(0, correction=0) for part in spread.split(WEIGHTS_AT_A_TIME, 1)])
     return Weights(statistics, steps, std, between, permuted, not_aligned)
 
 
@@ -157,7 +157,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 def pairwise_distances(weights: Tensor) -> Distances:
     """Euclidean and cosine distances between the rows of ``[n, P]``."""
     products = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-    for part in weights.split(COLUMNS, 1):
+    for part in weights.split(WEIGHTS_AT_A_TIME, 1):
         products += part.double() @ part.double().T
     i, j = torch.triu_indices(len(weights), len(weights), 1)
     square, product = products.diagonal(), products[i, j]
