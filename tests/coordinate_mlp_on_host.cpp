@@ -84,14 +84,15 @@ void run(Network network, void* const* pointers, int64_t processors, int64_t sha
 
 // sizes: bytes of a number (-2: bfloat16), width, depth, outputs, activation, layers, three counts of indices, rows,
 // multiprocessors, shared memory, and whether gradients are wanted instead of predictions. pointers: parameters,
-// predictions, their gradient in float32, gradients of the parameters.
-extern "C" void coordinate_mlp(const int64_t* sizes, void* const* pointers, const int64_t* grid, const int64_t* rows) {
+// predictions, their gradient in float32, gradients of the parameters, grid, rows.
+extern "C" void coordinate_mlp(const int64_t* sizes, void* const* pointers) {
   using namespace fastws;
   Network network{int(sizes[1]), int(sizes[2]), int(sizes[3])};
   network.side = (int(std::max(sizes[1], sizes[3])) + kPadding - 1) / kPadding * kPadding;
   network.activation = int(sizes[4]), network.num_layers = int(sizes[5]);
   for (int axis = 0; axis < 3; ++axis) network.indices[axis] = int(sizes[6 + axis]);
-  network.grid = grid, network.rows = rows, network.count = sizes[9];
+  network.grid = static_cast<const int64_t*>(pointers[9 + kTargets]);
+  network.rows = static_cast<const int64_t*>(pointers[10 + kTargets]), network.count = sizes[9];
   const auto function = sizes[0] == 4   ? run<float>
                         : sizes[0] == 2 ? run<torch::headeronly::Half>
                                         : run<torch::headeronly::BFloat16>;

@@ -4,8 +4,11 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <functional>
 #include <memory>
+#include <numbers>
 #include <stdexcept>
 #include <vector>
 
@@ -18,7 +21,7 @@
 struct Dimensions {
   unsigned x;
 };
-inline Dimensions threadIdx;
+inline Dimensions threadIdx, blockIdx, blockDim;
 
 namespace host {
 
@@ -32,24 +35,29 @@ struct Fiber {
   jmp_buf place;       // where it goes on
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool begun = false, done;
+  bool turn = false;                 // changes with each shuffle
+  const Barrier* barrier = nullptr;  // that it waits for, until its generation is another
+  int generation;
+
+  bool waits() const { return barrier && barrier->generation == generation; }
 };
 
-// The block that runs; blocks follow each other on the same fibers.
+// The blocks that run; those after them take the same fibers.
 inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
+inline size_t current;  // number of the thread in the grid
 inline std::function<void()> body;
-inline Barrier all;
-inline std::vector<Barrier> warps;
-inline bool progress;
+inline Barrier grid;
+inline std::vector<Barrier> blocks, warps;
 
 inline void leave() {
-  if (_setjmp(fibers[threadIdx.x].place) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void run_fiber() {
   for (;; leave()) {
     body();
-    fibers[threadIdx.x].done = progress = true;
+    fibers[current].done = true;
   }
 }
 
@@ -64,43 +72,65 @@ inline void run_fiber() {
 }
 
 inline void wait(Barrier& barrier, int size) {
-  progress = true;
-  const int generation = barrier.generation;
   if (++barrier.arrived == size) {
     barrier.arrived = 0, ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) leave();
+  fibers[current].barrier = &barrier, fibers[current].generation = barrier.generation;
+  leave();
 }
 
-inline void wait_for_warp() { wait(warps[threadIdx.x / 32], 32); }
+inline void wait_for_warp() { wait(warps[current / 32], 32); }
+inline void wait_for_grid() { wait(grid, int(fibers.size())); }
 
-// Runs a function in each thread of a block: a warp as far as it gets, then the next, in turns from the first and from
-// the last, so that a barrier that is missing shows. A thread that waits for one that has ended is an error.
-inline void run_block(unsigned threads, const std::function<void()>& function) {
-  fibers.resize(threads);
+// Runs a function in each thread of blocks that may wait for each other: a warp as far as it gets, then the next, in
+// turns from the first and from the last, so that a barrier that is missing shows. A thread that waits for one that has
+// ended is an error.
+inline void run_grid(unsigned num_blocks, unsigned threads, const std::function<void()>& function) {
+  const unsigned count = num_blocks * threads / 32;
+  fibers.resize(num_blocks * threads);
+  blockDim.x = threads;
   body = function;
-  all = {};
-  warps.assign(threads / 32, {});
-  for (Fiber& fiber : fibers) fiber.done = false;
-  const unsigned count = threads / 32;
+  grid = {};
+  blocks.assign(num_blocks, {}), warps.assign(count, {});
+  for (Fiber& fiber : fibers) fiber.done = false, fiber.barrier = nullptr;
   for (bool left = true, moved = true, backwards = false; left; backwards = !backwards) {
     if (!moved) throw std::runtime_error("a thread waits for one that has ended");
     left = moved = false;
-    for (unsigned i = 0; i < count; ++i) {
-      do {
+    for (unsigned i = 0; i < count; ++i)
+      for (bool progress = true; progress; moved |= progress) {
         progress = false;
         for (unsigned lane = 0; lane < 32; ++lane) {
-          threadIdx.x = (backwards ? count - 1 - i : i) * 32 + lane;
-          Fiber& fiber = fibers[threadIdx.x];
-          if (!fiber.done) enter(fiber), left = true;
+          current = (backwards ? count - 1 - i : i) * 32 + lane;
+          threadIdx.x = current % threads, blockIdx.x = current / threads;
+          Fiber& fiber = fibers[current];
+          left |= !fiber.done;
+          if (!fiber.done && !fiber.waits()) enter(fiber), progress = true;
         }
-        moved |= progress;
-      } while (progress);
-    }
+      }
   }
 }
 
+inline void run_block(unsigned threads, const std::function<void()>& function) { run_grid(1, threads, function); }
+
 }  // namespace host
 
-inline void __syncthreads() { host::wait(host::all, int(host::fibers.size())); }
+inline void __syncthreads() { host::wait(host::blocks[blockIdx.x], int(blockDim.x)); }
+
+// Two sets of values take turns, so that nobody writes what another has yet to read.
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  static std::vector<T> values[2];
+  std::vector<T>& given = values[host::fibers[host::current].turn ^= true];
+  if (given.size() < host::fibers.size()) given.resize(host::fibers.size());
+  given[host::current] = value;
+  host::wait_for_warp();
+  return given[host::current ^ size_t(distance)];
+}
+
+using std::max, std::min;
+
+template <typename real_t>
+void sincospi(real_t x, real_t* sine, real_t* cosine) {
+  *sine = std::sin(std::numbers::pi_v<real_t> * x), *cosine = std::cos(std::numbers::pi_v<real_t> * x);
+}

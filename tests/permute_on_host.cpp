@@ -4,12 +4,15 @@
 
 #include "cuda/permute.h"
 
-extern "C" void random_permutations(const int64_t* starts, int32_t* permutations, int64_t total, int64_t groups,
-                                    int64_t batch, uint64_t seed, uint64_t offset) {
+// sizes: entries of a draw, groups, draws, seed, offset. pointers: starts of groups, permutations.
+extern "C" void random_permutations(const int64_t* sizes, void* const* pointers) {
   using namespace fastws;
   static Shuffle shared;
-  for (int64_t block = 0; block < batch * groups; ++block) {
+  const int64_t* const starts = static_cast<const int64_t*>(pointers[0]);
+  int32_t* const permutations = static_cast<int32_t*>(pointers[1]);
+  for (int64_t block = 0; block < sizes[2] * sizes[1]; ++block) {
     memset(&shared, 0xFF, sizeof(shared));
-    host::run_block(kThreads, [&] { shuffle_group(starts, permutations, total, groups, seed, offset, block, shared); });
+    host::run_block(
+        kThreads, [&] { shuffle_group(starts, permutations, sizes[0], sizes[1], sizes[3], sizes[4], block, shared); });
   }
 }

@@ -1,11 +1,9 @@
-import ctypes
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from on_host import compile_for_host, numbers, pointers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastws
@@ -261,67 +259,54 @@ def test_coordinate_mlp_compiles(device):
     assert torch.equal(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
 
 
-@pytest.fixture(scope="session")
-def on_host(tmp_path_factory):
+def narrow_on_host(args, grad=None, shared=232448):
     """The device code of coordinate_mlp_narrow, threads of which are fibers: predictions, or gradients given one."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    tests, library = Path(__file__).parent, tmp_path_factory.mktemp("on_host") / "coordinate_mlp.so"
-    includes = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", tests.parent / "csrc", tests)]
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *includes, tests / "coordinate_mlp_on_host.cpp"]
-    subprocess.run([*command, "-o", library], check=True)
-    function = ctypes.CDLL(library).coordinate_mlp
-
-    def run(args, grad=None, shared=232448):
-        tensors = [x.contiguous() for x in args[:-1]]
-        parameters, grid, rows = tensors[:3] + tensors[5:], tensors[3], tensors[4]
-        y = torch.full((len(rows), len(parameters[6])), torch.nan, dtype=parameters[0].dtype)
-        grads = [torch.full_like(x, torch.nan) for x in parameters]
-        kind = -2 if y.dtype == torch.bfloat16 else y.itemsize
-        network = parameters[0].shape[1], len(parameters[3]), len(parameters[6]), args[-1], len(grid)
-        sizes = kind, *network, *(len(x) for x in parameters[:3]), len(rows), 2, shared, grad is not None
-        grad = y if grad is None else grad.float().contiguous()
-        pointers = [x.data_ptr() for x in (*parameters, y, grad, *grads)]
-        table = ctypes.c_int64 * len(sizes), ctypes.c_void_p * len(pointers)
-        places = ctypes.c_void_p(grid.data_ptr()), ctypes.c_void_p(rows.data_ptr())
-        function(table[0](*sizes), table[1](*pointers), *places)
-        return grads if sizes[-1] else y
-
-    return run
+    tensors = [x.contiguous() for x in args[:-1]]
+    parameters, grid, rows = tensors[:3] + tensors[5:], tensors[3], tensors[4]
+    y = torch.full((len(rows), len(parameters[6])), torch.nan, dtype=parameters[0].dtype)
+    grads = [torch.full_like(x, torch.nan) for x in parameters]
+    kind = -2 if y.dtype == torch.bfloat16 else y.itemsize
+    network = parameters[0].shape[1], len(parameters[3]), len(parameters[6]), args[-1], len(grid)
+    sizes = kind, *network, *(len(x) for x in parameters[:3]), len(rows), 2, shared, grad is not None
+    given = y if grad is None else grad.float().contiguous()
+    function = compile_for_host("coordinate_mlp").coordinate_mlp
+    function(numbers(*sizes), pointers(*parameters, y, given, *grads, grid, rows))
+    return y if grad is None else grads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*CASES[:3], (90, 180, 3, 9), (70, 100, 1, 25), (20, 30, 2, 130)])
-def test_coordinate_mlp_narrow_on_host(on_host, dtype, case):
+def test_coordinate_mlp_narrow_on_host(dtype, case):
     args = example(*case, dtype, activation=list(ACTIVATIONS).index("gelu"))
     grad = torch.randn(case[0], case[3], generator=torch.Generator().manual_seed(1)).to(dtype)
     if case[0]:
-        assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
-    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+        assert_as_accurate(narrow_on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(narrow_on_host(args, grad), grad, *args)
 
 
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_coordinate_mlp_narrow_activations_on_host(on_host, activation, dtype):
+def test_coordinate_mlp_narrow_activations_on_host(activation, dtype):
     args = example(40, 40, 2, 9, dtype, activation=activation)
     args, grad = (3 * args[0], *args[1:]), torch.ones(40, 9, dtype=dtype)
-    assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
-    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+    assert_as_accurate(narrow_on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(narrow_on_host(args, grad), grad, *args)
     args[0][2, 5] = torch.nan
     bad = fastws.ops.coordinate_mlp.coordinates(args[3], args[4])[0] == 2
-    assert torch.equal(on_host(args).isnan().all(1), bad) and torch.equal(on_host(args).isnan().any(1), bad)
+    assert torch.equal(narrow_on_host(args).isnan().all(1), bad) and torch.equal(
+        narrow_on_host(args).isnan().any(1), bad
+    )
 
 
-def test_coordinate_mlp_narrow_with_little_shared_memory_on_host(on_host):
+def test_coordinate_mlp_narrow_with_little_shared_memory_on_host():
     args = example(300, 60, 3, 9, torch.bfloat16)
-    y = on_host(args)
-    assert all(torch.equal(on_host(args, shared=shared), y) for shared in (8192, 20000))
+    y = narrow_on_host(args)
+    assert all(torch.equal(narrow_on_host(args, shared=shared), y) for shared in (8192, 20000))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_coordinate_mlp_narrow_of_a_table_row_for_each_kernel_on_host(on_host, dtype, axis):
+def test_coordinate_mlp_narrow_of_a_table_row_for_each_kernel_on_host(dtype, axis):
     """Layers of one kernel, more of them than threads, or filters of one channel."""
     *tables, _, rows, weights, biases, weight, bias, kind = example(90, 20, 1, 9, dtype)
     rng = torch.Generator().manual_seed(2)
@@ -331,14 +316,14 @@ def test_coordinate_mlp_narrow_of_a_table_row_for_each_kernel_on_host(on_host, d
     rows = torch.randint(600, (90,), generator=rng)
     args = *tables, grid, rows, weights, biases, weight, bias, kind
     grad = torch.randn(90, 9, generator=rng).to(dtype)
-    assert_as_accurate(on_host(args), predictions(coordinate_mlp_reference), *args)
-    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+    assert_as_accurate(narrow_on_host(args), predictions(coordinate_mlp_reference), *args)
+    assert_gradients_as_accurate(narrow_on_host(args, grad), grad, *args)
 
 
-def test_coordinate_mlp_narrow_sums_parts_on_host(on_host):
+def test_coordinate_mlp_narrow_sums_parts_on_host():
     args = example(8192 + 40, 5, 1, 2)
     grad = torch.randn(8192 + 40, 2, generator=torch.Generator().manual_seed(1))
-    assert_gradients_as_accurate(on_host(args, grad), grad, *args)
+    assert_gradients_as_accurate(narrow_on_host(args, grad), grad, *args)
 
 
 MEMORY = """

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_host import compile_for_host, numbers, pointers
 
 import fastws
 from fastws import _native
@@ -49,6 +50,24 @@ SHAPES = [(1, 9), (2, 9), (63, 9), (65, 9), (700, 9), (2300, 9), (5000, 9), (300
 def test_kernel_order_is_the_reference(name, function, device, n, d):
     rows = unit_rows(random_kernels(n, d)).to(device)[None]
     assert_equal(function(rows, False), kernel_order_reference, rows, False)
+
+
+def walked_on_host(rows, blocks):
+    """The device code of CUDA, threads of which are fibers; several blocks wait for each other."""
+    batch, count, d = rows.shape
+    order = torch.full((batch, count), -1)
+    taken, found = torch.zeros(batch, count, dtype=torch.uint8), torch.full((2 * blocks, 2), torch.nan).double()
+    function = compile_for_host("kernel_order").kernel_order
+    function(numbers(batch, count, d, blocks), pointers(rows.contiguous(), order, taken, found))
+    return order
+
+
+@pytest.mark.parametrize("batch, n, d, blocks", [(2, 600, 9, 1), (2, 30, 25, 1), (2, 60, 9, 3), (1, 1200, 9, 2)])
+def test_kernel_order_on_host_is_the_reference(batch, n, d, blocks):
+    kernels = random_kernels(batch * n, d).view(batch, n, d)
+    kernels[:, 10:20], kernels[:, 20:25] = kernels[:, 5:6], 0  # of equals the first
+    rows = unit_rows(kernels)
+    assert torch.equal(walked_on_host(rows, blocks), kernel_order_reference(rows, False))
 
 
 @pytest.mark.parametrize("n, d", [(1, 9), (30, 9), (300, 9), (100, 25), (100, 1)])

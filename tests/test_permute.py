@@ -1,13 +1,9 @@
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from checkpoints import checkpoints, permuted_tables, small_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_host import compile_for_host, numbers, pointers
 
 import fastws
 from fastws import _native
@@ -116,19 +112,13 @@ def test_random_permutations_are_the_reference(name, function, device, sizes, ba
         assert torch.equal(function(*args), random_permutations_reference(*args))
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_random_permutations_on_host_are_the_reference(tmp_path):
+def test_random_permutations_on_host_are_the_reference():
     """The device code of CUDA, threads of which are fibers; the last group does not fit into shared memory."""
-    tests, library = Path(__file__).parent, tmp_path / "permute.so"
-    includes = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", tests.parent / "csrc", tests)]
-    command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", *includes, tests / "permute_on_host.cpp"]
-    subprocess.run([*command, "-o", library], check=True)
-    function = ctypes.CDLL(library).random_permutations
+    function = compile_for_host("permute").random_permutations
     starts = torch.tensor([0, 3, 4, 94, 94, 1100, 9500])
     for batch, seed, offset in [(3, 2**40 + 3, 5), (2, 2**63 - 1, 2**33)]:
         drawn = torch.full((batch, 9500), -1, dtype=torch.int32)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (starts, drawn)]
-        function(*pointers, *map(ctypes.c_int64, (9500, len(starts) - 1, batch, seed, offset)))
+        function(numbers(9500, len(starts) - 1, batch, seed, offset), pointers(starts, drawn))
         assert torch.equal(drawn, random_permutations_reference(starts, 9500, batch, seed, offset))
 
 

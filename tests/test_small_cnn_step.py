@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from small_cnn_on_host import H100, NONE, logits_on_host, step_on_host
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -52,7 +53,8 @@ def example(name, G, S, B=10, dtype=torch.float32, device="cpu", num_images=40):
     weights = torch.stack(weights).to(dtype)
     images = torch.randn(num_images, *shape, generator=rng, dtype=torch.float64).to(dtype)
     images[: num_images // 4, :, :4] = 0  # equal entries in pooling blocks
-    labels = torch.randint(int(layers[-1, 4]), (num_images,), generator=rng)
+    *_, last = rows_of(layers)
+    labels = torch.randint(last.out_channels, (num_images,), generator=rng)
     batches = torch.randint(num_images, (G, S, B), generator=rng, dtype=torch.int32)
     g = torch.arange(G)
     optimizer = ((g + g // 4) % 4).int()
@@ -160,6 +162,36 @@ def test_small_cnn_step_is_the_reference(name, function, device, dtype, G):
     for output, actual in enumerate(function(*args)[:4]):
         assert_as_accurate(actual, lambda *args, output=output: small_cnn_step_reference(*args)[output], *args)
     assert torch.equal(function(*args)[4], small_cnn_step_reference(*args)[4])
+
+
+# tiles of all samples of a batch, of one, and of half of them where there is no shared memory
+@pytest.mark.parametrize("shared, samples", [(H100, 10), ((19_000, 19_000), 1), (NONE, 5)])
+def test_small_cnn_step_on_host_in_tiles(shared, samples):
+    args, recipe = example("digits-cnn", G=4, S=2, dtype=torch.float32)
+    args[5] = args[5].long()
+    args = flat_call(args, recipe, 2**33)
+    outputs, tile = step_on_host(args, shared, step=2**33)
+    assert tile == samples
+    for output, actual in enumerate(outputs[:4]):
+        assert_as_accurate(actual, lambda *args, output=output: small_cnn_step_reference(*args)[output], *args)
+    assert torch.equal(outputs[4], small_cnn_step_reference(*args)[4])
+
+
+@pytest.mark.parametrize("name, dtype", [(name, torch.float64) for name in ODD] + [("cnn-s", torch.float32)])
+def test_small_cnn_step_on_host_is_the_reference(name, dtype):
+    args = flat_call(*example(name, G=5, S=2, B=3, dtype=dtype), 4)
+    outputs, _ = step_on_host(args, step=4)
+    for output, actual in enumerate(outputs[:4]):
+        assert_as_accurate(actual, lambda *args, output=output: small_cnn_step_reference(*args)[output], *args)
+    assert torch.equal(outputs[4], small_cnn_step_reference(*args)[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("architecture, shared", [*((name, H100) for name in ("digits-cnn", *ODD)), ("cnn-s", NONE)])
+def test_small_cnn_logits_on_host_are_the_reference(architecture, shared, dtype):
+    (weights, _, _, images, _, _, layers), recipe = example(architecture, G=4, S=1, dtype=dtype, num_images=21)
+    args = weights, images, layers, recipe["activation"]
+    assert_as_accurate(logits_on_host(*args, shared), small_cnn_logits_reference, *args)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("small_cnn_logits"))

@@ -94,12 +94,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> small_cnn_step_cpu(
     const Tensor& optimizer, const Tensor& lr, const Tensor& weight_decay, const Tensor& seed, int64_t step) {
   StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
                        &optimizer, &lr, &weight_decay, &seed});
-  const Network network = tensors.prepare("small_cnn_step", 1, step);
-  const Arguments arguments = tensors.arguments(network, step);
+  const Network network = prepare("small_cnn_step", tensors, 1, step);
+  const std::vector<int64_t> order = sort_networks(tensors);
   for_groups(weights.scalar_type(), weights.size(0), [&]<typename real_t, int kBytes>(int64_t number) {
-    const Members<Lanes<real_t, kBytes>::kCount> members(arguments.order, number);
+    const Members<Lanes<real_t, kBytes>::kCount> members(order, number);
     Group<real_t, kBytes> group(network, true);
-    train_group<real_t, kBytes>(arguments, members, group, [](int64_t) {});
+    train_group<real_t, kBytes>(network, tensors.steps<real_t>(step), members, group, [](int64_t) {});
   });
   return {tensors.new_weights, tensors.new_first, tensors.new_second, tensors.losses, tensors.correct};
 }

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "cpu/small_cnn_network.h"
 #include "cpu/trust.h"
 #include "dispatch.h"
+#include "small_cnn_tensors.h"
 
 // What training steps of small CNNs share: recipes, the loss, the optimizers, and the loop over steps and samples.
 
@@ -22,7 +22,6 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kLastStep = int64_t(1) << 62;
-constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 
 // Adds cross-entropies to losses and hits to correct, and makes the logits their gradient divided by the batch size.
 template <typename real_t, int kBytes>
@@ -130,42 +129,23 @@ void set_activation(const Members<Lanes<real_t, kBytes>::kCount>& members, const
   }
 }
 
-struct Arguments {
-  const Network& network;
-  const void *images, *weights, *first, *second;
-  void *new_weights, *new_first, *new_second, *losses;
-  const int64_t *labels, *seed;
-  int64_t* correct;
-  const int32_t *activation, *optimizer;
-  const double *dropout, *lr, *weight_decay;
-  const void* batches;
-  bool wide;  // int64 batches
-  int64_t steps, batch_size, step;
-  std::vector<int64_t> order;
-
-  int64_t image(int64_t network, int64_t s, int64_t b) const {
-    const int64_t place = (network * steps + s) * batch_size + b;
-    return wide ? static_cast<const int64_t*>(batches)[place] : static_cast<const int32_t*>(batches)[place];
-  }
-};
-
 template <typename real_t, int kBytes>
-void set_recipes(const Arguments& a, const Members<Lanes<real_t, kBytes>::kCount>& members,
+void set_recipes(const Steps<real_t>& steps, const Members<Lanes<real_t, kBytes>::kCount>& members,
                  Recipes<real_t, kBytes>& r) {
-  set_activation<real_t, kBytes>(members, a.activation, r);
+  set_activation<real_t, kBytes>(members, steps.activation, r);
   for (int lane = 0; lane < r.kDrawn; ++lane) {
     const int64_t g = members.network[std::min(lane, Lanes<real_t, kBytes>::kCount - 1)];
-    r.seed[lane] = a.seed[g];
-    r.threshold[lane] = std::min(std::round(a.dropout[g] * 0x1p32), 4294967295.0);
-    r.drops |= a.dropout[g] > 0;
-    r.adaptive |= a.optimizer[g] >= kAdam;
+    r.seed[lane] = steps.seed[g];
+    r.threshold[lane] = std::min(std::round(steps.dropout[g] * 0x1p32), 4294967295.0);
+    r.drops |= steps.dropout[g] > 0;
+    r.adaptive |= steps.optimizer[g] >= kAdam;
   }
   for (int lane = 0; lane < Lanes<real_t, kBytes>::kCount; ++lane) {
     const int64_t g = members.network[lane];
-    const int32_t optimizer = a.optimizer[g];
-    const double lr = a.lr[g], decay = a.weight_decay[g];
+    const int32_t optimizer = steps.optimizer[g];
+    const double lr = steps.lr[g], decay = steps.weight_decay[g];
     const bool adaptive = optimizer >= kAdam;
-    r.scale[lane] = 1 / (1 - a.dropout[g]);
+    r.scale[lane] = 1 / (1 - steps.dropout[g]);
     r.lr[lane] = lr;
     r.decay[lane] = optimizer == kAdamW ? 1 - lr * decay : 1;
     r.coupled[lane] = optimizer == kAdamW ? 0 : decay;
@@ -180,50 +160,50 @@ void set_recipes(const Arguments& a, const Members<Lanes<real_t, kBytes>::kCount
 
 // Makes all steps of a group of networks; calls done(s) after step s.
 template <typename real_t, int kBytes, typename Group, typename Done>
-void train_group(const Arguments& a, const Members<Lanes<real_t, kBytes>::kCount>& members, Group& group,
-                 const Done& done) {
+void train_group(const Network& network, const Steps<real_t>& steps,
+                 const Members<Lanes<real_t, kBytes>::kCount>& members, Group& group, const Done& done) {
   constexpr int kCount = Lanes<real_t, kBytes>::kCount;
-  const Network& network = a.network;
-  set_recipes<real_t, kBytes>(a, members, group.recipes);
+  set_recipes<real_t, kBytes>(steps, members, group.recipes);
 
   const real_t* rows[kCount];
-  const auto load = [&](const void* from, auto* to) {
-    members.rows(static_cast<const real_t*>(from), group.num_parameters(), rows);
+  const auto load = [&](const real_t* from, auto* to) {
+    members.rows(from, group.num_parameters(), rows);
     group.load(rows, group.num_parameters(), to);
   };
-  load(a.weights, group.weights()), load(a.first, group.first()), load(a.second, group.second());
+  load(steps.weights, group.weights()), load(steps.first, group.first()), load(steps.second, group.second());
 
-  for (int64_t s = 0; s < a.steps; ++s) {
+  for (int64_t s = 0; s < steps.count; ++s) {
     double losses[kCount] = {};
     int64_t correct[kCount] = {}, labels[kCount];
     group.begin_step();
-    for (int64_t b = 0; b < a.batch_size; ++b) {
+    for (int64_t b = 0; b < steps.batch_size; ++b) {
       for (int lane = 0; lane < kCount; ++lane) {
-        const int64_t image = a.image(members.network[lane], s, b);
-        rows[lane] = static_cast<const real_t*>(a.images) + image * network.image_size;
-        labels[lane] = a.labels[image];
+        const int64_t image = steps.image((members.network[lane] * steps.count + s) * steps.batch_size + b);
+        rows[lane] = steps.images + image * network.image_size;
+        labels[lane] = steps.labels[image];
       }
       interleave<real_t, kCount>(rows, network.image_size, reinterpret_cast<real_t*>(group.images()));
-      group.begin_sample(a.step + s, b);
+      group.begin_sample(steps.first_step + s, b);
       group.forward(true);
-      cross_entropy<real_t, kBytes>(labels, network.num_classes, a.batch_size, group.logits(), losses, correct);
+      cross_entropy<real_t, kBytes>(labels, network.num_classes, steps.batch_size, group.logits(), losses, correct);
       group.backward();
     }
-    group.end_step(a.step + s + 1);
+    group.end_step(steps.first_step + s + 1);
     for (int64_t lane = 0; lane < members.lanes; ++lane) {
-      const int64_t place = members.network[lane] * a.steps + s;
-      static_cast<real_t*>(a.losses)[place] = losses[lane] / a.batch_size;
-      a.correct[place] = correct[lane];
+      const int64_t place = members.network[lane] * steps.count + s;
+      steps.losses[place] = losses[lane] / steps.batch_size;
+      steps.correct[place] = correct[lane];
     }
     done(s);
   }
 
   real_t* out[kCount];
-  const auto store = [&](const auto* from, void* to) {
-    members.rows(static_cast<real_t*>(to), group.num_parameters(), out);
+  const auto store = [&](const auto* from, real_t* to) {
+    members.rows(to, group.num_parameters(), out);
     group.store(from, group.num_parameters(), members.lanes, out);
   };
-  store(group.weights(), a.new_weights), store(group.first(), a.new_first), store(group.second(), a.new_second);
+  store(group.weights(), steps.new_weights), store(group.first(), steps.new_first);
+  store(group.second(), steps.new_second);
 }
 
 // Whether vectors of 64 bytes are single registers here.
@@ -270,76 +250,38 @@ inline Network read_network(const char* op, const Tensor& weights, const Tensor&
   return {rows, layers.size(0), num_weights};
 }
 
-// The tensors of a call, contiguous, and those that it returns.
-struct StepTensors {
-  Tensor weights, first, second, images, labels, batches, layers, activation, dropout, optimizer, lr, weight_decay,
-      seed;
-  Tensor new_weights, new_first, new_second, losses, correct;
+// Checks all that steps read by index, makes what they return, and reads the table.
+inline Network prepare(const char* op, StepTensors& tensors, int64_t sets, int64_t step) {
+  const Tensor &weights = tensors.weights, &batches = tensors.batches;
+  const Network network = read_network(op, weights, tensors.images, tensors.layers, tensors.activation, sets);
+  const int64_t count = weights.size(0), num_images = tensors.images.size(0);
+  const bool wide = tensors.has_wide_batches();
+  check_like(op, "first", tensors.first, weights), check_like(op, "second", tensors.second, weights);
+  check_tensor(op, "labels", tensors.labels, ScalarType::Long, {num_images});
+  check_tensor(op, "batches", batches, wide ? ScalarType::Long : ScalarType::Int, {count, kAny, kAny});
+  check_tensor(op, "optimizer", tensors.optimizer, ScalarType::Int, {count});
+  check_tensor(op, "seed", tensors.seed, ScalarType::Long, {count});
+  check_tensor(op, "dropout", tensors.dropout, ScalarType::Double, {count});
+  check_tensor(op, "lr", tensors.lr, ScalarType::Double, {count});
+  check_tensor(op, "weight_decay", tensors.weight_decay, ScalarType::Double, {count});
+  check_range(op, "labels", tensors.labels.const_data_ptr<int64_t>(), num_images, 0, network.num_classes);
+  if (wide)
+    check_range(op, "batches", batches.const_data_ptr<int64_t>(), batches.numel(), 0, num_images);
+  else
+    check_range(op, "batches", batches.const_data_ptr<int32_t>(), batches.numel(), 0, num_images);
+  check_range(op, "optimizer", tensors.optimizer.const_data_ptr<int32_t>(), count, 0, kOptimizers);
+  check_range(op, "dropout", tensors.dropout.const_data_ptr<double>(), count, 0, 1);
+  STD_TORCH_CHECK(batches.size(2) > 0, op, ": batches must hold at least 1 image each, got 0");
+  STD_TORCH_CHECK(0 <= step && step <= kLastStep - batches.size(1), op, ": step must be in [0, 2**62), got ", step);
+  tensors.make_outputs();
+  return network;
+}
 
-  explicit StepTensors(const std::array<const Tensor*, 13>& given) {
-    Tensor* const mine[] = {&weights,    &first,   &second,    &images, &labels,       &batches, &layers,
-                            &activation, &dropout, &optimizer, &lr,     &weight_decay, &seed};
-    for (int i = 0; i < 13; ++i) *mine[i] = as_contiguous(*given[i]);
-  }
-
-  // Checks all that is read by index, and makes what is returned.
-  Network prepare(const char* op, int64_t sets, int64_t step) {
-    const Network network = read_network(op, weights, images, layers, activation, sets);
-    const int64_t count = weights.size(0), num_images = images.size(0);
-    check_like(op, "first", first, weights), check_like(op, "second", second, weights);
-    check_tensor(op, "labels", labels, ScalarType::Long, {num_images});
-    check_tensor(op, "batches", batches, wide() ? ScalarType::Long : ScalarType::Int, {count, kAny, kAny});
-    check_tensor(op, "optimizer", optimizer, ScalarType::Int, {count});
-    check_tensor(op, "seed", seed, ScalarType::Long, {count});
-    check_tensor(op, "dropout", dropout, ScalarType::Double, {count});
-    check_tensor(op, "lr", lr, ScalarType::Double, {count});
-    check_tensor(op, "weight_decay", weight_decay, ScalarType::Double, {count});
-    check_range(op, "labels", labels.const_data_ptr<int64_t>(), num_images, 0, network.num_classes);
-    if (wide())
-      check_range(op, "batches", batches.const_data_ptr<int64_t>(), batches.numel(), 0, num_images);
-    else
-      check_range(op, "batches", batches.const_data_ptr<int32_t>(), batches.numel(), 0, num_images);
-    check_range(op, "optimizer", optimizer.const_data_ptr<int32_t>(), count, 0, kOptimizers);
-    check_range(op, "dropout", dropout.const_data_ptr<double>(), count, 0, 1);
-    STD_TORCH_CHECK(batches.size(2) > 0, op, ": batches must hold at least 1 image each, got 0");
-    STD_TORCH_CHECK(0 <= step && step <= kLastStep - batches.size(1), op, ": step must be in [0, 2**62), got ", step);
-    new_weights = torch::stable::empty_like(weights), new_first = torch::stable::empty_like(weights);
-    new_second = torch::stable::empty_like(weights);
-    losses = torch::stable::new_empty(weights, {count, batches.size(1)});
-    correct = torch::stable::new_empty(labels, {count, batches.size(1)});
-    return network;
-  }
-
-  Arguments arguments(const Network& network, int64_t step) const {
-    return {.network = network,
-            .images = images.const_data_ptr(),
-            .weights = weights.const_data_ptr(),
-            .first = first.const_data_ptr(),
-            .second = second.const_data_ptr(),
-            .new_weights = new_weights.mutable_data_ptr(),
-            .new_first = new_first.mutable_data_ptr(),
-            .new_second = new_second.mutable_data_ptr(),
-            .losses = losses.mutable_data_ptr(),
-            .labels = labels.const_data_ptr<int64_t>(),
-            .seed = seed.const_data_ptr<int64_t>(),
-            .correct = correct.mutable_data_ptr<int64_t>(),
-            .activation = activation.const_data_ptr<int32_t>(),
-            .optimizer = optimizer.const_data_ptr<int32_t>(),
-            .dropout = dropout.const_data_ptr<double>(),
-            .lr = lr.const_data_ptr<double>(),
-            .weight_decay = weight_decay.const_data_ptr<double>(),
-            .batches = batches.const_data_ptr(),
-            .wide = wide(),
-            .steps = batches.size(1),
-            .batch_size = batches.size(2),
-            .step = step,
-            .order = sort_networks(activation.const_data_ptr<int32_t>(), optimizer.const_data_ptr<int32_t>(),
-                                   dropout.const_data_ptr<double>(), weights.size(0))};
-  }
-
- private:
-  bool wide() const { return batches.scalar_type() == ScalarType::Long; }
-};
+// As sort_networks, by all that training tells apart.
+inline std::vector<int64_t> sort_networks(const StepTensors& tensors) {
+  return sort_networks(tensors.activation.const_data_ptr<int32_t>(), tensors.optimizer.const_data_ptr<int32_t>(),
+                       tensors.dropout.const_data_ptr<double>(), tensors.weights.size(0));
+}
 
 }  // namespace
 }  // namespace fastws

@@ -373,16 +373,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> variational_cnn_step_
     int64_t step) {
   StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
                        &optimizer, &lr, &weight_decay, &seed});
-  const Network network = tensors.prepare("variational_cnn_step", 2, step);
+  const Network network = prepare("variational_cnn_step", tensors, 2, step);
+  const std::vector<int64_t> order = sort_networks(tensors);
   const Tensor divergences = torch::stable::empty_like(tensors.losses);
-  const Arguments arguments = tensors.arguments(network, step);
   for_groups(weights.scalar_type(), weights.size(0), [&]<typename real_t, int kBytes>(int64_t number) {
-    const Members<Lanes<real_t, kBytes>::kCount> members(arguments.order, number);
+    const Members<Lanes<real_t, kBytes>::kCount> members(order, number);
     VariationalGroup<real_t, kBytes> group(network, kl_weight);
-    real_t* out = static_cast<real_t*>(divergences.mutable_data_ptr());
-    train_group<real_t, kBytes>(arguments, members, group, [&](int64_t s) {
+    const Steps<real_t> steps = tensors.steps<real_t>(step);
+    real_t* out = divergences.mutable_data_ptr<real_t>();
+    train_group<real_t, kBytes>(network, steps, members, group, [&](int64_t s) {
       for (int64_t lane = 0; lane < members.lanes; ++lane)
-        out[members.network[lane] * arguments.steps + s] = group.divergence()[lane];
+        out[members.network[lane] * steps.count + s] = group.divergence()[lane];
     });
   });
   return {tensors.new_weights, tensors.new_first, tensors.new_second, tensors.losses, tensors.correct, divergences};

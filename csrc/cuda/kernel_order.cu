@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "cuda/kernel_order.h"
 #include "cuda/stream.h"
 
 namespace fastws {
@@ -12,73 +12,19 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kThreads = 512;
 constexpr int64_t kRowsPerBlock = 4096;  // of a path that one block walks; longer ones are walked by the whole grid
 
-struct Candidate {
-  double similarity;
-  int64_t row;
-};
-
-// The more similar; of equals the first.
-__device__ Candidate better(Candidate a, Candidate b) {
-  const bool first = a.similarity != b.similarity ? a.similarity > b.similarity : a.row < b.row;
-  return first ? a : b;
-}
-
-// The best candidate of all threads of a block, in every thread.
-__device__ Candidate best_of_block(Candidate mine) {
-  __shared__ Candidate warps[kThreads / 32];
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const Candidate other = {__shfl_xor_sync(~0u, mine.similarity, distance),
-                             __shfl_xor_sync(~0u, (long long)mine.row, distance)};
-    mine = better(mine, other);
-  }
-  __syncthreads();  // all have read what was found before
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
-  __syncthreads();
-  for (int warp = 0; warp < kThreads / 32; ++warp) mine = better(mine, warps[warp]);
-  return mine;
-}
-
-// A greedy path through rows, with similarities as in fastws/ops/kernel_order.py. A team of blocks walks a path: every
-// thread looks at rows of its own, so that nobody else has to know which of them are taken, and every block puts
-// together what all have found. Two sets of results take turns, hence one synchronisation per step.
 template <bool whole_grid>
 __global__ void __launch_bounds__(kThreads) kernel_order_kernel(const float* __restrict__ rows,  // [B, n, d]
                                                                 int64_t* __restrict__ order,     // [B, n]
                                                                 uint8_t* __restrict__ taken,     // [B, n], zeros
-                                                                Candidate* found,                // [2, gridDim.x]
-                                                                int64_t count, int64_t d) {
+                                                                Candidate* found, int64_t count, int64_t d) {
+  __shared__ Candidate shared[kWarps];
   const int64_t path = whole_grid ? 0 : blockIdx.x, block = whole_grid ? blockIdx.x : 0;
-  const int64_t blocks = whole_grid ? gridDim.x : 1;
-  rows += path * count * d;
-  order += path * count;
-  taken += path * count;
-  const Candidate none = {-INFINITY, count};
-  int64_t current = 0;
-  for (int64_t position = 0; position < count; ++position) {
-    if (block == 0 && threadIdx.x == 0) order[position] = current;
-    const float* const query = rows + current * d;
-    Candidate mine = none;
-    for (int64_t row = block * kThreads + threadIdx.x; row < count; row += blocks * kThreads) {
-      if (row == current) taken[row] = 1;
-      if (taken[row]) continue;
-      double similarity = 0;  // products are exact, fused or not
-      for (int64_t k = 0; k < d; ++k) similarity += double(rows[row * d + k]) * double(query[k]);
-      mine = better({similarity, row}, mine);
-    }
-    mine = best_of_block(mine);
-    if constexpr (whole_grid) {
-      Candidate* const results = found + position % 2 * blocks;
-      if (threadIdx.x == 0) results[block] = mine;
-      cooperative_groups::this_grid().sync();
-      mine = none;
-      for (int64_t other = threadIdx.x; other < blocks; other += kThreads) mine = better(results[other], mine);
-      mine = best_of_block(mine);
-    }
-    current = mine.row;
-  }
+  walk(rows + path * count * d, order + path * count, taken + path * count, found, count, d, block,
+       whole_grid ? gridDim.x : 1, shared, [] {
+         if constexpr (whole_grid) cooperative_groups::this_grid().sync();
+       });
 }
 
 // As many blocks as run at once, which a grid that synchronises must not exceed.

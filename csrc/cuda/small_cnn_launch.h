@@ -3,11 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 
 #include "cuda/small_cnn_training.h"
 #include "cuda/stream.h"
+#include "small_cnn_tensors.h"
 
 // From tensors to kernels.
 
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) char shared[];
   char* memory = shared;
   if constexpr (!kShared) memory = workspace + blockIdx.x * bytes;
-  for (int64_t g = blockIdx.x; g < work.count; g += gridDim.x) work.run(g, blockIdx.y, gridDim.y, memory);
+  for (int64_t g = blockIdx.x; g < work.count(); g += gridDim.x) work.run(g, blockIdx.y, gridDim.y, memory);
 }
 
 int64_t attribute(cudaDeviceAttr name, const Tensor& x) {
@@ -59,12 +59,12 @@ void launch(Work work, int64_t batch_size, const Tensor& weights) {
   work.samples = int(plan.samples);
   if (plan.shared) {
     const int64_t tiles = Work::kTraining ? 1 : (batch_size + plan.samples - 1) / plan.samples;
-    const int64_t parts = std::min(tiles, 1 + kBlocks * multiprocessors / work.count);
+    const int64_t parts = std::min(tiles, 1 + kBlocks * multiprocessors / work.count());
     const auto kernel = small_cnn_kernel<Work, true>;
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(whole)));
-    kernel<<<dim3(work.count, parts), kThreads, plan.bytes, stream_of(weights)>>>(work, nullptr, 0);
+    kernel<<<dim3(work.count(), parts), kThreads, plan.bytes, stream_of(weights)>>>(work, nullptr, 0);
   } else {
-    const int64_t blocks = std::min(work.count, 2 * multiprocessors);
+    const int64_t blocks = std::min(work.count(), 2 * multiprocessors);
     const Tensor workspace = torch::stable::new_empty(weights, {blocks * plan.bytes}, ScalarType::Char);
     char* const memory = reinterpret_cast<char*>(workspace.mutable_data_ptr<int8_t>());
     small_cnn_kernel<Work, false><<<blocks, kThreads, 0, stream_of(weights)>>>(work, memory, plan.bytes);
@@ -77,57 +77,20 @@ void dispatch_real(const Tensor& x, const Body& body) {
   x.scalar_type() == ScalarType::Float ? body.template operator()<float>() : body.template operator()<double>();
 }
 
-// The tensors of a call, contiguous, and those that it returns.
-struct StepTensors {
-  Tensor weights, first, second, images, labels, batches, activation, dropout, optimizer, lr, weight_decay, seed;
-  Tensor new_weights, new_first, new_second, losses, correct;
-
-  explicit StepTensors(const std::array<const Tensor*, 12>& given) {
-    Tensor* const mine[] = {&weights,    &first,   &second,    &images, &labels,       &batches,
-                            &activation, &dropout, &optimizer, &lr,     &weight_decay, &seed};
-    for (int i = 0; i < 12; ++i) *mine[i] = torch::stable::contiguous(*given[i]);
-    new_weights = torch::stable::empty_like(weights), new_first = torch::stable::empty_like(weights);
-    new_second = torch::stable::empty_like(weights);
-    losses = torch::stable::new_empty(weights, {weights.size(0), batches.size(1)});
-    correct = torch::stable::new_empty(labels, {weights.size(0), batches.size(1)});
-  }
-
-  // divergences and kl_weight: of noisy networks
-  template <bool kNoisy>
-  void train(const char* op, const Tensor& layers, int64_t step, const std::optional<Tensor>& divergences,
-             double kl_weight) const {
-    if (weights.size(0) == 0) return;
-    dispatch_real(weights, [&]<typename real_t>() {
-      const Training<real_t, kNoisy> training{
-          .network = read_network<real_t>(op, layers, weights, images, kNoisy),
-          .images = images.const_data_ptr<real_t>(),
-          .weights = weights.const_data_ptr<real_t>(),
-          .first = first.const_data_ptr<real_t>(),
-          .second = second.const_data_ptr<real_t>(),
-          .new_weights = new_weights.mutable_data_ptr<real_t>(),
-          .new_first = new_first.mutable_data_ptr<real_t>(),
-          .new_second = new_second.mutable_data_ptr<real_t>(),
-          .losses = losses.mutable_data_ptr<real_t>(),
-          .labels = labels.const_data_ptr<int64_t>(),
-          .seed = seed.const_data_ptr<int64_t>(),
-          .correct = correct.mutable_data_ptr<int64_t>(),
-          .activation = activation.const_data_ptr<int32_t>(),
-          .optimizer = optimizer.const_data_ptr<int32_t>(),
-          .dropout = dropout.const_data_ptr<double>(),
-          .lr = lr.const_data_ptr<double>(),
-          .weight_decay = weight_decay.const_data_ptr<double>(),
-          .batches = batches.const_data_ptr(),
-          .wide = batches.scalar_type() == ScalarType::Long,
-          .count = weights.size(0),
-          .steps = batches.size(1),
-          .batch_size = batches.size(2),
-          .step = step,
-          .divergences = divergences ? divergences->mutable_data_ptr<real_t>() : nullptr,
-          .kl_weight = kl_weight};
-      launch(training, batches.size(2), weights);
-    });
-  }
-};
+// divergences and kl_weight: of noisy networks
+template <bool kNoisy>
+void train(const char* op, const StepTensors& tensors, int64_t step, const std::optional<Tensor>& divergences,
+           double kl_weight) {
+  if (tensors.weights.size(0) == 0) return;
+  dispatch_real(tensors.weights, [&]<typename real_t>() {
+    const Training<real_t, kNoisy> training{
+        .network = read_network<real_t>(op, tensors.layers, tensors.weights, tensors.images, kNoisy),
+        .steps = tensors.steps<real_t>(step),
+        .divergences = divergences ? divergences->mutable_data_ptr<real_t>() : nullptr,
+        .kl_weight = kl_weight};
+    launch(training, tensors.batches.size(2), tensors.weights);
+  });
+}
 
 }  // namespace
 }  // namespace fastws

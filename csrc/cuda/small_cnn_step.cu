@@ -13,9 +13,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> small_cnn_step_cuda(
     const Tensor& batches, const Tensor& layers, const Tensor& activation, const Tensor& dropout,
     const Tensor& optimizer, const Tensor& lr, const Tensor& weight_decay, const Tensor& seed, int64_t step) {
   const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
-  const StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &activation, &dropout, &optimizer,
-                             &lr, &weight_decay, &seed});
-  tensors.train<false>("small_cnn_step", layers, step, std::nullopt, 0);
+  StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
+                       &optimizer, &lr, &weight_decay, &seed});
+  tensors.make_outputs();
+  train<false>("small_cnn_step", tensors, step, std::nullopt, 0);
   return {tensors.new_weights, tensors.new_first, tensors.new_second, tensors.losses, tensors.correct};
 }
 
@@ -36,7 +37,7 @@ Tensor small_cnn_logits_cuda(const Tensor& weights_, const Tensor& images_, cons
                                         .weights = weights.const_data_ptr<real_t>(),
                                         .activation = activation.const_data_ptr<int32_t>(),
                                         .logits = logits->mutable_data_ptr<real_t>(),
-                                        .count = count,
+                                        .networks = count,
                                         .num_images = num_images};
     launch(evaluation, num_images, weights);
   });

@@ -1,13 +1,13 @@
 #pragma once
 
 #include "cuda/small_cnn.h"
+#include "small_cnn_steps.h"
 
 // Training and evaluation of small CNNs, one per block, and how much memory a block gets.
 
 namespace fastws {
 namespace {
 
-constexpr double kMomentum = 0.9, kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 constexpr double kK1 = 0.63576, kK2 = 1.8732, kK3 = 1.48695;  // of the divergence
 constexpr double kConvolutionBound = 8, kDenseBound = 10;     // of log alpha
 
@@ -54,70 +54,67 @@ struct LogAlpha {
   }
 };
 
-// Training steps and their arguments, which are on the device. Noisy networks have two parameters per weight: theta,
-// then log sigma^2.
+// Training steps of which the arguments are on the device. Noisy networks have two parameters per weight: theta, then
+// log sigma^2.
 template <typename real_t, bool kNoisy>
 struct Training {
   using tile_t = Tile<real_t, kNoisy>;
   static constexpr bool kTraining = true;
   Network network;
-  const real_t *images, *weights, *first, *second;
-  real_t *new_weights, *new_first, *new_second, *losses;
-  const int64_t *labels, *seed;
-  int64_t* correct;
-  const int32_t *activation, *optimizer;
-  const double *dropout, *lr, *weight_decay;
-  const void* batches;
-  bool wide;  // int64 batches
-  int64_t count, steps, batch_size, step;
-  real_t* divergences;
+  Steps<real_t> steps;
+  real_t* divergences;  // of noisy networks, whose share in the loss is kl_weight
   double kl_weight;
   int samples;  // of a tile
+
+  C10_HOST_DEVICE int64_t count() const { return steps.networks; }
 
   // Makes all steps of network g. What is needed once a step stays in global memory: moments and log sigma^2.
   __device__ void run(int64_t g, int64_t, int64_t, char* memory) const {
     tile_t tile(network, memory, samples);
     const int64_t size = network.num_weights, begin = g * size * tile_t::kSets;
+    real_t *const weights = steps.new_weights + begin, *const log_sigma = weights + size;
+    real_t *const first = steps.new_first + begin, *const second = steps.new_second + begin;
     for (int64_t i = threadIdx.x; i < size * tile_t::kSets; i += blockDim.x) {
-      new_weights[begin + i] = weights[begin + i], tile.grad[i] = 0;
-      new_first[begin + i] = first[begin + i], new_second[begin + i] = second[begin + i];
-      tile.weights[i] = i < size ? weights[begin + i] : real_t(0);
+      weights[i] = steps.weights[begin + i], tile.grad[i] = 0;
+      first[i] = steps.first[begin + i], second[i] = steps.second[begin + i];
+      tile.weights[i] = i < size ? weights[i] : real_t(0);
     }
     __syncthreads();
-    for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t s = 0; s < steps.count; ++s) {
       Score score{};
-      if constexpr (kNoisy) find_variances(tile, new_weights + begin + size);
-      for (int64_t sample = 0; sample < batch_size; sample += samples) learn(tile, g, s, sample, score);
-      if constexpr (kNoisy) complete_gradient(tile, new_weights + begin + size, score);
+      if constexpr (kNoisy) find_variances(tile, log_sigma);
+      for (int64_t sample = 0; sample < steps.batch_size; sample += samples) learn(tile, g, s, sample, score);
+      if constexpr (kNoisy) complete_gradient(tile, log_sigma, score);
       if (threadIdx.x < tile_t::num_scores(samples)) tile.scores[threadIdx.x] = score;
       __syncthreads();
-      const Optimization<real_t> optimization(optimizer[g], lr[g], weight_decay[g], step + s + 1);
+      const Optimization<real_t> optimization(steps.optimizer[g], steps.lr[g], steps.weight_decay[g],
+                                              steps.first_step + s + 1);
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
-        optimization.update(tile.grad[i], tile.weights[i], new_first[begin + i], new_second[begin + i]);
+        optimization.update(tile.grad[i], tile.weights[i], first[i], second[i]);
         tile.grad[i] = 0;
       }
       if constexpr (kNoisy)
         for_variances([&](int i, real_t) {
-          const int64_t place = begin + size + i;
-          optimization.update(tile.grad[size + i], new_weights[place], new_first[place], new_second[place]);
+          optimization.update(tile.grad[size + i], log_sigma[i], first[size + i], second[size + i]);
           tile.grad[size + i] = 0;
         });
-      if (threadIdx.x == 0) record(tile, g * steps + s);
+      if (threadIdx.x == 0) record(tile, g * steps.count + s);
       __syncthreads();
     }
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) new_weights[begin + i] = tile.weights[i];
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) weights[i] = tile.weights[i];
   }
 
  private:
   // Adds the gradients of the tile of step s that begins at sample `begin`.
   __device__ void learn(tile_t& tile, int64_t g, int64_t s, int64_t begin, Score& score) const {
-    const int64_t place = (g * steps + s) * batch_size + begin;
-    tile.samples = int(min(int64_t(samples), batch_size - begin));
+    const int64_t place = (g * steps.count + s) * steps.batch_size + begin, step = steps.first_step + s;
+    tile.samples = int(min(int64_t(samples), steps.batch_size - begin));
     for (int sample = 0; sample < tile.samples; ++sample)
-      tile.load(sample, images + image(place + sample) * network.image_size);
-    const uint64_t offset = kNoisy ? 2 * (step + s) : step + s;
-    tile.forward({activation[g], dropout[g], uint64_t(seed[g]), offset, begin});
-    if (threadIdx.x < tile.samples) tile.classify(threadIdx.x, labels[image(place + threadIdx.x)], batch_size, score);
+      tile.load(sample, steps.images + steps.image(place + sample) * network.image_size);
+    const uint64_t offset = kNoisy ? 2 * step : step;
+    tile.forward({steps.activation[g], steps.dropout[g], uint64_t(steps.seed[g]), offset, begin});
+    if (threadIdx.x < tile.samples)
+      tile.classify(threadIdx.x, steps.labels[steps.image(place + threadIdx.x)], steps.batch_size, score);
     tile.backward();
   }
 
@@ -127,7 +124,7 @@ struct Training {
       const Score& score = tile.scores[thread];
       sum.loss += score.loss, sum.correct += score.correct, sum.divergence += score.divergence;
     }
-    losses[place] = real_t(sum.loss / batch_size), correct[place] = sum.correct;
+    steps.losses[place] = real_t(sum.loss / steps.batch_size), steps.correct[place] = sum.correct;
     if constexpr (kNoisy) divergences[place] = real_t(sum.divergence);
   }
 
@@ -171,10 +168,6 @@ struct Training {
       }
     });
   }
-
-  __device__ int64_t image(int64_t place) const {
-    return wide ? static_cast<const int64_t*>(batches)[place] : static_cast<const int32_t*>(batches)[place];
-  }
 };
 
 // An evaluation and its arguments.
@@ -186,8 +179,10 @@ struct Evaluation {
   const real_t *images, *weights;
   const int32_t* activation;
   real_t* logits;
-  int64_t count, num_images;
+  int64_t networks, num_images;
   int samples;
+
+  C10_HOST_DEVICE int64_t count() const { return networks; }
 
   // Logits of network g for a part of the tiles of images.
   __device__ void run(int64_t g, int64_t part, int64_t parts, char* memory) const {

@@ -13,10 +13,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> variational_cnn_step_
     const Tensor& optimizer, const Tensor& lr, const Tensor& weight_decay, const Tensor& seed, double kl_weight,
     int64_t step) {
   const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
-  const StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &activation, &dropout, &optimizer,
-                             &lr, &weight_decay, &seed});
+  StepTensors tensors({&weights, &first, &second, &images, &labels, &batches, &layers, &activation, &dropout,
+                       &optimizer, &lr, &weight_decay, &seed});
+  tensors.make_outputs();
   const Tensor divergences = torch::stable::empty_like(tensors.losses);
-  tensors.train<true>("variational_cnn_step", layers, step, divergences, kl_weight);
+  train<true>("variational_cnn_step", tensors, step, divergences, kl_weight);
   return {tensors.new_weights, tensors.new_first, tensors.new_second, tensors.losses, tensors.correct, divergences};
 }
 
