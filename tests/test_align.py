@@ -485,7 +485,7 @@ def test_embeddings_and_probes_of_aligned_networks(tmp_path, capsys):
     main(["predict", "--zoo", str(zoo.path), "--aligned", *options, "--out", str(tmp_path / "a")])
     main(["predict", "--zoo", str(tmp_path / "second"), *options, "--out", str(tmp_path / "b")])
     a, b = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in "ab")
-    assert a == b and {entry["features"] for entry in a} == {"sane", "weights"}
+    assert a == b and {entry["features"] for entry in a} == {"embedding", "weights"}
 
 
 OWN_NETWORK = """

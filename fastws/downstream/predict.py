@@ -38,8 +38,7 @@ class Config:
     """Predicts properties of the networks of a zoo, and prints R^2, rank correlation or accuracy with 95 % intervals.
 
     fastws predict --zoo zoos/digits --out runs/predict
-    fastws predict --zoo zoos/digits --model runs/sane/checkpoint.pt --probe linear trees --out runs/predict-sane
-    fastws predict --zoo zoos/mnist --ood zoos/usps zoos/fmnist --features statistics spectra --out runs/ood
+    fastws predict --zoo zoos/mnist --model runs/sane/checkpoint.pt --probe linear trees --ood zoos/usps --out runs/ood
 
     Probes are fitted on the training split, penalties and the like are chosen on the validation split, and the scores
     that count are those of the test split. Intervals are of resampled networks, all states of one together.
@@ -61,7 +60,7 @@ class Config:
     transform: Transformed = "none"  # polar: radius and angles instead of each set of features
     apart: bool = False  # statistics of weights and of biases apart, as the model zoo data set has them
     chunk: int = 256  # consecutive weights of the feature set chunk
-    chunk_start: int | None = None  # the first of them; by default drawn by the seed
+    chunk_start: int | None = None  # first weight of the feature set chunk; by default drawn by the seed
     leading: int | None = None  # singular values of a layer in spectra, by random projection; by default all
     norm: bool = False  # statistics and weights of norm layers as well
     standardize: bool | None = None  # features to mean 0 and std 1 or not; by default what the validation split prefers
