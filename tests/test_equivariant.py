@@ -1,9 +1,14 @@
 """Equivariance of layers and invariance of networks, on a perceptron, a CNN with flatten and a ResNet."""
 
+import json
+
 import pytest
 import torch
+from small_zoo import make_small_zoo
 from torch import nn
 
+from fastws.downstream import predict
+from fastws.downstream.probes import equivariant
 from fastws.layout.layout import Layout
 from fastws.nn.equivariant import EquivariantLinear, EquivariantNetwork, pieces_of
 from fastws.symmetry.symmetry import Symmetry
@@ -160,3 +165,87 @@ def test_another_symmetry_is_refused():
     layout = Layout.from_checkpoint(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="symmetry: layout must hold"):
         EquivariantNetwork(layout, Symmetry.trace(perceptron()[0], torch.randn(2, 5)))
+
+
+# --- the probe
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    return make_small_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def fit(zoo, targets, **options):
+    rows = {split: zoo.split(split) for split in ("train", "val", "test")}
+    features = {split: zoo.rows(found) for split, found in rows.items()}
+    wanted = {split: targets[found] for split, found in rows.items()}
+    own = {"layout": zoo.layout, "symmetry": zoo.symmetry, "device": torch.device("cpu")}
+    training = equivariant.Training(channels=(4, 4), head=32, **options)
+    may_flip = torch.zeros(len(rows["train"]), dtype=torch.bool)
+    return equivariant.fit_equivariant(features, wanted, may_flip=may_flip, training=training, **own), features, wanted
+
+
+def test_probe_learns_and_predicts(zoo):
+    accuracy = torch.from_numpy(zoo.numbers("test_accuracy"))
+    targets = torch.stack([accuracy, 100 * accuracy - 7], 1)
+    targets[zoo.split("train")[3], 0] = torch.inf
+    targets[zoo.split("test")[1], 0] = torch.nan
+    (share, number), features, wanted = fit(zoo, targets, epochs=40, batch_size=8)
+    assert share.test_r2 > 0.8 and number.test_r2 > 0.8 and share.test_tau > 0.7
+    assert len(share.test_prediction) == len(number.test_prediction) - 1
+    torch.testing.assert_close(number.predict(features["test"]), number.test_prediction)
+    assert share.scores()["penalty"] is None
+    again = fit(zoo, targets, epochs=40, batch_size=8)[0][0]
+    torch.testing.assert_close(again.test_prediction, share.test_prediction)
+
+
+def test_bounds_are_those_of_shares_or_of_the_training_split():
+    targets = torch.tensor([[0.2, 5.0, 3.0], [0.9, -2.0, 3.0], [torch.nan, torch.inf, 3.0]])
+    low, high = equivariant.bounds_of(targets)
+    assert low.tolist() == [0, -2, 3] and high.tolist() == [1, 5, 4]
+
+
+def test_probe_stops_when_the_validation_split_says_so(zoo, monkeypatch):
+    monkeypatch.setattr(equivariant, "PATIENCE", 2)
+    taus = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(equivariant, "mean_tau", lambda *args: next(taus))
+    fit(zoo, torch.from_numpy(zoo.numbers("test_accuracy"))[:, None], epochs=40)
+    assert next(taus) == 0.9  # four epochs were looked at: two since the best one
+
+
+def test_command_of_the_equivariant_probe(zoo, tmp_path, monkeypatch, capsys):
+    blind = make_small_zoo(tmp_path / "blind", symmetry=False)
+    monkeypatch.setattr(predict.Zoo, "open", lambda path: zoo)
+    options = {"targets": ("test_accuracy",), "ood": ("b",), "epochs": 3, "channels": (2,), "head": 8}
+    predict.run(predict.Config(zoo="a", out=str(tmp_path), probe=("equivariant",), device="cpu", **options))
+    here, there = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert here["probe"] == "equivariant" and here["test_r2"] == pytest.approx(there["test_r2"])
+    monkeypatch.setattr(predict.Zoo, "open", lambda path: blind)
+    with pytest.raises(ValueError, match="must know its symmetry for the equivariant probe, got none"):
+        predict.run(predict.Config(zoo="a", out=str(tmp_path), probe=("equivariant",)))
+    for wrong in ({"epochs": 0}, {"lr": -1.0}, {"channels": ()}):
+        with pytest.raises(ValueError, match=f"predict: {next(iter(wrong))} must be positive"):
+            predict.Config(zoo="a", out="b", **wrong)
+
+
+def test_signs_are_drawn_for_networks_that_may_flip():
+    """A probe that is trained with random signs is nearly blind to them; one that is not need not be."""
+    module, shape = perceptron(nn.Tanh)
+    layout, symmetry = Layout.from_checkpoint(module), Symmetry.trace(module, torch.randn(shape))
+    drawn = []
+
+    class Watched(EquivariantNetwork):
+        def forward(self, flat, known=None):
+            drawn.append(flat)
+            return super().forward(flat, known)
+
+    flat, wanted = torch.randn(6, layout.num_weights), torch.rand(6, 1)
+    network = Watched(layout, symmetry, known=42, channels=(2,), head=8)
+    may_flip = torch.tensor([True, True, True, True, True, False])
+    next(equivariant.train(network, flat, wanted, may_flip, layout, symmetry, equivariant.Training(batch_size=6)))
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    x, before = drawn[0], flat[order]
+    still = may_flip[order].logical_not()
+    changed = (x.sort().values - before.sort().values).abs().amax(1)
+    assert (changed[~still] > 0.01).all() and (changed[still] < 1e-6).all()
+    torch.testing.assert_close(x.abs().sort().values, before.abs().sort().values)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastws
+from fastws.devices import find_device
+from fastws.downstream.probes.equivariant import Training, fit_equivariant
 from fastws.downstream.probes.extract import Extractor, Features, Transformed, make_extractors
 from fastws.downstream.probes.published import Published, PublishedZoo, find_published
 from fastws.downstream.probes.ridge import PENALTIES, Probe, Splits, fit_probes
@@ -30,6 +32,7 @@ PUBLISHED = (
     "count the padding of tokens and norm layers; embeddings are made in one pass; names by Adam, 50 epochs of batches "
     "of 10; other zoos with the penalty 1e-5"
 )
+ProbeName = Literal["linear", "trees", "equivariant"]
 WIDEST = 4096  # features that trees are grown on, at most
 
 
@@ -54,7 +57,7 @@ class Config:
     aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics see its signs only
 
     features: tuple[Features, ...] = ("statistics", "weights")  # what is probed, beside embeddings
-    probe: tuple[Literal["linear", "trees"], ...] = ("linear",)  # linear: numbers by ridge, names by softmax
+    probe: tuple[ProbeName, ...] = ("linear",)  # linear: numbers by ridge, names by softmax; equivariant: sees weights
     targets: tuple[str, ...] = ("test_accuracy", "epoch", "generalisation_gap")  # columns of the zoo's properties
     ood: tuple[str, ...] = ()  # folders of other zoos whose test splits the fitted probes are tried on
     transform: Transformed = "none"  # polar: radius and angles instead of each set of features
@@ -67,8 +70,13 @@ class Config:
     padded: int | None = None  # count the padding of tokens of this size in statistics
     published: bool = False  # exactly as published with SANE: what that changes is printed, and kept in results.json
     beside: PublishedZoo | None = None  # published zoo whose scores are shown too; by default what the zoo is made like
-    seed: int = 0  # of intervals, and of the chunk
-    device: str | None = None  # of the model; by default cuda where there is one
+    channels: tuple[int, ...] = (8, 8)  # of each layer of the equivariant probe
+    head: int = 256  # width of the perceptron behind the layers of the equivariant probe
+    epochs: int = 50  # of the equivariant probe, at most: it stops when the validation split says so
+    batch_size: int = 32  # networks in each step of the equivariant probe
+    lr: float = 1e-3  # learning rate of the equivariant probe
+    seed: int = 0  # of intervals, of the chunk and of the equivariant probe
+    device: str | None = None  # of the model and of the equivariant probe; by default cuda where there is one
 
     def __post_init__(self):
         if not self.targets:
@@ -81,6 +89,11 @@ class Config:
             raise ValueError("predict: published must be given without apart and standardize, got both")
         if self.ood and self.embeddings:
             raise ValueError("predict: ood must be given with model instead of embeddings, which are of one zoo alone")
+        for name in ("head", "epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"predict: {name} must be positive, got {getattr(self, name)}")
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"predict: channels must be positive, of one layer or more, got {self.channels}")
         if self.chunk < 1 or (self.leading is not None and self.leading < 1):
             got = f"{self.chunk} and {self.leading}"
             raise ValueError(f"predict: chunk and leading must be at least 1, got {got}")
@@ -145,7 +158,7 @@ def run(config: Config) -> None:
     published = find_published(data.zoo, config.beside)
     print(f"protocol: {protocol}")
     results = []
-    for job in make_jobs(config, data.zoo):
+    for job in make_jobs(config, data):
         for line in probe(config, job, data, others, published):
             results.append(line)
             print(describe(line, heading=len(results) == 1), flush=True)
@@ -163,16 +176,40 @@ def run(config: Config) -> None:
     print(f"results: {path}")
 
 
-def make_jobs(config: Config, zoo: Zoo) -> Iterator[Job]:
+def make_jobs(config: Config, data: Data) -> Iterator[Job]:
     ridge = partial(fit_probes, standardize=config.standardize, published=config.published)
     elsewhere = partial(ridge, penalties=PENALTIES[-1:]) if config.published else None
     softmax = partial(classify, published=config.published)
-    for kind, extract in make_extractors(config, zoo).items():
-        for name in config.probe:
+    of_features = [name for name in config.probe if name != "equivariant"]
+    for kind, extract in make_extractors(config, data.zoo).items() if of_features else ():
+        for name in of_features:
             if name == "linear":
                 yield Job(kind, name, extract, ridge, elsewhere, softmax)
             else:
                 yield Job(kind, name, extract, fit_trees, None, classify_trees)
+    if "equivariant" in config.probe:
+        yield equivariant_job(config, data)
+
+
+def equivariant_job(config: Config, data: Data) -> Job:
+    zoo = data.zoo
+    if zoo.symmetry is None:
+        raise ValueError(f"predict: zoo {zoo.path} must know its symmetry for the equivariant probe, got none")
+    names = ("channels", "head", "epochs", "batch_size", "lr", "seed")
+    fit = partial(
+        fit_equivariant,
+        layout=zoo.layout.with_tokens(None, "keep"),
+        symmetry=zoo.symmetry,
+        may_flip=zoo.may_flip[data.rows["train"]],
+        training=Training(**{name: getattr(config, name) for name in names}),
+        device=find_device(config.device),
+    )
+
+    def extract(other: Zoo) -> Tensor:
+        zoo.layout.require_same(other.layout, f"predict: zoo {other.path}")
+        return other.rows(torch.arange(len(other)))
+
+    return Job("weights", "equivariant", extract, fit, None, None)
 
 
 def probe(
@@ -193,7 +230,10 @@ def probe(
         places.append(Place(other, found[other.rows["test"]], str(other.zoo.path)))
     about = {"features": job.features, "probe": job.probe}
     lines = list(probe_numbers(config, job, data, by_split, places)) if data.targets.numbers else []
-    lines += probe_names(config, job, data, by_split, places) if data.targets.names and job.classify else []
+    if data.targets.names and job.classify:
+        lines += probe_names(config, job, data, by_split, places)
+    elif data.targets.names:
+        print(f"note: {', '.join(data.targets.names)} are names, which the {job.probe} probe does not foretell")
     for line in lines:
         known = published.score(job.features, line["target"]) if published and job.probe == "linear" else None
         yield about | line | ({} if known is None or line["zoo"] else {"published": known})
