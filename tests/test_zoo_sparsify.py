@@ -17,9 +17,9 @@ from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.architectures import build
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import make
+from fastws.zoo.making.measuring import side_by_side, tally
 from fastws.zoo.making.recipes import TrainingData
 from fastws.zoo.making.sparsify import VARIATIONAL, Config, choose, kl_weight, published_names, sparsify
-from fastws.zoo.making.training import measure_small
 from fastws.zoo.survey.diversity import draw_sample, measure_functions
 from fastws.zoo.survey.figures import measured_figures
 
@@ -98,7 +98,7 @@ def test_properties_are_those_of_the_states(dense, tmp_path):
         assert table["sparsity"][row] == pytest.approx(sparsity.item())
         assert table["kl_divergence"][row] == pytest.approx(kl_divergence(weights, layers).item(), rel=1e-5)
         activation = torch.tensor([list(ACTIVATIONS).index(table["activation"][row])], dtype=torch.int32)
-        loss, accuracy = measure_small(sparse, data.test, layers, activation)
+        loss, accuracy = tally(side_by_side(sparse, layers, activation), data.test)[:2]
         assert table["test_loss"][row] == pytest.approx(loss.item(), rel=1e-5)
         assert table["test_accuracy"][row] == pytest.approx(accuracy.item(), abs=1e-6)
     assert table["kl_divergence"][-1] < table["kl_divergence"][0]

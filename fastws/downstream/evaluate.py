@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import Tensor
 
 from fastws.devices import find_device
 from fastws.downstream.populations import Measured, measure
+from fastws.layout.layout import Layout
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.properties import add_properties
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.architectures import Activation
+from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import Job, config_of, prepare
+from fastws.zoo.making.measuring import norms_of
 from fastws.zoo.making.recipes import Part, Plan, check_choices
 
 ANY = "relu"  # of networks that do not ask
@@ -30,8 +34,16 @@ class Config:
     data: str | None = None  # another data set than the one that the networks were made for
     limit: int | None = None  # images of each part, evenly spaced; by default as many as the zoo was made with
     activation: Activation | None = None  # of networks whose zoo does not say theirs
+    architecture: str | None = None  # of networks read from files: a name of zoo make, or a function as module:function
+    condition: int = 0  # training images on which running statistics of batch norms are computed anew before; 0: kept
     ensemble: bool = True  # says the accuracy of the mean of all networks' logits as well
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
+
+    def __post_init__(self):
+        if self.condition < 0 or self.condition == 1:
+            raise ValueError(f"zoo evaluate: condition must be 0, or at least 2 images, got {self.condition}")
+        if self.architecture is not None and self.data is None:
+            raise ValueError("zoo evaluate: data must be given with architecture, got none; give --data")
 
 
 def run(config: Config) -> None:
@@ -43,6 +55,8 @@ def run(config: Config) -> None:
         spread = f"10 %, 50 %, 90 %: {low:.4f}, {middle:.4f}, {high:.4f}"
         line = f"{name}: {values.mean():.4f} +- {values.std():.4f}; {spread}"
         print(line + (f"; ensemble of all {len(zoo)}: {ensemble[name]:.4f}" if config.ensemble else ""))
+    if config.condition:
+        print(f"running statistics of batch norms were computed anew on {config.condition:,} training images")
     print(f"written to the properties of {zoo.path}")
 
 
@@ -57,11 +71,16 @@ def evaluate(config: Config) -> tuple[Zoo, dict[str, numpy.ndarray], dict[str, f
         ValueError: If the zoo does not say what its networks are, or the images do not fit them.
     """
     zoo = Zoo.open(config.zoo)
-    job = job_of(zoo, data=config.data, limit=config.limit, device=config.device)
-    prefix = "" if config.data is None else f"{Path(config.data).name}_"
+    options = {"data": config.data, "limit": config.limit, "device": config.device}
+    job = job_of(zoo, architecture=config.architecture, **options)
+    prefix = "" if config.data is None or config.architecture is not None else f"{Path(config.data).name}_"
+    condition = None
+    if config.condition:
+        condition = conditioning_images(zoo, job, config.condition)
+        prefix += f"conditioned_{config.condition}_"
     columns, ensemble = {}, {}
     for name, part in job.data.evaluated().items():
-        found = measure_zoo(zoo, job, part, activation=config.activation)
+        found = measure_zoo(zoo, job, part, config.activation, condition)
         columns[f"{prefix}{name}_accuracy"] = found.accuracy.numpy()
         columns[f"{prefix}{name}_loss"] = found.loss.numpy()
         right = found.mean_logits.argmax(1) == part.y.cpu()
@@ -69,13 +88,22 @@ def evaluate(config: Config) -> tuple[Zoo, dict[str, numpy.ndarray], dict[str, f
     return add_properties(zoo, columns), columns, ensemble
 
 
-def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: str | None = None) -> Job:
-    """Architecture and images of a zoo that ``zoo make`` made, or that was sampled from one.
+def job_of(
+    zoo: Zoo,
+    data: str | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    architecture: str | None = None,
+) -> Job:
+    """Architecture and images of a zoo that ``zoo make`` made, or that was sampled from one, or what is said of it.
 
     Raises:
         ValueError: If it is of another origin, or other images do not fit its networks.
     """
-    made = config_of(zoo.path, zoo.provenance)
+    if architecture is None:
+        made = config_of(zoo.path, zoo.provenance)
+    else:
+        made = MakeConfig(out=str(zoo.path), architecture=architecture, data=data, batch_size=1)
     changes = {"device": find_device(device).type, "networks": 1, "start": None, "regularise": None}
     changes |= {"regularise_at": ()}
     changes |= ({} if data is None else {"data": data}) | ({} if limit is None else {"limit": limit})
@@ -90,6 +118,8 @@ def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: 
             )
     with torch.device("meta"):
         network = job.plan.build()
+        if architecture is not None:
+            Layout.from_checkpoint(network).require_same(zoo.layout, f"zoo evaluate: zoo {zoo.path}")
     weights = sum(tensor.numel() for tensor in network.state_dict().values() if tensor.is_floating_point())
     if weights != zoo.layout.num_weights:
         images = f"{job.plan.image_shape} of {job.plan.num_classes} classes"
@@ -100,10 +130,27 @@ def job_of(zoo: Zoo, data: str | None = None, limit: int | None = None, device: 
     return job
 
 
-def measure_zoo(zoo: Zoo, job: Job, part: Part, activation: str | None = None) -> Measured:
+def measure_zoo(
+    zoo: Zoo, job: Job, part: Part, activation: str | None = None, condition: Tensor | None = None
+) -> Measured:
     """What all networks of a zoo do on images; ``activation`` is of those whose zoo does not say theirs."""
-    rows = torch.arange(len(zoo))
-    return measure(zoo.rows(rows).float().to(part.x.device), job.plan, activations_of(zoo, job.plan, activation), part)
+    names = activations_of(zoo, job.plan, activation)
+    weights = zoo.rows(torch.arange(len(zoo))).float().to(part.x.device)
+    return measure(weights, job.plan, names, part, condition=condition)
+
+
+def conditioning_images(zoo: Zoo, job: Job, count: int) -> Tensor:
+    """Training images, evenly spaced, for the running statistics of batch norms.
+
+    Raises:
+        ValueError: If the networks have none, or there are not so many images.
+    """
+    if not norms_of(job.plan.build()):
+        raise ValueError(f"zoo evaluate: condition must be left out for {zoo.path}, whose networks have no batch norm")
+    x = job.data.train.x
+    if count > len(x):
+        raise ValueError(f"zoo evaluate: condition must be at most {len(x)}, the training images, got {count}")
+    return x[torch.linspace(0, len(x) - 1, count).long().to(x.device)]
 
 
 def activations_of(zoo: Zoo, plan: Plan, activation: str | None = None) -> list[str]:

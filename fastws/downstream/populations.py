@@ -6,15 +6,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from fastws.ops.small_cnn_step import small_cnn_logits
-from fastws.small_cnn.table import ACTIVATIONS
+from fastws.zoo.making.measuring import (
+    ALONE,
+    SIDE_BY_SIDE,
+    Logits,
+    codes_of,
+    condition_batch_norm,
+    load_networks,
+    one_by_one,
+    side_by_side,
+    tally,
+)
 from fastws.zoo.making.recipes import Part, Plan
 
 GROUP = 16  # networks of one call on a CPU: what the widest vectors hold
-IMAGES = 2000  # of one call
 MANY = 256  # networks of one call on a GPU
 
 
@@ -27,16 +34,27 @@ class Measured(NamedTuple):
     mean_logits: Tensor  # over the networks, [n, num_classes] float64: what an ensemble of all of them says
 
 
-def measure(weights: Tensor, plan: Plan, activations: Sequence[str], part: Part, *, progress: bool = True) -> Measured:
+def measure(
+    weights: Tensor,
+    plan: Plan,
+    activations: Sequence[str],
+    part: Part,
+    *,
+    condition: Tensor | None = None,
+    progress: bool = True,
+) -> Measured:
     """Loss, accuracy and predictions of S networks of one plan.
 
-    Small networks run side by side, one in each lane of a vector; networks that cannot, one after the other.
+    Small networks run side by side, one in each lane of a vector; networks of any other architecture one by one, as
+    many at a time as there are threads: stacked by ``torch.func`` they were slower on a CPU.
 
     Args:
         weights: ``[S, P]``, on the device of the images.
         plan: Their architecture.
         activations: The activation of each.
         part: Images and labels.
+        condition: Images ``[n, C, H, W]`` on which the running statistics of batch norms are computed anew; by default
+            they stay as they are.
         progress: Shows a bar.
     """
     try:
@@ -54,56 +72,37 @@ def measure(weights: Tensor, plan: Plan, activations: Sequence[str], part: Part,
         torch.zeros(len(part.y), plan.num_classes, dtype=torch.float64),
     )
 
-    def run(members: list[int]) -> tuple[list[int], Tensor, Tensor, list[Tensor]]:
-        loss, guesses, sums = torch.zeros(len(members), dtype=torch.float64), [], []
-        for x, y in zip(part.x.split(IMAGES), part.y.split(IMAGES), strict=True):
-            logits = logits_of(weights[members], plan, [activations[row] for row in members], x, layers)
-            target = y.expand(len(members), -1)
-            loss += (
-                cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-                .view(len(members), -1)
-                .double()
-                .sum(1)
-                .cpu()
-            )
-            guesses.append(logits.argmax(2).to(dtype).cpu())
-            sums.append(logits.double().sum(0).cpu())
-        return members, loss / len(part.y), torch.cat(guesses, 1), sums
+    def run(members: list[int]) -> tuple[Tensor, ...]:
+        logits = logits_of(weights[members], plan, [activations[row] for row in members], layers, condition)
+        done = tally(logits, part, images=ALONE if layers is None else SIDE_BY_SIDE, summed=True)
+        return done.loss.cpu(), done.accuracy.cpu(), done.predictions.to(dtype).cpu(), done.summed.cpu()
 
-    # threads compute groups side by side, each by kernels of one thread; large networks get all threads instead
+    # threads compute groups side by side, each by kernels of one thread
     before = torch.get_num_threads()
-    threads = before if layers is not None and not weights.is_cuda else 1
+    threads = 1 if weights.is_cuda else min(before, max(1, len(groups)))
     bar = tqdm(total=len(weights), desc="evaluate", unit=" networks", disable=not progress)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(before // threads,)) as pool:
-        for members, loss, guesses, sums in pool.map(run, groups):
-            found.loss[members], found.predictions[members] = loss, guesses
-            found.mean_logits.add_(torch.cat(sums))
-            bar.update(len(members))
-    torch.set_num_threads(before)
-    bar.close()
-    found.accuracy.copy_((found.predictions == part.y.cpu()).double().mean(1))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(before // threads,)) as pool:
+            for members, (loss, accuracy, predictions, summed) in zip(groups, pool.map(run, groups), strict=True):
+                found.loss[members], found.accuracy[members] = loss, accuracy
+                found.predictions[members] = predictions
+                found.mean_logits.add_(summed)
+                bar.update(len(members))
+    finally:
+        torch.set_num_threads(before)
+        bar.close()
     found.mean_logits.div_(max(1, len(weights)))
     return found
 
 
-@torch.no_grad()
-def logits_of(weights: Tensor, plan: Plan, activations: Sequence[str], x: Tensor, layers: Tensor | None) -> Tensor:
-    """Logits of some networks, ``[G, n, num_classes]``."""
+def logits_of(
+    weights: Tensor, plan: Plan, activations: Sequence[str], layers: Tensor | None, condition: Tensor | None = None
+) -> Logits:
+    """What gives the logits of some networks ``[G, P]``; ``layers`` is their table, if they have one."""
     if layers is not None:
-        codes = torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32)
-        return small_cnn_logits(weights.contiguous(), x, layers, codes.to(weights.device))
-    outputs = []
-    for flat, activation in zip(weights, activations, strict=True):
-        network = plan.build(activation).to(weights.device)
-        outputs.append(load_flat(network, flat)(x))
-    return torch.stack(outputs)
-
-
-def load_flat(network: torch.nn.Module, flat: Tensor) -> torch.nn.Module:
-    """A network with the floating tensors of a flat vector, in the order of its state dict, in eval mode."""
-    begin = 0
-    for tensor in network.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
-            begin += tensor.numel()
-    return network.eval()
+        return side_by_side(weights.contiguous(), layers, codes_of(activations).to(weights.device))
+    networks = load_networks(weights, plan, activations)
+    if condition is not None:
+        for network in networks:
+            condition_batch_norm(network, condition)
+    return one_by_one(networks)

@@ -9,13 +9,13 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample, pad
 
 from fastws.layout.layout import Layout
 from fastws.runs import rates
+from fastws.zoo.making.measuring import ALONE, one_by_one, tally
 from fastws.zoo.making.recipes import Augment, Part, Plan, Recipe, TrainingData
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 MOMENTS["adamw"] = MOMENTS["adam"]
 PADDING = 4  # pixels on each side, of which a crop takes some
 DEGREES = 20  # by which images are turned, at most
-IMAGES = 500  # evaluated at once
 
 
 class OneByOne:
@@ -58,16 +58,10 @@ class OneByOne:
         self._store(network, optimizer, recipe, state)
         return float(loss) / len(y), float(correct) / len(y)
 
-    @torch.no_grad()
     def measure(self, members: list[int], weights: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        loss, correct = torch.zeros(2, len(members), dtype=torch.float64, device=part.x.device)
-        for place, member in enumerate(members):
-            network = self._load(self.recipes[member], weights[place]).eval()
-            for x, y in zip(part.x.split(IMAGES), part.y.split(IMAGES), strict=True):
-                logits = network(x)
-                loss[place] += cross_entropy(logits, y, reduction="sum")
-                correct[place] += (logits.argmax(1) == y).sum()
-        return loss / len(part.y), correct / len(part.y)
+        networks = (self._load(self.recipes[member], flat) for member, flat in zip(members, weights, strict=True))
+        done = [tally(one_by_one([network.eval()]), part, images=ALONE) for network in networks]
+        return torch.cat([one.loss for one in done]), torch.cat([one.accuracy for one in done])
 
     # --- from and to flat vectors
 

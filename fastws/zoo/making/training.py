@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fastws.devices import to_device
 from fastws.layout.layout import Layout
-from fastws.ops.small_cnn_step import small_cnn_logits, small_cnn_step
+from fastws.ops.small_cnn_step import small_cnn_step
 from fastws.small_cnn.steps import OPTIMIZERS
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.making.large import OneByOne
+from fastws.zoo.making.measuring import side_by_side, tally
 from fastws.zoo.making.minibatches import Orders
 from fastws.zoo.making.recipes import Part, Plan, Recipe, TrainingData
 
 GROUP = 16  # networks of one call on a CPU: what the widest vectors hold
 STEPS = 500  # of one call: seconds on a CPU, and the orders of a thousand networks are some megabytes
-IMAGES = 10_000  # evaluated by one call
 
 
 Regularise = Callable[[Tensor], Tensor]  # weights of some networks to others, [G, P]
@@ -99,25 +99,8 @@ class SideBySide:
 
     def measure(self, members: list[int], weights: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         activation = self._options(members)["activation"]
-        return measure_small(weights.to(self.device), part, self.layers, activation)
-
-
-def measure_small(weights: Tensor, part: Part, layers: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy of G small networks, each ``[G]`` float64.
-
-    Args:
-        weights: ``[G, P]``.
-        part: The images, on the device of the weights.
-        layers: The table of the networks.
-        activation: Code of each network's activation, ``[G]`` int32.
-    """
-    loss, correct = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
-    for x, y in zip(part.x.split(IMAGES), part.y.split(IMAGES), strict=True):
-        logits = small_cnn_logits(weights, x, layers, activation)  # [G, n, num_classes]
-        target = y.expand(len(weights), -1)[..., None]
-        loss += (logits.logsumexp(2, keepdim=True) - logits.gather(2, target)).double().sum((1, 2))
-        correct += (logits.argmax(2, keepdim=True) == target).sum((1, 2))
-    return loss / len(part.y), correct / len(part.y)
+        done = tally(side_by_side(weights.to(self.device), self.layers, activation), part)
+        return done.loss, done.accuracy
 
 
 def minibatches(orders: Tensor, batch_size: int) -> Iterator[Tensor]:
