@@ -13,6 +13,12 @@ def random(seed=0):
     return numpy.random.default_rng(seed)
 
 
+def test_spreads_of_resampled_populations_lie_around_that_of_the_population():
+    flat = torch.from_numpy(random().normal(size=(20, 400)))
+    value, low, high = statistics.around(statistics.mean_std(flat, draw_counts(20, random())))
+    assert value == pytest.approx(flat.std(0).mean().item(), rel=1e-5) and low < value < high
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 10])
 def test_resampled_populations_are_what_drawing_again_gives(size):
     values, counts = random(1).normal(size=size), draw_counts(size, random())
@@ -26,7 +32,8 @@ def test_resampled_populations_are_what_drawing_again_gives(size):
         drawn = numpy.repeat(numpy.arange(size), counts[row])
         assert means[row] == pytest.approx(values[drawn].mean())
         assert medians[row] == pytest.approx(numpy.median(values[drawn]))
-        assert spreads[row] == pytest.approx(flat[drawn].std(0).mean().item() if size > 1 else 0, abs=1e-5)
+        variance = flat[drawn].var(0, correction=0) * size**2 / max(size**2 - (counts[row] ** 2).sum(), 1)
+        assert spreads[row] == pytest.approx(variance.sqrt().mean().item(), abs=1e-5)
         expected = [(drawn == i).sum() * (drawn == j).sum() for i, j in zip(*pairs, strict=True)]
         assert statistics.pair_counts(counts[row : row + 1])[0].tolist() == expected
 

@@ -66,6 +66,8 @@ def parts_of(zoo: Zoo) -> dict[str, float | None]:
 def cost_of_sampling(zoo: Zoo, sampled: dict[str, Any]) -> tuple[float | None, float | None]:
     """Operations to train what samples come from, and to draw one of them; None where its files are gone."""
     weights, method = zoo.layout.num_weights, sampled.get("method")
+    if method == "gan":
+        return None, None  # of a game of two networks, whose gradients have gradients, nothing is counted
     source = Path(str(sampled.get("zoo")))
     if method in LEARNED and not (source / MANIFEST).is_file():
         return None, None

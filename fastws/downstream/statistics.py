@@ -49,12 +49,14 @@ def pair_counts(counts: ndarray) -> ndarray:
 def mean_std(flat: Tensor, counts: ndarray) -> ndarray:
     """Standard deviations over networks ``[n, P]`` that occur ``counts`` times, their mean over weights: ``[B]``."""
     shares = torch.from_numpy(counts).to(flat.device, torch.float32) / len(flat)
+    # pairs of a network with itself, which drawing again makes more of, are left out, as in ``pair_counts``
+    different = torch.from_numpy(len(flat) ** 2 - (counts**2).sum(1)).to(flat.device).clamp(min=1)
     total = torch.zeros(len(counts), dtype=torch.float64, device=flat.device)
     for part in flat.float().split(COLUMNS, 1):
         centred = part - part.mean(0)
         variance = shares @ centred.square() - (shares @ centred).square()
         total += variance.clamp(min=0).sqrt().double().sum(1)
-    return (total * (len(flat) / max(1, len(flat) - 1)) ** 0.5 / flat.shape[1]).cpu().numpy()
+    return (total * len(flat) / different.sqrt() / flat.shape[1]).cpu().numpy()
 
 
 def around(replicates: ndarray) -> tuple[float, float, float]:
