@@ -17,6 +17,8 @@ from torch import Tensor
 from fastws.devices import find_device
 from fastws.downstream import flow as flows
 from fastws.downstream import generators
+from fastws.downstream.behaviour import classification, teach
+from fastws.downstream.evaluate import job_of
 from fastws.downstream.generators import BANDWIDTH, Components, Drawn
 from fastws.downstream.representation import Representation, load
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
@@ -57,6 +59,7 @@ class Config:
     components: int = 64  # gaussian, flow, gan: leading principal components; 0: all
     flow: Literal["stopped", "deepweightflow"] = "stopped"  # flow: by held-out loss; or all components, as released
     temperature: float = 1.0  # gaussian, flow: factor of the noise that samples begin from
+    behaviour: int = 0  # gaussian of weights: steps in which it learns that its samples classify training images right
 
     seed: int = 0  # of everything random
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
@@ -65,9 +68,13 @@ class Config:
         for name in ("count", "together"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sample: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("bandwidth", "noise", "temperature", "components"):
+        for name in ("bandwidth", "noise", "temperature", "components", "behaviour"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"sample: {name} must be at least 0, got {getattr(self, name)}")
+        if self.behaviour and (self.method != "gaussian" or self.model is not None):
+            raise ValueError(
+                f"sample: behaviour must be left out but for method gaussian without a model, got {self.behaviour}"
+            )
         if not 0 < self.best <= 1:
             raise ValueError(f"sample: best must be in (0, 1], got {self.best}")
 
@@ -155,7 +162,10 @@ def draw(
     elif method == "average":
         drawn = generators.average(cloud, count, config.together, generator)
     elif method == "gaussian":
-        drawn = generators.gaussian(Components.of(cloud, config.components), count, config.temperature, generator)
+        space = Components.of(cloud, config.components)
+        if config.behaviour:
+            space = taught(config, zoo, anchors, space, generator)
+        drawn = generators.gaussian(space, count, config.temperature, generator)
     elif method == "gan":
         drawn = generators.gan(cloud, count, generator, components=config.components)
     else:
@@ -167,6 +177,18 @@ def draw(
         made_by |= {"steps": trained.steps, "kept": trained.kept, "loss": trained.loss}
         drawn = flows.follow(trained, count, config.temperature, generator)
     return Drawn(drawn.points.unflatten(1, shape), drawn.anchors), made_by
+
+
+def taught(config: Config, zoo: Zoo, anchors: Anchors, space: Components, generator: torch.Generator) -> Components:
+    """The Gaussian after it was trained on the images that the zoo's networks were trained on."""
+    job = job_of(zoo, device=str(generator.device))
+    if anchors.activation is None:
+        raise ValueError(f"sample: behaviour must be left out for {zoo.path}, which does not say its activations")
+    try:
+        gradient = classification(job.plan, job.data.train, anchors.activation, generator)
+    except ValueError as error:
+        raise ValueError(f"sample: behaviour must be left out for networks of {zoo.path}: {error}") from error
+    return teach(space, gradient, config.behaviour, generator)
 
 
 def spread(zoo: Zoo, representation: Representation | None, cloud: Tensor) -> Tensor:
