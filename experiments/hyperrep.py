@@ -27,6 +27,8 @@ SETS = {  # name: how it is sampled; those with "model" from the autoencoder's c
     "flow": {"method": "flow", "components": 64},
     "gan": {"method": "gan", "components": 64},
     "pca64": {"method": "gaussian", "components": 64},
+    "behaviour64": {"method": "gaussian", "components": 64, "behaviour": 200},
+    "behaviour256": {"method": "gaussian", "components": 256, "behaviour": 400},
     "noise": {"method": "noise", "noise": 0.4},
     "average": {"method": "average", "together": 2},
 }
