@@ -46,7 +46,7 @@ def copy_slices(zoo, table, base, layers, start, *args):
     """As many bytes from the same places, cut but neither permuted nor padded."""
     layout, size = resnet18()[0], WINDOW * TOKEN_SIZE
     columns = table_columns(layout.table)
-    places = columns.weight_offset.repeat_interleave(columns.rows * columns.chunks)[start.cpu()]
+    places = columns.weight_offset[layout.positions[start.cpu(), 1]]
     places = places.clamp(max=layout.num_weights - size).tolist()
     models = (base // zoo.shape[1]).tolist()
     return torch.stack([zoo[model, place : place + size] for model, place in zip(models, places, strict=True)])

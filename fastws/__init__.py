@@ -11,7 +11,9 @@ from fastws.version import __version__
 # what is imported at first use, and from where: registering all ops with torch would take longer than all the rest
 LATER = {
     "AliasTable": "fastws.ops.weighted_sample",
+    "Erasing": "fastws.ops.token_views",
     "Layout": "fastws.layout",
+    "Noise": "fastws.ops.token_views",
     "Symmetry": "fastws.symmetry",
     "Tokens": "fastws.tokens",
     "Zoo": "fastws.zoo",

@@ -22,6 +22,29 @@ class Row(NamedTuple, Generic[Number]):
     first_in: Number
     first_bias: Number
 
+    @property
+    def row_entries(self) -> Number:
+        """Entries of a row in tokens: its weights, and its bias if it has one."""
+        return self.row_length + (self.bias_offset >= 0)
+
+    @property
+    def dense(self) -> Number:
+        """Whether rows follow each other without padding, so that a token may span several: a truth value."""
+        return self.chunks <= 0
+
+    def first_entry(self, token_size: int) -> Number:
+        """Where the layer begins in a network's tokens, counted in entries."""
+        return self.first_token * token_size - self.dense * self.chunks
+
+    def stride(self, token_size: int) -> Number:
+        """Entries of tokens from the beginning of a row to that of the next."""
+        return self.dense * self.row_entries + (self.chunks > 0) * self.chunks * token_size
+
+    def end_token(self, token_size: int) -> Number:
+        """The token behind the last one that has an entry of the layer, or its padding."""
+        end = self.first_entry(token_size) + self.rows * self.stride(token_size)
+        return (end + token_size - 1) // token_size
+
 
 def table_rows(table: Tensor) -> list[Row[int]]:
     return [Row(*row) for row in table.tolist()]
@@ -32,9 +55,6 @@ def table_columns(table: Tensor) -> Row[Tensor]:
     return Row(*table.unbind(-1))
 
 
-def count_tokens(table: Tensor) -> int:
+def count_tokens(table: Tensor, token_size: int) -> int:
     """Tokens of a network, from the last row of its table; a table on a GPU has to be waited for."""
-    if len(table) == 0:
-        return 0
-    last = Row(*table[-1].tolist())
-    return last.first_token + last.rows * last.chunks
+    return Row(*table[-1].tolist()).end_token(token_size) if len(table) else 0

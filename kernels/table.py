@@ -18,14 +18,45 @@ COLUMNS: tl.constexpr = tl.constexpr(11)
 
 
 @triton.jit
-def find_layer(table, first, last, token):
-    """The row, from first to last - 1, of the layer that a token is in: the last whose first token is not behind it."""
+def find_layer(table, first, last, token, entry):
+    """The row, from first to last - 1, of the layer that an entry of a token is in: the last that begins by then."""
     while last - first > 1:
         middle = (first + last) // 2
-        before = tl.load(table + middle * COLUMNS + COLUMN_FIRST_TOKEN) <= token
+        before = begins_by(table, middle, token, entry)
         first = tl.where(before, middle, first)
         last = tl.where(before, last, middle)
     return first
+
+
+@triton.jit
+def begins_by(table, l, token, entry):  # noqa: E741
+    """Whether a layer begins at an entry of a token or before."""
+    begin = tl.load(table + l * COLUMNS + COLUMN_FIRST_TOKEN)
+    offset = -tl.minimum(tl.load(table + l * COLUMNS + COLUMN_CHUNKS), 0)
+    return (begin < token) | ((begin == token) & (offset <= entry))
+
+
+@triton.jit
+def find_layers(table, first, last, token, entries):
+    """For each of some entries of a token the row of the layer that it is in; ``first``, that of the first of them."""
+    layers = entries * 0 + first
+    behind = first + 1
+    while behind < last:
+        begun = begins_by(table, behind, token, entries)
+        layers = tl.where(begun, behind, layers)
+        behind = tl.where(tl.max(begun.to(tl.int32), 0) > 0, behind + 1, last)
+    return layers
+
+
+@triton.jit
+def place_of(table, l, token, entry, token_size):  # noqa: E741
+    """Row and number within the row of an entry of a token that lies in layer ``l``: scalars, or a vector each."""
+    layer = table + l * COLUMNS
+    chunks = tl.load(layer + COLUMN_CHUNKS)
+    entries = tl.load(layer + COLUMN_ROW_LENGTH) + (tl.load(layer + COLUMN_BIAS_OFFSET) >= 0)
+    stride = tl.where(chunks > 0, chunks * token_size, entries)
+    x = (token - tl.load(layer + COLUMN_FIRST_TOKEN)) * token_size + tl.minimum(chunks, 0) + entry
+    return x // stride, x % stride
 
 
 @triton.jit

@@ -7,12 +7,24 @@ from torch import Tensor
 from fastws.kernels.table import (
     COLUMN_BIAS_OFFSET,
     COLUMN_CHUNKS,
-    COLUMN_FIRST_TOKEN,
     COLUMN_ROW_LENGTH,
+    COLUMN_ROWS,
     COLUMN_WEIGHT_OFFSET,
     COLUMNS,
     find_layer,
+    find_layers,
+    place_of,
 )
+
+
+@triton.jit
+def place_in_flat(table, l, row, f):  # noqa: E741
+    """Where entries f of rows of layer l lie in a flat vector, and whether the rows have such: scalars, or a vector."""
+    layer = table + l * COLUMNS
+    weight, bias = tl.load(layer + COLUMN_WEIGHT_OFFSET), tl.load(layer + COLUMN_BIAS_OFFSET)
+    length = tl.load(layer + COLUMN_ROW_LENGTH)
+    count = tl.where(row < tl.load(layer + COLUMN_ROWS), length + (bias >= 0), 0)
+    return tl.where(f < length, weight + row * length + f, bias + row), f < count
 
 
 @triton.jit
@@ -25,15 +37,18 @@ def _tokenize_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     b, n = program // num_tokens, program % num_tokens
-    layer = table + find_layer(table, tl.zeros([], tl.int64), tl.zeros([], tl.int64) + num_layers, n) * COLUMNS
-    weight, bias = tl.load(layer + COLUMN_WEIGHT_OFFSET), tl.load(layer + COLUMN_BIAS_OFFSET)
-    length, chunks = tl.load(layer + COLUMN_ROW_LENGTH), tl.load(layer + COLUMN_CHUNKS)
-    first = tl.load(layer + COLUMN_FIRST_TOKEN)
-    row, chunk = (n - first) // chunks, (n - first) % chunks
+    zero = tl.zeros([], tl.int64)
+    l = find_layer(table, zero, zero + num_layers, n, zero)  # noqa: E741
     e = tl.arange(0, BLOCK)
-    f = chunk * token_size + e
-    valid = (e < token_size) & (f < length + (bias >= 0))
-    source = flat + b * num_weights + tl.where(f < length, weight + row * length + f, bias + row)
+    if tl.load(table + l * COLUMNS + COLUMN_CHUNKS) > 0:
+        row, begin = place_of(table, l, n, zero, token_size)
+        place, valid = place_in_flat(table, l, row, begin + e)
+    else:  # the token may span rows and layers
+        layers = find_layers(table, l, zero + num_layers, n, e)
+        rows, f = place_of(table, layers, n, e, token_size)
+        place, valid = place_in_flat(table, layers, rows, f)
+    valid = valid & (e < token_size)
+    source = flat + b * num_weights + place
     target = tokens + program * token_size + e
     if INVERSE:
         # no atomics: each weight is in at most one token

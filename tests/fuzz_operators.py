@@ -97,6 +97,8 @@ def token_examples(rand) -> dict[str, dict]:
     views |= {"layers": torch.tensor([[0, rows]] * 3), "start": torch.tensor([0, 5, tokens - 4])}
     views |= {"permutations": permutations, "scale": torch.ones(rows), "shift": empty, "token_size": 16, "window": 4}
     views |= {"noise": 0.1, "erase_threshold": 2**30, "seed": 3, "offset": 1, "dtype": torch.float32}
+    views |= {"additive": torch.ones(rows), "erase_value": 0.5, "block_threshold": 2**31, "shortest": 2**20}
+    views |= {"longest": 2**22}
     return {
         "tokenize": {"flat": rand(3, size), "table": table, "token_size": 16, "num_tokens": tokens},
         "detokenize": {"tokens": rand(3, tokens, 16), "table": table, "num_weights": size},

@@ -243,8 +243,10 @@ def test_layout_is_saved_and_loaded(tmp_path):
     layout.save(tmp_path / "layout.json")
     loaded = Layout.load(tmp_path / "layout.json")
     assert loaded == layout and loaded.fingerprint == layout.fingerprint and torch.equal(loaded.table, layout.table)
+    spanning = layout.with_tokens(span="layer")
+    assert Layout.from_dict(spanning.to_dict()) == spanning != layout and layout.to_dict()["format"] == 1
     (tmp_path / "layout.json").write_text("{}")
-    with pytest.raises(ValueError, match="layout: format must be 1, got None"):
+    with pytest.raises(ValueError, match="layout: format must be 1 or 2, got None"):
         Layout.load(tmp_path / "layout.json")
     (tmp_path / "layout.json").write_text("{")
     with pytest.raises(ValueError, match=r"layout.json: file must be a layout that Layout.save wrote"):

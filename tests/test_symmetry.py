@@ -696,3 +696,33 @@ def test_random_mlps_have_all_their_permutations(widths, bias):
 def test_docstring_examples_run():
     result = doctest.testmod(symmetry_module, extraglobs={"fastws": fastws, "torch": torch})
     assert result.attempted > 0 and result.failed == 0
+
+
+def perceptron(inputs, *hidden):
+    widths = inputs, *hidden, 2
+    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+
+
+def test_permutations_of_a_small_network_are_enumerated():
+    """120 of an MLP 16-5-4: all different, the first moves nothing, and each keeps the function."""
+    module = nn.Sequential(nn.Linear(16, 5, bias=False), nn.Tanh(), nn.Linear(5, 4, bias=False))
+    layout, symmetry = Layout.from_checkpoint(module), Symmetry.trace(module, torch.randn(1, 16))
+    rows = symmetry.enumerate()
+    assert rows.shape == (120, symmetry.num_indices) and rows.dtype == torch.int32 and (rows >= 0).all()
+    assert len(rows.unique(dim=0)) == 120 and torch.equal(rows[:1], symmetry.identity())
+    x, flat = torch.randn(3, 16), layout.flatten(module)
+    networks = symmetry.permute(flat, rows, layout)
+    assert len(networks.unique(dim=0)) == 120
+    for network in networks:
+        outputs = torch.func.functional_call(module, layout.unflatten(network), x)
+        torch.testing.assert_close(outputs, module(x))
+
+
+def test_permutations_of_several_groups_are_enumerated_unless_they_are_too_many():
+    symmetry = Symmetry.trace(perceptron(3, 2, 3), torch.zeros(1, 3))
+    assert symmetry.enumerate().tolist()[:3] == [[0, 1, 0, 1, 2], [0, 1, 0, 2, 1], [0, 1, 1, 0, 2]]
+    assert len(symmetry.enumerate()) == 12
+    large = Symmetry.trace(perceptron(3, 8, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"permutations must be at most 100,000 to be enumerated, got 10\*\*5.4"):
+        large.enumerate()

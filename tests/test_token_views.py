@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import fastws
 from fastws import _native
 from fastws.ops.token_views import token_views_reference
-from fastws.random.philox import normal_reference
+from fastws.random.philox import normal_reference, philox_reference
 from fastws.testing import assert_as_accurate, devices, implementations
 
 CASES = [  # dtype of the zoo, of the values, permuted, token size, window
@@ -24,9 +24,14 @@ CASES = [  # dtype of the zoo, of the values, permuted, token size, window
 NOTHING = torch.empty(0)
 
 
-def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=True, scale=False, signed=False):
+SPANS = ("row", "layer", "network")
+
+
+def example(
+    token_size=17, window=9, dtype=torch.float32, device="cpu", permute=True, scale=False, signed=False, span="row"
+):
     """Arguments of the op up to window: five views of four networks."""
-    layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size)
+    layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size, span=span)
     rng = torch.Generator().manual_seed(1)
     _, table, sizes = permuted_tables(layout, rng)
     zoo = torch.randn(4, layout.num_weights, generator=rng).to(dtype)
@@ -45,9 +50,13 @@ def example(token_size=17, window=9, dtype=torch.float32, device="cpu", permute=
 
 @pytest.mark.parametrize("name, function, device", implementations("token_views"))
 @pytest.mark.parametrize("dtype, out_dtype, permute, token_size, window", CASES)
-@pytest.mark.parametrize("signed", [False, True])
-def test_token_views_move_data_exactly(name, function, device, dtype, out_dtype, permute, token_size, window, signed):
-    args = *example(token_size, window, dtype, device, permute, signed=signed and permute), 0.0, 0, 1, 2, out_dtype
+@pytest.mark.parametrize("signed, span", [(False, "row"), (True, "row"), (True, "layer"), (True, "network")])
+def test_token_views_move_data_exactly(
+    name, function, device, dtype, out_dtype, permute, token_size, window, signed, span
+):
+    window = min(window, 3) if span == "network" else window
+    views = example(token_size, window, dtype, device, permute, signed=signed and permute, span=span)
+    args = *views, 0.0, 0, 1, 2, out_dtype
     for actual, expected in zip(function(*args), token_views_reference(*args), strict=True):
         truncates = (
             name == "triton" and device == "cpu" and out_dtype == torch.bfloat16
@@ -70,10 +79,16 @@ def test_token_views_are_as_accurate_as_the_reference(name, function, device, dt
     assert torch.equal(actual[0] == 0, values(*args) == 0)  # the same entries are erased
 
 
-@settings(max_examples=40, deadline=None)
-@given(state=checkpoints(), token_size=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
-def test_token_views_are_slices_of_permuted_tokens(state, token_size, seed, data):
-    layout = fastws.Layout.from_checkpoint(state, token_size)
+@settings(max_examples=60, deadline=None)
+@given(
+    state=checkpoints(),
+    token_size=st.integers(1, 40),
+    span=st.sampled_from(SPANS),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_token_views_are_slices_of_permuted_tokens(state, token_size, span, seed, data):
+    layout = fastws.Layout.from_checkpoint(state, token_size, span=span)
     tensor_table, table, sizes = permuted_tables(layout, torch.Generator().manual_seed(seed))
     zoo = torch.randn(3, layout.num_weights)
     window = data.draw(st.integers(1, layout.num_tokens))
@@ -88,6 +103,101 @@ def test_token_views_are_slices_of_permuted_tokens(state, token_size, seed, data
         assert torch.equal(views.values[b], tokens.values[b, part])
         assert torch.equal(views.lengths[b], tokens.lengths[part])
         assert torch.equal(views.positions[b], tokens.positions[part])
+
+
+AUGMENTED = [  # dtype of the zoo, of the values, what tokens span, their size, and additive noise, erasing and blocks
+    (torch.float32, torch.float32, "row", 17, 0.3, 0.25, 0.5),
+    (torch.float32, torch.float32, "network", 260, 0.3, 0.0, 1.0),
+    (torch.float32, torch.float32, "layer", 17, 0.0, 0.0, 1.0),
+    (torch.float64, torch.float32, "layer", 23, 0.3, 0.25, 1.0),
+    (torch.bfloat16, torch.float32, "network", 64, 0.3, 0.25, 1.0),
+    (torch.float32, torch.bfloat16, "row", 64, 0.3, 0.25, 1.0),
+    (torch.float16, torch.float16, "layer", 30, 0.0, 0.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("name, function, device", implementations("token_views"))
+@pytest.mark.parametrize("dtype, out_dtype, span, token_size, additive, erase, block", AUGMENTED)
+def test_augmented_views_are_those_of_the_reference(
+    name, function, device, dtype, out_dtype, span, token_size, additive, erase, block
+):
+    window = 1 if token_size > 200 else 5
+    args = example(token_size, window, dtype, device, signed=True, scale=True, span=span)
+    noise = torch.linspace(0, additive, len(args[1])).to(device) if additive else None
+    random = 0.1, round(erase * 2**32), 5, 2**33, out_dtype, noise, -1.25, round(block * 2**32), 2**22, 2**23
+    actual, expected = function(*args, *random), token_views_reference(*args, *random)
+    assert_as_accurate(actual[0], lambda *x: token_views_reference(*x)[0], *args, *random)
+    assert torch.equal(actual[0] == -1.25, expected[0] == -1.25) and (actual[0] == -1.25).any()
+    for x, y in zip(actual[1:], expected[1:], strict=True):
+        assert torch.equal(x, y)
+    padding = torch.arange(token_size, device=device) >= actual[1][..., None]
+    assert not actual[0][padding].any() and not actual[0][padding].signbit().any()
+
+
+def test_blocks_are_those_that_the_docstring_states():
+    """Of the flat vector of each permuted network, whatever tokens span; other draws have the numbers they had."""
+    seed, offset, shortest, longest = 7, 3, 0.1, 0.4
+    words = philox_reference(seed, 2**63 + 2 * offset + 1, 24 * 200, "cpu").view(200, 24).tolist()
+    layout = fastws.Layout.from_checkpoint(small_checkpoint(), 17)
+    size, blocks = layout.num_weights, []
+    for row in words:
+        tries = [(int(size * (shortest + (longest - shortest) * (row[2 + 2 * t] >> 8) / 2**24)),
+                  size * (row[3 + 2 * t] >> 8) // 2**24) for t in range(10)]  # fmt: skip
+        length, begin = next((n, first) for n, first in tries if first + n < size)
+        blocks.append((begin, begin + length) if row[0] < 0.5 * 2**32 else (0, 0))
+    erase = fastws.Erasing(block=0.5, shortest=shortest, longest=longest, value=9.0)
+    zoo = torch.randn(200, size)
+    generator = torch.Generator().manual_seed(1)
+    tensor_table, _, sizes = permuted_tables(layout, generator)
+    permutations = fastws.random_permutations(sizes, 200, 1)
+    flat = fastws.permute(zoo, tensor_table, permutations)
+    for row, (begin, end) in zip(flat, blocks, strict=True):
+        row[begin:end] = 9.0
+    for span, token_size in (("row", 17), ("layer", 17), ("network", None)):
+        layout = layout.with_tokens(token_size, span=span)
+        _, table, _ = permuted_tables(layout, torch.Generator().manual_seed(1))
+        every = torch.arange(200), torch.zeros(200, dtype=torch.int64), layout.num_tokens
+        views = fastws.token_views(
+            zoo, table, layout.token_size, *every, permutations, erase=erase, seed=seed, offset=offset
+        )
+        assert torch.equal(layout.detokenize(views.values), flat)
+    assert 60 < sum(end > 0 for _, end in blocks) < 140
+
+
+def test_blocks_have_the_published_law():
+    """With probability p 2 to 33 % of a vector, one block, longer ones less often, for fewer places hold them."""
+    layout = fastws.Layout.from_checkpoint({"a.weight": torch.ones(10, 100)}, span="network")
+    every = torch.zeros(4000, dtype=torch.int64)
+    views = fastws.token_views(
+        torch.ones(1, 1000), layout.table, 1000, every, every, 1, erase=fastws.Erasing(block=0.5)
+    )
+    erased = views.values[:, 0] == 0
+    lengths = erased.sum(1)
+    touched = lengths > 0
+    assert touched.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert lengths[touched].min() >= 20 and lengths[touched].max() <= 330
+    assert (erased[:, 1:] != erased[:, :-1]).sum(1).max() <= 2  # one block, not several
+    share = torch.linspace(0.02, 0.33, 10_001).double()
+    expected = 1000 * (share * (1 - share)).sum() / (1 - share).sum()  # begins are uniform where the block fits
+    assert lengths[touched].double().mean().item() == pytest.approx(expected.item(), abs=5 * 90 / 2000**0.5)
+
+
+def test_additive_noise_is_in_units_of_each_layer_and_a_draw_of_its_own():
+    zoo, table, base, layers, start, permutations, *_ = example(17, 9, span="network")
+    model, std = base // zoo.shape[1], torch.linspace(0, 1, len(table))
+    layout = fastws.Layout.from_checkpoint(small_checkpoint(), 17, span="network")
+    options = {"permutations": permutations, "seed": 3, "offset": 4}
+    plain = fastws.token_views(zoo, table, 17, model, start, 9, **options)
+    views = fastws.token_views(zoo, table, 17, model, start, 9, noise=fastws.Noise(0.2, std), **options).values
+    normals = [normal_reference(3, draw, views.numel(), "cpu").view(views.shape) for draw in (8, 2**63 + 8)]
+    entries = start[:, None, None] * 17 + torch.arange(9 * 17).view(9, 17)
+    layer = torch.searchsorted(layout.tensor_table[:, 0].contiguous(), entries, right=True) - 1
+    expected = plain.values * (1 + 0.2 * normals[0]) + std[layer] * normals[1]
+    inside = torch.arange(17) < plain.lengths[..., None]
+    torch.testing.assert_close(views, torch.where(inside, expected, 0), rtol=1e-5, atol=1e-6)
+    same = fastws.token_views(zoo, table, 17, model, start, 9, noise=fastws.Noise(additive=0.5), **options).values
+    each = fastws.Noise(additive=torch.full((len(table),), 0.5))
+    assert torch.equal(same, fastws.token_views(zoo, table, 17, model, start, 9, noise=each, **options).values)
 
 
 @pytest.mark.parametrize("name, function, device", implementations("token_views"))
@@ -134,8 +244,10 @@ def test_token_views_noise_is_multiplicative_and_counts_along_the_values():
     torch.testing.assert_close(views[1], views[0] * (1 + 0.2 * normal), rtol=1e-5, atol=1e-6)
 
 
-def test_token_views_do_not_depend_on_the_threads():
-    args = *example(17, 9, scale=True), 0.1, 2**30, 1, 2, torch.float32
+@pytest.mark.parametrize("span", SPANS)
+def test_token_views_do_not_depend_on_the_threads(span):
+    args = *example(17, 9, scale=True, span=span), 0.1, 2**30, 1, 2, torch.float32
+    args += (torch.linspace(0, 1, len(args[1])), 0.5, 2**31, 2**22, 2**23)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -148,6 +260,9 @@ def test_token_views_do_not_depend_on_the_threads():
 def test_token_views_opcheck_and_refuses_gradients(device):
     args = *example(device=device), 0.1, 2**30, 1, 2, torch.bfloat16
     torch.library.opcheck(torch.ops.fastws.token_views.default, args)
+    args = *example(device=device, span="layer"), 0.1, 2**30, 1, 2, torch.bfloat16
+    additive = torch.ones(len(args[1]), device=device)
+    torch.library.opcheck(torch.ops.fastws.token_views.default, (*args, additive, 0.5, 2**31, 2**22, 2**23))
     values = torch.ops.fastws.token_views(args[0].requires_grad_(), *args[1:])[0]
     with pytest.raises(NotImplementedError, match="token_views: weights are data"):
         values.float().sum().backward()
@@ -186,6 +301,13 @@ def test_token_views_name_the_wrong_argument(monkeypatch):
     refuse(r"model must be \[1\] torch.int64 on cpu, got \[1\] torch.int32", model=model.int())
     refuse("noise must be at least 0", noise=-1.0)
     refuse(r"noise must be at least 0 and erase in \[0, 1\]", erase=1.5)
+    refuse("noise must be at least 0", noise=fastws.Noise(additive=-0.1))
+    refuse(r"erase.block must be in \[0, 1\]", erase=fastws.Erasing(block=1.5))
+    refuse(
+        r".* shortest not above longest in \[0, 1\], got 1, 0.5 and 0.33", erase=fastws.Erasing(block=1, shortest=0.5)
+    )
+    refuse("erase.value must be finite, got nan", erase=fastws.Erasing(0.5, value=float("nan")))
+    refuse(r"additive must be \[\d+\] torch.float32", noise=fastws.Noise(additive=torch.ones(3)))
     refuse(r"scale must be \[\d+\] torch.float32", scale=torch.ones(3))
     _, permuted, sizes = permuted_tables(layout, torch.Generator().manual_seed(1))
     broken = torch.zeros(1, sum(sizes), dtype=torch.int32)

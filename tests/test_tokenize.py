@@ -16,10 +16,11 @@ CASES = [  # dtype, token size, batch: tokens shorter than rows, whole rows with
     (torch.float16, 64, 1),
     (torch.bfloat16, 4, 1),
 ]
+SPANS = ("row", "layer", "network")
 
 
-def example(token_size, batch=3, dtype=torch.float32, device="cpu", norm="keep"):
-    layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size, norm)
+def example(token_size, batch=3, dtype=torch.float32, device="cpu", norm="keep", span="row"):
+    layout = fastws.Layout.from_checkpoint(small_checkpoint(), token_size, norm, span)
     rng = torch.Generator().manual_seed(0)
     flat = torch.randn(batch, 2 * layout.num_weights, generator=rng).to(device, dtype)[:, ::2]  # not contiguous
     return flat, layout.table.to(device), layout
@@ -27,8 +28,9 @@ def example(token_size, batch=3, dtype=torch.float32, device="cpu", norm="keep")
 
 @pytest.mark.parametrize("name, function, device", implementations("tokenize"))
 @pytest.mark.parametrize("dtype, token_size, batch", CASES)
-def test_tokenize_is_the_reference(name, function, device, dtype, token_size, batch):
-    flat, table, layout = example(token_size, batch, dtype, device)
+@pytest.mark.parametrize("span", SPANS)
+def test_tokenize_is_the_reference(name, function, device, dtype, token_size, batch, span):
+    flat, table, layout = example(token_size, batch, dtype, device, span=span)
     actual = function(flat, table, token_size, layout.num_tokens)
     expected = tokenize_reference(flat, table, token_size, layout.num_tokens)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -37,8 +39,9 @@ def test_tokenize_is_the_reference(name, function, device, dtype, token_size, ba
 @pytest.mark.parametrize("name, function, device", implementations("detokenize"))
 @pytest.mark.parametrize("dtype, token_size, batch", CASES)
 @pytest.mark.parametrize("norm", ["keep", "skip"])  # skip leaves weights that no token holds
-def test_detokenize_is_the_reference(name, function, device, dtype, token_size, batch, norm):
-    _, table, layout = example(token_size, device=device, norm=norm)
+@pytest.mark.parametrize("span", SPANS)
+def test_detokenize_is_the_reference(name, function, device, dtype, token_size, batch, norm, span):
+    _, table, layout = example(token_size, device=device, norm=norm, span=span)
     tokens = torch.randn(batch, layout.num_tokens, token_size).to(device, dtype)  # padding is not zero
     expected = detokenize_reference(tokens, table, layout.num_weights)
     torch.testing.assert_close(function(tokens, table, layout.num_weights), expected, rtol=0, atol=0)
@@ -64,6 +67,52 @@ def test_tokenize_is_the_definition(state, token_size, norm):
     assert n == layout.num_tokens == len(tokens)
     assert torch.equal(layout.mask.sum(1).int(), lengths)
     assert torch.equal(layout.detokenize(tokens, like=flat), flat)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    state=checkpoints(),
+    token_size=st.integers(1, 40),
+    norm=st.sampled_from(["keep", "skip"]),
+    span=st.sampled_from(["layer", "network"]),
+)
+def test_tokens_that_span_rows_are_the_definition(state, token_size, norm, span):
+    """Layers with their bias column, or the flat vector, as one vector each that is cut into chunks and padded once."""
+    layout = fastws.Layout.from_checkpoint(state, token_size, norm, span)
+    flat = layout.flatten(state)
+    tokens, lengths, positions = layout.tokenize(flat)
+    vectors = []
+    for name, bias in layout.layers:
+        weight = state[name].reshape(state[name].shape[0] if state[name].dim() else 1, -1)
+        vectors.append((torch.cat([weight, state[bias][:, None]], 1) if bias else weight).flatten())
+    bounds = torch.tensor([len(vector) for vector in vectors]).cumsum(0)
+    vectors = [torch.cat(vectors)] if span == "network" else vectors
+    n = 0
+    for layer, vector in enumerate(vectors):
+        for number, chunk in enumerate(vector.split(token_size)):
+            assert lengths[n] == len(chunk)
+            assert torch.equal(tokens[n, : len(chunk)], chunk) and not tokens[n, len(chunk) :].any()
+            if span == "network":
+                layer = int(torch.searchsorted(bounds, n * token_size, right=True))
+                number = n - (int(bounds[layer - 1]) // token_size if layer else 0)
+            assert positions[n].tolist() == [n, layer, number]
+            n += 1
+    assert n == layout.num_tokens == len(tokens)
+    assert torch.equal(layout.mask.sum(1).int(), lengths)
+    assert torch.equal(layout.detokenize(tokens, like=flat), flat)
+
+
+def test_tokens_that_span_rows_by_hand():
+    state = {"a.weight": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "a.bias": torch.tensor([7.0, 8.0])}
+    state["b.weight"] = torch.tensor([[10.0, 11.0]])
+    flat = torch.cat([x.flatten() for x in state.values()])
+    layout = fastws.Layout.from_checkpoint(state, 4, span="layer")
+    assert layout.tokenize(flat).values.tolist() == [[1, 2, 7, 4], [5, 8, 0, 0], [10, 11, 0, 0]]
+    assert layout.positions.tolist() == [[0, 0, 0], [1, 0, 1], [2, 1, 0]] and layout.lengths.tolist() == [4, 2, 2]
+    layout = layout.with_tokens(5, span="network")
+    assert layout.tokenize(flat).values.tolist() == [[1, 2, 4, 5, 7], [8, 10, 11, 0, 0]]
+    assert layout.positions.tolist() == [[0, 0, 0], [1, 1, 1]]  # the second begins with the bias
+    assert layout.with_tokens().token_size == layout.num_weights == 8
 
 
 def test_tokenize_by_hand():

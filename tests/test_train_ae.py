@@ -21,7 +21,7 @@ from fastws.testing import devices
 from fastws.train.ae import train as ae
 from fastws.train.ae.plateau import Plateau
 from fastws.train.ae.presets import PRESETS
-from fastws.train.ae.views import LONGEST, SHORTEST, Augmentation, erase_blocks, view, whole
+from fastws.train.ae.views import PERMUTATION, Augmentation, choose, view
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def ten_steps(tmp_path_factory, zoo):
 def test_training_learns(zoo, tmp_path):
     config = replace(CONFIG, out=str(tmp_path), preset="cpu", steps=None, passes=60, batch_size=16, log_every=10)
     metrics = ae.train(replace(config, encoding="vector", permute=False, standardize="center"), zoo, CPU)
-    assert metrics["val/r2"] > 0.2 and metrics["val/r2_of_train"] > 0.5
+    assert metrics["val/r2"] > 0.1 and metrics["val/r2_of_train"] > 0.5  # of 12 networks: .12 to .36 by the seed
     assert len(read_log(tmp_path, "train/loss")) == 60 * (48 // 16) // 10
 
 
@@ -164,9 +164,8 @@ def source_of(zoo, **options):
 
 def test_permuted_views_are_the_same_functions(zoo):
     source = source_of(zoo)
-    plain = Augmentation(permute=True, noise=0.0, additive=0.0, erase=0.0, block_erase=0.0)
     model = source.rows["train"][:5]
-    views, clean = view(source, model, plain, seed=0, step=3)
+    views = view(source, model, Augmentation(permute=True), seed=0, step=3)
     x = torch.randn(4, 6)
 
     def outputs(flat):
@@ -180,16 +179,38 @@ def test_permuted_views_are_the_same_functions(zoo):
             y = torch.nn.functional.linear(y if number == 0 else y.relu(), weight, bias)
         return y
 
-    assert torch.equal(views, clean) and not torch.equal(views[:5], views[5:])
+    assert not torch.equal(views[:5], views[5:])
+    assert torch.equal(
+        view(source, model, Augmentation(permute=False), seed=0, step=3), source.weights[model].repeat(2, 1)
+    )
     for number in range(10):
         torch.testing.assert_close(function(views[number]), function(source.weights[model[number % 5]]))
+    permutations = source.symmetry.random(10, 0, PERMUTATION + 3)
+    assert torch.equal(views, source.symmetry.permute(source.weights[model].repeat(2, 1), permutations, zoo.layout))
+
+
+def test_signs_are_drawn_for_networks_that_may_flip_and_leave_the_others_their_views(tmp_path):
+    """Half of the networks are of tanh; the others have the views that they had without signs, bit for bit."""
+    zoo = make_small_zoo(tmp_path, activation="tanh")
+    source = source_of(zoo)
+    model = source.rows["train"][:8]
+    assert any(source.symmetry.flips)
+    signed, unsigned = (
+        view(source, model, Augmentation(permute=True, noise=0.1, flips=flips), 0, 3) for flips in (True, False)
+    )
+    unknown = view(source._replace(may_flip=None), model, Augmentation(permute=True, noise=0.1), 0, 3)
+    assert torch.equal(unsigned, unknown) and torch.equal(signed.abs(), unsigned.abs())
+    changed = (signed != unsigned).any(1)
+    assert torch.equal(changed, source.may_flip[model].repeat(2)) and 0 < changed.sum() < 16
+    share = (signed != unsigned)[changed].double().mean()
+    assert 0.3 < share < 0.7
 
 
 def test_views_are_functions_of_seed_and_step(zoo):
     source = source_of(zoo)
     every = Augmentation(permute=True, noise=0.1, additive=0.1, erase=0.1, block_erase=0.5)
     model, streams = source.rows["train"][:8], [(0, 0), (0, 0), (0, 1), (1, 0)]
-    draws = [view(source, model, every, seed, step)[0] for seed, step in streams]
+    draws = [view(source, model, every, seed, step) for seed, step in streams]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
 
@@ -197,31 +218,33 @@ def test_views_are_functions_of_seed_and_step(zoo):
 def test_noise_has_the_scale_that_was_asked_for(zoo):
     source = source_of(zoo)
     model = source.rows["train"].repeat(20)
-    nothing = Augmentation(permute=False, noise=0.0, additive=0.0, erase=0.0, block_erase=0.0)
-    views, clean = view(source, model, nothing._replace(additive=0.3), 0, 0)
-    assert ((views - clean) / source.sigma).std().item() == pytest.approx(0.3, rel=0.02)
-    views, clean = view(source, model, nothing._replace(noise=0.3), 0, 0)
-    assert (views / clean).std().item() == pytest.approx(0.3, rel=0.02)
-    views, clean = view(source, model, nothing._replace(erase=0.3), 0, 0)
-    assert (views == 0).double().mean().item() == pytest.approx(0.3, rel=0.05)
+    clean, layers = source.weights[model].repeat(2, 1), [(0, 56), (56, 101), (101, 119)]
+    std = [source.weights[: len(source.rows["train"]), a:b].std() for a, b in layers]
+    added = view(source, model, Augmentation(False, additive=0.3), 0, 0) - clean
+    for (a, b), spread in zip(layers, std, strict=True):
+        assert (added[:, a:b] / spread).std().item() == pytest.approx(0.3, rel=0.02)
+    assert (view(source, model, Augmentation(False, noise=0.3), 0, 0) / clean).std().item() == pytest.approx(
+        0.3, rel=0.02
+    )
+    erased = view(source, model, Augmentation(False, erase=0.3, erase_value=0.5), 0, 0) == 0.5
+    assert erased.double().mean().item() == pytest.approx(0.3, rel=0.05)
 
 
-def test_blocks_are_erased_as_published():
-    """With probability p one block of 2 to 33 % of the weights; the rest stays as it is."""
-    flat = torch.ones(4000, 500)
-    erased = erase_blocks(flat, 0.5, seed=0, offset=0) == 0
-    lengths = erased.sum(1)
-    touched = lengths > 0
-    assert touched.double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert lengths[touched].min() >= int(500 * SHORTEST) and lengths[touched].max() <= int(500 * LONGEST)
-    ends = (erased[:, 1:] != erased[:, :-1]).sum(1)
-    assert ends.max() <= 2  # one block, not several
-    assert not erase_blocks(flat, 0.0, seed=0, offset=0).eq(0).any()
+def test_the_target_is_what_the_encoder_saw_or_that_without_noise(zoo):
+    for target in ("view", "clean"):
+        config = replace(CONFIG, target=target, block_erase=1.0)
+        source = ae.make_source(config, zoo, CPU)
+        batch = ae.Objective(config, source).draw(3)
+        model = choose(source, "train", config.batch_size, config.seed, 3)
+        plain = view(source, model, Augmentation(permute=True), config.seed, 3)
+        assert torch.equal(batch.target, plain if target == "clean" else batch.views)
+        assert (batch.views == 0).any(1).all() and not torch.equal(batch.views, plain)
 
 
-def test_whole_is_one_token():
-    x = torch.randn(3, 7)
-    assert torch.equal(whole(x), x)
+def test_published_presets_erase_blocks():
+    for name, preset in PRESETS.items():
+        published = not name.startswith("cpu")
+        assert not published or preset["block_erase"] == 0.5
 
 
 # --- schedules and presets

@@ -59,6 +59,32 @@ def test_ten_steps_are_the_golden_ones(ten_steps):
     assert read_losses(ten_steps) == pytest.approx(expected, rel=1e-4)
 
 
+def test_signs_are_drawn_for_networks_that_may_flip_and_leave_the_others_their_windows(zoo, tmp_path):
+    signed_zoo = make_small_zoo(tmp_path, activation="tanh")
+    plain, signed = (sane.make_source(CONFIG, z, CPU) for z in (zoo, signed_zoo))
+    assert plain.may_flip is None and signed.may_flip.any() and not signed.may_flip.all()
+    config, some = replace(CONFIG, standardize=False, batch_size=24), set()
+    for step in range(2):
+        unsigned, drawn = (sane.draw(replace(config, flips=f), signed, "train", step).values for f in (False, True))
+        old = sane.draw(config, signed._replace(may_flip=None), "train", step).values
+        assert torch.equal(unsigned, old) and torch.equal(drawn[0], old[0])
+        rows = signed.rows["train"]
+        model = rows[epoch_rows(len(rows), 24, config.seed, sane.ORDER, step)]
+        changed = (drawn[1] != unsigned[1]).flatten(1).any(1)
+        assert torch.equal(changed, signed.may_flip[model])
+        some |= set(changed.tolist())
+    assert some == {True, False}
+
+
+def test_training_takes_dense_tokens(zoo, tmp_path):
+    config = replace(CONFIG, out=str(tmp_path), span="layer", token_size=9, window=6, steps=3)
+    assert torch.isfinite(torch.tensor(sane.train(config, zoo, CPU)["val/loss"]))
+    source = sane.make_source(config, zoo, CPU)
+    assert source.layout.num_tokens == 7 + 5 + 2  # 56, 45 and 18 numbers
+    batch = sane.draw(replace(config, noise=0.0, standardize=False, permute="none"), source, "train", 0)
+    assert batch.lengths.shape == (8, 6) and (batch.values[0] == batch.values[1]).all()
+
+
 def test_training_learns(zoo, tmp_path):
     config = replace(CONFIG, out=str(tmp_path), steps=150, log_every=10, eval_every=150)
     metrics = sane.train(config, zoo, CPU)

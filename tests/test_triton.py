@@ -45,7 +45,8 @@ def launch_all(dtype: torch.dtype, size: int) -> Iterator[tuple[Callable, tuple]
     for switched, noise in ((permutations, 0.1), (permutations[:, :0], 0.0)):
         scale = torch.zeros(len(table) if noise else 0)
         views = x, table, batch, whole(size, 2), batch, switched, scale, scale, size, size
-        yield of("token_views"), (*views, noise, round(noise * 2**32), 3, 5, dtype)
+        new = (torch.ones(size), 0.5, 2**31, 2**20, 2**22) if noise else ()
+        yield of("token_views"), (*views, noise, round(noise * 2**32), 3, 5, dtype, *new)
     file = "coordinate_mlp"
     for activation in range(6) if (dtype, size) == (torch.float32, 16) else (3,):
         tables, grid = (real(size, 200),) * 3, whole(size, 2)

@@ -34,15 +34,17 @@ def views(zoo, table, permutations, window=4, **options):
     return fastws.token_views(zoo, table, 16, **places, window=window, permutations=permutations, **options)
 
 
+@pytest.mark.parametrize("span", ["row", "layer", "network"])
 @pytest.mark.parametrize("op", ["tokenize", "detokenize", "permute", "token_views"])
-def test_tables_with_one_wrong_number_are_refused_or_harmless(op):
-    zoo, permutations = torch.randn(3, P), SYMMETRY.random(3)
-    table = SYMMETRY.tensor_table(LAYOUT) if op == "permute" else SYMMETRY.table(LAYOUT)
+def test_tables_with_one_wrong_number_are_refused_or_harmless(op, span):
+    zoo, permutations, layout = torch.randn(3, P), SYMMETRY.random(3), LAYOUT.with_tokens(16, span=span)
+    table = SYMMETRY.tensor_table(layout) if op == "permute" else SYMMETRY.table(layout)
+    count, model, start = layout.num_tokens, torch.tensor([2, 0]), torch.tensor([0, layout.num_tokens - 4])
     calls = {
-        "tokenize": lambda table: fastws.tokenize(zoo, table, 16, N),
-        "detokenize": lambda table: fastws.detokenize(torch.randn(3, N, 16), table, P),
+        "tokenize": lambda table: fastws.tokenize(zoo, table, 16, count),
+        "detokenize": lambda table: fastws.detokenize(torch.randn(3, count, 16), table, P),
         "permute": lambda table: fastws.permute(zoo, table, permutations),
-        "token_views": lambda table: views(zoo, table, permutations[:2]),
+        "token_views": lambda table: fastws.token_views(zoo, table, 16, model, start, 4, permutations[:2]),
     }
     refused = 0
     for row, column, value in itertools.product(range(len(table)), range(11), VALUES):
@@ -173,6 +175,9 @@ REFUSED = [
     refused("detokenize_out", "out", lambda x: x.double(), "out must be [3, *] Float on a CPU, got [3,"),
     refused("token_views", "start", lambda x: changed(x, 1, -1), "start must be in [0, 2**62], got -1"),
     refused("token_views", "base", lambda x: changed(x, 1, -1), "table must be of networks of"),
+    refused("token_views", "additive", lambda x: x[1:], "additive must be ["),
+    refused("token_views", "shortest", lambda _: 2**23, "shortest and longest must be in [0, 2**24] and ascend"),
+    refused("token_views", "longest", lambda _: 2**25, "shortest and longest must be in [0, 2**24] and ascend"),
     refused("token_views", "layers", lambda x: changed(x, (1, 1), 9), "layers"),
     refused("small_cnn_logits", "activation", lambda x: changed(x, 1, 4), "activation must be in [0, 4), got 4"),
     *(

@@ -3,14 +3,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/clones.h"
 #include "cpu/memory.h"
-#include "cpu/random/draw.h"
-#include "cpu/random/normal.h"
 #include "cpu/rows.h"
+#include "cpu/token_views_augmentation.h"
 #include "cpu/trust_tables.h"
 #include "dispatch.h"
 #include "table.h"
@@ -35,54 +35,6 @@ FASTWS_CLONES void standardise(wide_t* x, int64_t size, float scale, float shift
 }
 
 constexpr int64_t kLargestWindow = (int64_t(1) << 31) - 1, kLastStart = int64_t(1) << 62;
-constexpr int64_t kWords = 8 * kPhiloxWords;  // drawn at once
-
-// x[t] *= 1 + noise * normal, where x[0] is entry first of the draw; a word gives two normals.
-template <typename wide_t>
-FASTWS_CLONES void multiply_noise(wide_t* x, int64_t size, float noise, uint64_t seed, uint64_t offset, int64_t first) {
-  uint32_t words[kWords];
-  float normals[2 * kWords];
-  for (int64_t begin = first / 8 * 8; begin < first + size; begin += 2 * kWords) {
-    const int64_t needed = (first + size - begin + 2 * kPhiloxWords - 1) / (2 * kPhiloxWords) * kPhiloxWords;
-    const int64_t count = needed < kWords ? needed : kWords;
-    draw_words(seed, offset, begin / 8, count / 4, words);
-    for (int64_t i = 0; i < count; ++i) normal_pair(words[i], normals[2 * i], normals[2 * i + 1]);
-    const int64_t from = begin > first ? begin : first;
-    const int64_t to = begin + 2 * count < first + size ? begin + 2 * count : first + size;
-    wide_t* y = x + (from - first);
-    const float* normal = normals + (from - begin);
-    for (int64_t t = 0; t < to - from; ++t) y[t] *= 1 + noise * normal[t];
-  }
-}
-
-// x[t] = 0 where the word of entry first + t is below the threshold.
-template <typename wide_t>
-FASTWS_CLONES void erase(wide_t* x, int64_t size, int64_t threshold, uint64_t seed, uint64_t offset, int64_t first) {
-  uint32_t words[kWords];
-  for (int64_t begin = first / 4 * 4; begin < first + size; begin += kWords) {
-    draw_words(seed, offset, begin / 4, kWords / 4, words);
-    const int64_t from = begin > first ? begin : first;
-    const int64_t to = begin + kWords < first + size ? begin + kWords : first + size;
-    for (int64_t i = from; i < to; ++i) x[i - first] = words[i - begin] < threshold ? wide_t(0) : x[i - first];
-  }
-}
-
-struct Options {
-  const float *scale, *shift;  // per row of the table, or null
-  float noise;
-  int64_t erase_threshold;
-  uint64_t seed, offset;
-
-  bool random() const { return noise > 0 || erase_threshold > 0; }
-  bool arithmetic() const { return scale || shift || random(); }
-};
-
-// Noise and erasing of entries that follow each other; entry is the number of the first in the draw.
-template <typename wide_t>
-void augment(wide_t* x, int64_t size, const Options& options, int64_t entry) {
-  if (options.noise > 0) multiply_noise(x, size, options.noise, options.seed, 2 * options.offset, entry);
-  if (options.erase_threshold > 0) erase(x, size, options.erase_threshold, options.seed, 2 * options.offset + 1, entry);
-}
 
 // The place of a row in a group that is permuted.
 inline int64_t permuted(const int32_t* permutations, int64_t place, int64_t row) {
@@ -94,61 +46,40 @@ inline int32_t negated(const int32_t* permutations, int64_t place, int64_t row) 
   return permutations && place >= 0 ? sign_of(permutations[place + row]) : 0;
 }
 
-// Entries 0 to length of one token: chunk q of row c, whose weights are those at from.
+// Where a part of a token comes from: entries of a row of a layer.
+struct Place {
+  int64_t l, row, entry;
+};
+
+// count entries of a row, of which the weights are those at from.
 template <typename scalar_t>
-void gather_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, const int32_t* permutations,
-                  bool has_signs, int64_t row, int64_t chunk, int64_t token_size, int64_t length, scalar_t* token) {
-  const int64_t begin = chunk * token_size, end = std::min(begin + length, layer.row_length);
-  const int32_t negative = has_signs ? negated(permutations, layer.first_out, row) : 0;
+void gather(const scalar_t* weights, const scalar_t* from, const Layer& layer, const int32_t* permutations,
+            bool has_signs, const Place& place, int64_t count, scalar_t* to) {
+  const int64_t begin = place.entry, end = std::min(begin + count, layer.row_length);
+  const int32_t negative = has_signs ? negated(permutations, layer.first_out, place.row) : 0;
   const int32_t* in = permutations + layer.first_in;
   if (end > begin) {
     if (!permutations || layer.first_in < 0)
-      negative ? copy_signed(from + begin, token, end - begin, negative) : copy(from + begin, token, end - begin);
+      negative ? copy_signed(from + begin, to, end - begin, negative) : copy(from + begin, to, end - begin);
     else if (has_signs)
-      move_row<false, true, scalar_t>(from, token, in, layer.block, layer.units, negative, begin, end);
+      move_row<false, true, scalar_t>(from, to, in, layer.block, layer.units, negative, begin, end);
     else
-      move_row<false, false, scalar_t>(from, token, in, layer.block, layer.units, 0, begin, end);
+      move_row<false, false, scalar_t>(from, to, in, layer.block, layer.units, 0, begin, end);
   }
-  if (begin + length > layer.row_length) {
-    const scalar_t* bias = weights + layer.bias_offset + permuted(permutations, layer.first_bias, row);
-    copy_signed(bias, token + length - 1, 1, negated(permutations, layer.first_bias, row));
+  if (begin + count > layer.row_length) {
+    const scalar_t* bias = weights + layer.bias_offset + permuted(permutations, layer.first_bias, place.row);
+    copy_signed(bias, to + count - 1, 1, negated(permutations, layer.first_bias, place.row));
   }
 }
 
-// The weights of a row, from which some tokens are to be cut; held near if they are permuted and most are needed.
+// The weights of a row, of which some entries are needed; held near if they are permuted and most are.
 template <typename scalar_t>
 const scalar_t* read_row(const scalar_t* weights, const Layer& layer, const int32_t* permutations, int64_t row,
-                         int64_t tokens, NearRow<scalar_t>& near) {
+                         int64_t entries, NearRow<scalar_t>& near) {
   const scalar_t* from =
       weights + layer.weight_offset + permuted(permutations, layer.first_out, row) * layer.row_length;
-  const bool gathers = permutations && layer.first_in >= 0, most = 2 * tokens >= layer.chunks;
+  const bool gathers = permutations && layer.first_in >= 0, most = 2 * entries >= layer.row_length;
   return gathers && most && near.fits(layer) ? near.hold(layer, from) : from;
-}
-
-// One token: gathered where it can stay, widened for arithmetic if there is any, and stored. Where values are as wide
-// as the arithmetic, what is random is left to augment(), which is faster for several tokens at once.
-template <typename scalar_t, typename to_t>
-void make_token(const scalar_t* weights, const scalar_t* from, const Layer& layer, int64_t l,
-                const int32_t* permutations, bool has_signs, int64_t row, int64_t chunk, int64_t token_size,
-                int64_t length, int64_t entry, const Options& options, scalar_t* gathered, wide_type<scalar_t>* wide,
-                to_t* token) {
-  using wide_t = wide_type<scalar_t>;
-  constexpr bool kStays = std::is_same_v<scalar_t, to_t>, kWide = std::is_same_v<scalar_t, wide_t>;
-  if constexpr (std::is_same_v<wide_t, to_t>) wide = token;
-  if constexpr (kWide) gathered = wide;
-  if constexpr (kStays && !kWide)
-    if (!options.arithmetic()) gathered = token;
-  gather_token(weights, from, layer, permutations, has_signs, row, chunk, token_size, length, gathered);
-  if constexpr (kStays && !kWide)
-    if (!options.arithmetic()) return;
-
-  if constexpr (!kWide) convert(gathered, wide, length);
-  if (options.scale || options.shift)
-    standardise(wide, length, options.scale ? options.scale[l] : 1, options.shift ? options.shift[l] : 0);
-  if constexpr (!std::is_same_v<wide_t, to_t>) {
-    augment(wide, length, options, entry);
-    convert(wide, token, length);
-  }
 }
 
 struct Views {
@@ -156,6 +87,7 @@ struct Views {
   const int64_t *base, *layers, *start;  // [B], [B, 2], [B]
   const int32_t* permutations;           // [B, indices]
   char* has_signs;                       // [B], whether permutations negate units
+  int64_t* extents;                      // [B], weights of the network up to the last one that is in a token
   int64_t indices, token_size, window;
   int32_t *lengths, *positions;  // [B, W], [B, W, 3]
 };
@@ -192,91 +124,156 @@ void check_views(const Views& views, int64_t batch, int64_t num_layers, int64_t 
                     " that begins at weight ", base, " of ", numel);
     STD_TORCH_CHECK(0 <= views.start[view] && views.start[view] <= kLastStart,
                     "token_views: start must be in [0, 2**62], got ", views.start[view]);
+    views.extents[view] = network->extent;
     if (views.indices > 0)
       views.has_signs[view] = check_permutation("token_views", views.permutations, view, network->largest);
   }
 }
 
-// Augments tokens in runs, as long as most of their entries hold weights; padding is 0 and stays 0.
-template <typename to_t>
-class Runs {
+// Tokens begin to end of the batch; they follow each other, so that the layer is looked for once a view.
+template <typename scalar_t, typename to_t>
+class Maker {
  public:
-  Runs(to_t* values, int64_t token_size, const Options& options, int64_t begin)
-      : values_(values), size_(token_size), options_(options), first_(begin) {}
+  Maker(const scalar_t* weights, const Views& views, const Options& options, to_t* values, int64_t begin)
+      : weights_(weights),
+        views_(views),
+        options_(options),
+        values_(values),
+        gathered_(views.token_size),
+        wide_(views.token_size),
+        runs_(reinterpret_cast<wide_t*>(values), views.lengths, views.token_size, options, begin) {}
 
-  void add(int64_t token, int64_t length) {
-    if (2 * length < size_) {
-      flush(token);
-      augment(values_ + token * size_, length, options_, token * size_);
-      first_ = token + 1;
-    } else if (token + 1 - first_ == kTokens) {
-      flush(token + 1);
+  void make(int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end;) {
+      const int64_t stop = std::min(end, (k / views_.window + 1) * views_.window);
+      begin_view(k / views_.window, k % views_.window);
+      for (; k < stop; ++k, ++token_) make_token(k, stop);
     }
-  }
-
-  void flush(int64_t end) {
-    if (end > first_) augment(values_ + first_ * size_, (end - first_) * size_, options_, first_ * size_);
-    first_ = end;
+    if constexpr (kRuns)
+      if (options_.random()) runs_.flush(end);
   }
 
  private:
-  static constexpr int64_t kTokens = 8;  // of a few kilobytes, which are still in the nearest cache
-  to_t* values_;
-  const int64_t size_;
-  const Options& options_;
-  int64_t first_;
-};
+  using wide_t = wide_type<scalar_t>;
+  // values as wide as the arithmetic are augmented where they are, several tokens at once
+  static constexpr bool kStays = std::is_same_v<scalar_t, to_t>, kWide = std::is_same_v<scalar_t, wide_t>,
+                        kRuns = std::is_same_v<to_t, wide_t>;
 
-// Tokens begin to end of the batch; they follow each other, so that the layer is looked for once a view.
-template <typename scalar_t, typename to_t>
-void make_tokens(const scalar_t* weights, const Views& views, const Options& options, to_t* values, int64_t begin,
-                 int64_t end) {
-  std::vector<scalar_t> gathered(views.token_size);
-  std::vector<wide_type<scalar_t>> wide(views.token_size);
-  NearRow<scalar_t> near;
-  const int64_t size = views.token_size;
-  constexpr bool kRuns = std::is_same_v<to_t, wide_type<scalar_t>>;  // else make_token has augmented them
-  Runs<wide_type<scalar_t>> runs(reinterpret_cast<wide_type<scalar_t>*>(values), size, options, begin);
-  for (int64_t k = begin; k < end;) {
-    const int64_t view = k / views.window, first = views.layers[2 * view], last = views.layers[2 * view + 1];
-    const int32_t* permutations = views.indices > 0 ? views.permutations + view * views.indices : nullptr;
-    int64_t token = views.start[view] + k % views.window;
-    int64_t l = find_layer(views.table, first, last, token);
-    int64_t row = (token - views.table[l].first_token) / views.table[l].chunks;
-    int64_t chunk = (token - views.table[l].first_token) % views.table[l].chunks;
-    const scalar_t* from = nullptr;  // the weights of this row
-    for (const int64_t stop = std::min(end, (view + 1) * views.window); k < stop; ++k, ++token) {
-      const Layer& layer = views.table[l];
-      const bool inside = row < layer.rows;  // else the sequence is over, and only padding follows
-      const int64_t entries = layer.row_length + (layer.bias_offset >= 0) - chunk * size;
-      const int64_t length = inside ? std::clamp<int64_t>(entries, 0, size) : 0;
-      const scalar_t* network = weights + views.base[view];
-      if (length > 0) {
-        if (from == nullptr)
-          from = read_row(network, layer, permutations, row, std::min(layer.chunks - chunk, stop - k), near);
-        make_token(network, from, layer, l, permutations, views.has_signs[view], row, chunk, size, length, k * size,
-                   options, gathered.data(), wide.data(), values + k * size);
-      }
-      std::fill(values + k * size + length, values + (k + 1) * size, to_t(0));
-      if constexpr (kRuns)
-        if (options.random()) runs.add(k, length);
-      views.lengths[k] = int32_t(length);
-      const int64_t position[3] = {token, l - first, row};
-      for (int i = 0; i < 3; ++i) views.positions[3 * k + i] = inside ? int32_t(position[i]) : 0;
-      if (++chunk == layer.chunks) chunk = 0, ++row, from = nullptr;
-      if (row == layer.rows && l + 1 < last) row = 0, ++l;
-    }
+  void begin_view(int64_t view, int64_t token) {
+    view_ = view, first_ = views_.layers[2 * view], last_ = views_.layers[2 * view + 1];
+    permutations_ = views_.indices > 0 ? views_.permutations + view * views_.indices : nullptr;
+    token_ = views_.start[view] + token;
+    const int64_t size = views_.token_size, l = find_layer(views_.table, first_, last_, token_, 0);
+    const Layer& layer = views_.table[l];
+    const int64_t entry = (token_ - layer.first_token) * size + (layer.dense() ? layer.chunks : 0);
+    place_ = {l, entry / layer.stride(size), entry % layer.stride(size)};
+    from_ = nullptr;
+    block_ = options_.draw_block(view, views_.extents[view]);
   }
-  if constexpr (kRuns)
-    if (options.random()) runs.flush(end);
-}
+
+  // Token k of the batch, of a view of which tokens up to stop are made here.
+  void make_token(int64_t k, int64_t stop) {
+    const int64_t size = views_.token_size;
+    const bool inside = place_.row < views_.table[place_.l].rows;  // else the sequence is over: padding follows
+    write_position(k, inside);
+    int64_t length = 0;
+    for (bool open = inside; open && length < size;) {
+      const Layer& layer = views_.table[place_.l];
+      const int64_t count = std::clamp<int64_t>(layer.row_entries() - place_.entry, 0, size - length);
+      if (count > 0) make_part(k * size + length, length, count, (stop - k) * size - length, values_ + k * size);
+      length += count;
+      open = advance(layer, count, length);
+    }
+    if (place_.row == views_.table[place_.l].rows && place_.l + 1 < last_) place_ = {place_.l + 1, 0, 0};
+    views_.lengths[k] = int32_t(length);
+    to_t* const token = values_ + k * size;
+    if constexpr (!kRuns)
+      if (!kStays || options_.arithmetic()) finish(token, length, k * size);
+    std::fill(token + length, token + size, to_t(0));
+    if constexpr (kRuns)
+      if (options_.random()) runs_.add(k);
+  }
+
+  void write_position(int64_t k, bool inside) {
+    const Layer& layer = views_.table[place_.l];
+    const int64_t third = layer.dense() ? token_ - layer.first_token : place_.row;
+    const int64_t position[3] = {token_, place_.l - first_, third};
+    for (int i = 0; i < 3; ++i) views_.positions[3 * k + i] = inside ? int32_t(position[i]) : 0;
+  }
+
+  // Goes behind the entries that a token has just taken; whether more of them follow in the same token.
+  bool advance(const Layer& layer, int64_t count, int64_t length) {
+    const int64_t size = views_.token_size;
+    const bool dense = layer.dense();
+    place_.entry += dense ? count : size;
+    if (place_.entry < (dense ? layer.row_entries() : layer.chunks * size)) return false;
+    place_.entry = 0, ++place_.row, from_ = nullptr;
+    if (!dense) return false;
+    if (place_.row < layer.rows) return true;
+    const bool follows = length < size && place_.l + 1 < last_ && views_.table[place_.l + 1].dense() &&
+                         views_.table[place_.l + 1].first_token == token_;
+    if (follows) place_ = {place_.l + 1, 0, 0};
+    return follows;
+  }
+
+  // count entries of a row from entry begin of a token on, of which this thread needs at most so many: gathered where
+  // they can stay, widened for arithmetic if there is any.
+  void make_part(int64_t entry, int64_t begin, int64_t count, int64_t needed, to_t* token) {
+    const Layer& layer = views_.table[place_.l];
+    const scalar_t* const network = weights_ + views_.base[view_];
+    if (from_ == nullptr)
+      from_ =
+          read_row(network, layer, permutations_, place_.row, std::min(layer.row_length - place_.entry, needed), near_);
+    wide_t* wide = wide_.data();
+    if constexpr (kRuns) wide = token;
+    scalar_t* gathered = gathered_.data();
+    if constexpr (kWide) gathered = wide;
+    if constexpr (kStays && !kWide)
+      if (!options_.arithmetic()) gathered = token;
+    gather(network, from_, layer, permutations_, views_.has_signs[view_], place_, count, gathered + begin);
+    if constexpr (kStays && !kWide)
+      if (!options_.arithmetic()) return;
+
+    const int64_t l = place_.l;
+    if constexpr (!kWide) convert(gathered + begin, wide + begin, count);
+    if (options_.scale || options_.shift)
+      standardise(wide + begin, count, options_.scale ? options_.scale[l] : 1, options_.shift ? options_.shift[l] : 0);
+    if (!options_.additive && block_.end == 0) return;
+    const int64_t weight = std::min(count, layer.row_length - place_.entry);  // of these, the others are the bias
+    const int64_t target = layer.weight_offset + place_.row * layer.row_length + place_.entry;
+    if (weight > 0) runs_.augmentation.add(entry, weight, l, target, block_);
+    if (weight < count) runs_.augmentation.add(entry + count - 1, 1, l, layer.bias_offset + place_.row, block_);
+  }
+
+  // Stores a token whose values are not as wide as the arithmetic.
+  void finish(to_t* token, int64_t length, int64_t entry) {
+    runs_.augmentation.apply(wide_.data(), length, entry);
+    convert(wide_.data(), token, length);
+  }
+
+  const scalar_t* const weights_;
+  const Views& views_;
+  const Options& options_;
+  to_t* const values_;
+  std::vector<scalar_t> gathered_;
+  std::vector<wide_t> wide_;
+  NearRow<scalar_t> near_;
+  Runs<wide_t> runs_;
+  int64_t view_, first_, last_, token_;  // the view, its rows of the table, and the token that is made
+  const int32_t* permutations_;
+  const scalar_t* from_;  // the weights of the row that is read, or null
+  Place place_;
+  Range block_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const Tensor& table_, const Tensor& base_,
                                                    const Tensor& layers_, const Tensor& start_,
                                                    const Tensor& permutations_, const Tensor& scale_,
                                                    const Tensor& shift_, int64_t token_size, int64_t window,
                                                    double noise, int64_t erase_threshold, int64_t seed, int64_t offset,
-                                                   torch::headeronly::ScalarType dtype) {
+                                                   torch::headeronly::ScalarType dtype,
+                                                   const std::optional<Tensor>& additive_, double erase_value,
+                                                   int64_t block_threshold, int64_t shortest, int64_t longest) {
   const Tensor table = as_contiguous(table_), base = as_contiguous(base_);
   const Tensor layers = as_contiguous(layers_), start = as_contiguous(start_);
   const Tensor permutations = as_contiguous(permutations_);
@@ -292,17 +289,24 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
   check_tensor("token_views", "permutations", permutations, ScalarType::Int, {batch, kAny});
   check_tensor("token_views", "scale", scale, ScalarType::Float, {scale.numel() > 0 ? num_layers : 0});
   check_tensor("token_views", "shift", shift, ScalarType::Float, {shift.numel() > 0 ? num_layers : 0});
+  const std::optional<Tensor> additive = additive_ ? std::optional(as_contiguous(*additive_)) : std::nullopt;
+  if (additive) check_tensor("token_views", "additive", *additive, ScalarType::Float, {num_layers});
+  STD_TORCH_CHECK(0 <= shortest && shortest <= longest && longest <= kWhole,
+                  "token_views: shortest and longest must be in [0, 2**24] and ascend, got ", shortest, " and ",
+                  longest);
   const Tensor values = new_empty(weights, {batch, window, token_size}, dtype);
   const Tensor lengths = torch::stable::new_empty(weights, {batch, window}, ScalarType::Int);
   const Tensor positions = torch::stable::new_empty(weights, {batch, window, 3}, ScalarType::Int);
 
   std::vector<char> has_signs(batch);
+  std::vector<int64_t> extents(batch);
   const Views views = {.table = rows,
                        .base = base.const_data_ptr<int64_t>(),
                        .layers = layers.const_data_ptr<int64_t>(),
                        .start = start.const_data_ptr<int64_t>(),
                        .permutations = permutations.const_data_ptr<int32_t>(),
                        .has_signs = has_signs.data(),
+                       .extents = extents.data(),
                        .indices = permutations.size(1),
                        .token_size = token_size,
                        .window = window,
@@ -310,8 +314,13 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
                        .positions = positions.mutable_data_ptr<int32_t>()};
   const Options options = {.scale = scale.numel() > 0 ? scale.const_data_ptr<float>() : nullptr,
                            .shift = shift.numel() > 0 ? shift.const_data_ptr<float>() : nullptr,
+                           .additive = additive ? additive->const_data_ptr<float>() : nullptr,
                            .noise = float(noise),
+                           .erase_value = erase_value,
                            .erase_threshold = erase_threshold,
+                           .block_threshold = block_threshold,
+                           .shortest = shortest,
+                           .longest = longest,
                            .seed = uint64_t(seed),
                            .offset = uint64_t(offset)};
   const int64_t numel = weights.numel();
@@ -321,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
     dispatch_floating(dtype, "token_views", [&]<typename to_t>() {
       to_t* to = values.mutable_data_ptr<to_t>();
       torch::stable::parallel_for(0, batch * window, 16, [&, from, to](int64_t begin, int64_t end) {
-        make_tokens(from, views, options, to, begin, end);
+        Maker(from, views, options, to, begin).make(begin, end);
       });
     });
   });

@@ -17,40 +17,43 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A layer whose rows are whole tokens is one piece of memory; otherwise each row is copied, closed with its bias, and
-// padded. Begin and end count rows.
+// A layer whose rows follow each other in tokens as they do in the flat vector is one piece of memory; otherwise each
+// row is copied, closed with its bias, and padded. Begin and end count rows; stop is the entry of tokens at which the
+// next layer begins, up to which the last row is padded.
 template <typename scalar_t>
-void tokenize_rows(const Layer& layer, const scalar_t* flat, scalar_t* tokens, int64_t token_size, int64_t begin,
-                   int64_t end) {
-  const int64_t length = layer.row_length, padded = layer.chunks * token_size;
+void tokenize_rows(const Layer& layer, const scalar_t* flat, scalar_t* tokens, int64_t token_size, int64_t stop,
+                   int64_t begin, int64_t end) {
+  const int64_t length = layer.row_length, stride = layer.stride(token_size);
+  const int64_t first_entry = layer.first_entry(token_size);
   const scalar_t* from = flat + layer.weight_offset;
-  scalar_t* to = tokens + layer.first_token * token_size;
-  if (length == padded) {
+  scalar_t* to = tokens + first_entry;
+  if (length == stride) {
     copy(from + begin * length, to + begin * length, (end - begin) * length);
-    return;
+  } else {
+    for (int64_t row = begin; row < end; ++row) {
+      scalar_t* token = to + row * stride;
+      copy(from + row * length, token, length);
+      int64_t entry = length;
+      if (layer.bias_offset >= 0) token[entry++] = flat[layer.bias_offset + row];
+      std::fill(token + entry, token + stride, scalar_t(0));
+    }
   }
-  for (int64_t row = begin; row < end; ++row) {
-    scalar_t* token = to + row * padded;
-    copy(from + row * length, token, length);
-    int64_t entry = length;
-    if (layer.bias_offset >= 0) token[entry++] = flat[layer.bias_offset + row];
-    std::fill(token + entry, token + padded, scalar_t(0));
-  }
+  if (begin < end && end == layer.rows) std::fill(to + end * stride, tokens + stop, scalar_t(0));
 }
 
 template <typename scalar_t>
 void detokenize_rows(const Layer& layer, const scalar_t* tokens, scalar_t* flat, int64_t token_size, int64_t begin,
                      int64_t end) {
-  const int64_t length = layer.row_length, padded = layer.chunks * token_size;
-  const scalar_t* from = tokens + layer.first_token * token_size;
+  const int64_t length = layer.row_length, stride = layer.stride(token_size);
+  const scalar_t* from = tokens + layer.first_entry(token_size);
   scalar_t* to = flat + layer.weight_offset;
-  if (length == padded) {
+  if (length == stride) {
     copy(from + begin * length, to + begin * length, (end - begin) * length);
     return;
   }
   for (int64_t row = begin; row < end; ++row) {
-    copy(from + row * padded, to + row * length, length);
-    if (layer.bias_offset >= 0) flat[layer.bias_offset + row] = from[row * padded + length];
+    copy(from + row * stride, to + row * length, length);
+    if (layer.bias_offset >= 0) flat[layer.bias_offset + row] = from[row * stride + length];
   }
 }
 
@@ -72,18 +75,22 @@ void clear_gaps(const Layer* layers, int64_t num_layers, scalar_t* flat, int64_t
   }
 }
 
-// Calls body(checkpoint, layer, first row, last row) for tokens begin to end of a batch, cut at whole rows: a row
-// belongs to the range in which its first token is.
+// Calls body(checkpoint, layer, stop, first row, last row) for tokens begin to end of a batch, cut at whole rows: a row
+// belongs to the range in which its first entry is. Stop is the entry of tokens at which the next layer begins.
 template <typename Body>
-void for_rows(const Layer* layers, int64_t num_layers, int64_t num_tokens, int64_t begin, int64_t end,
-              const Body& body) {
-  for (int64_t token = begin; token < end;) {
-    const int64_t checkpoint = token / num_tokens, first = token % num_tokens;
-    const Layer& layer = layers[find_layer(layers, 0, num_layers, first)];
-    const int64_t left = std::min(end - token, layer.first_token + layer.rows * layer.chunks - first);
-    const auto row_from = [&](int64_t n) { return (n - layer.first_token + layer.chunks - 1) / layer.chunks; };
-    body(checkpoint, layer, row_from(first), row_from(first + left));
-    token += left;
+void for_rows(const Layer* layers, int64_t num_layers, int64_t num_tokens, int64_t token_size, int64_t begin,
+              int64_t end, const Body& body) {
+  const int64_t size = num_tokens * token_size;
+  for (int64_t entry = begin * token_size; entry < end * token_size;) {
+    const int64_t checkpoint = entry / size, first = entry % size;
+    const int64_t l = find_layer(layers, 0, num_layers, first / token_size, first % token_size);
+    const Layer& layer = layers[l];
+    const int64_t stop = l + 1 < num_layers ? layers[l + 1].first_entry(token_size) : size;
+    const int64_t left = std::min(end * token_size - entry, stop - first);
+    const int64_t start = layer.first_entry(token_size), stride = layer.stride(token_size);
+    const auto row_from = [&](int64_t n) { return std::min((n - start + stride - 1) / stride, layer.rows); };
+    body(checkpoint, layer, stop, row_from(first), row_from(first + left));
+    entry += left;
   }
 }
 
@@ -110,10 +117,10 @@ void tokenize_into(const Tensor& flat, const Tensor& table, int64_t token_size, 
     const scalar_t* from = flat.const_data_ptr<scalar_t>();
     scalar_t* to = tokens.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(0, batch * num_tokens, kGrain, [=](int64_t begin, int64_t end) {
-      for_rows(layers, num_layers, num_tokens, begin, end,
-               [=](int64_t checkpoint, const Layer& layer, int64_t first, int64_t last) {
+      for_rows(layers, num_layers, num_tokens, token_size, begin, end,
+               [=](int64_t checkpoint, const Layer& layer, int64_t stop, int64_t first, int64_t last) {
                  tokenize_rows(layer, from + checkpoint * numel, to + checkpoint * num_tokens * token_size, token_size,
-                               first, last);
+                               stop, first, last);
                });
     });
   });
@@ -146,8 +153,8 @@ void detokenize_into(const Tensor& tokens, const Tensor& table, const Tensor& fl
     scalar_t* to = flat.mutable_data_ptr<scalar_t>();
     clear_gaps(layers, num_layers, to, batch, numel);
     torch::stable::parallel_for(0, batch * num_tokens, kGrain, [=](int64_t begin, int64_t end) {
-      for_rows(layers, num_layers, num_tokens, begin, end,
-               [=](int64_t checkpoint, const Layer& layer, int64_t first, int64_t last) {
+      for_rows(layers, num_layers, num_tokens, token_size, begin, end,
+               [=](int64_t checkpoint, const Layer& layer, int64_t, int64_t first, int64_t last) {
                  detokenize_rows(layer, from + checkpoint * num_tokens * token_size, to + checkpoint * numel,
                                  token_size, first, last);
                });

@@ -18,9 +18,10 @@ inline const Layer* read_table(const char* op, const torch::stable::Tensor& tabl
   return reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>());
 }
 
-// Layers whose weights and biases lie in a flat vector, and whose tokens follow each other; returns their tokens.
+// Layers whose weights and biases lie in a flat vector, and whose entries follow each other in tokens; returns how many
+// tokens they have.
 inline int64_t check_layers(const char* op, const Layer* layers, int64_t count, int64_t numel, int64_t token_size) {
-  int64_t tokens = 0;
+  int64_t tokens = 0, rest = 0;  // whole ones, and entries of the last one that is begun
   for (int64_t l = 0; l < count; ++l) {
     const Layer& layer = layers[l];
     const int64_t rows = layer.rows, length = layer.row_length, bias = layer.bias_offset >= 0;
@@ -28,12 +29,18 @@ inline int64_t check_layers(const char* op, const Layer* layers, int64_t count, 
                       length <= (numel - layer.weight_offset) / rows &&
                       (bias == 0 || layer.bias_offset <= numel - rows);
     STD_TORCH_CHECK(lies, op, ": table must be of vectors of ", numel, " weights, got row ", l, " with others");
-    const bool follows = layer.first_token == tokens && layer.chunks > 0 && token_size > 0 &&
-                         layer.chunks - 1 <= length / token_size && layer.chunks * token_size >= length + bias;
-    STD_TORCH_CHECK(follows, op, ": table must be made for tokens of ", token_size, ", got row ", l, " of others");
-    tokens += rows * layer.chunks;
+    const bool goes_on = layer.dense() && layer.first_token == tokens && layer.chunks == -rest;
+    const bool begins_anew = layer.first_token == tokens + (rest > 0) && layer.chunks >= 0;
+    const bool whole =
+        token_size > 0 &&
+        (layer.dense() || (layer.chunks - 1 <= length / token_size && layer.chunks * token_size >= length + bias));
+    STD_TORCH_CHECK((goes_on || begins_anew) && whole, op, ": table must be made for tokens of ", token_size,
+                    ", got row ", l, " of others");
+    const int64_t entries = (goes_on ? rest : 0) + rows * (length + bias);
+    tokens = layer.first_token + (layer.dense() ? entries / token_size : rows * layer.chunks);
+    rest = layer.dense() ? entries % token_size : 0;
   }
-  return tokens;
+  return tokens + (rest > 0);
 }
 
 // Layers that cover a flat vector without gaps.

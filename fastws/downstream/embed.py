@@ -20,7 +20,6 @@ from fastws.files.limits import DAMAGED
 from fastws.files.lock import one_writer
 from fastws.files.safetensors import open_tensors
 from fastws.nn.sane import SANE, SANEConfig
-from fastws.table import table_rows
 from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
 
@@ -181,8 +180,8 @@ def average(encoder: Encoder, z: Tensor, pool: Pool) -> Tensor:
     """Means of token embeddings ``[B, N, E]``: ``[B, E]``, or of each layer ``[B, L * E]``; see ``embed``."""
     if pool == "mean":
         return z.mean(1)
-    counts = [row.rows * row.chunks for row in table_rows(encoder.layout.table)]
-    return torch.cat([layer.mean(1) for layer in z.split(counts, 1)], 1)
+    counts = encoder.layout.positions[:, 1].bincount().tolist()
+    return torch.cat([layer.mean(1) for layer in z.split(counts, 1) if layer.shape[1]], 1)
 
 
 def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, Tensor]:

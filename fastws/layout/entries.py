@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastws.layout.roles import Role, bias_name
 from fastws.table import Row
 
+Span = Literal["row", "layer", "network"]  # what the entries of a token are of, at most
 NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a flat vector can have
 
 
@@ -81,13 +82,20 @@ def find_layers(entries: Sequence[Entry], norm: str) -> list[tuple[Entry, Entry 
     return [(entry, bias) for entry, bias in layers if entry.name not in attached and entry.role not in skip]
 
 
-def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Tensor:
-    table, first_token = [], 0
+def flat_order(layers: Sequence[tuple[Entry, Entry | None]]) -> list[tuple[Entry, None]]:
+    """The tensors of layers, biases as layers of their own, in the order of the flat vector."""
+    tensors = [entry for layer in layers for entry in layer if entry is not None]
+    return [(entry, None) for entry in sorted(tensors, key=lambda entry: entry.offset)]
+
+
+def make_table(layers: Sequence[tuple[Entry, Entry | None]], token_size: int, span: Span = "row") -> Tensor:
+    table, end = [], 0  # in entries of tokens
     for entry, bias in layers:
         rows = entry.shape[0] if entry.shape else 1
         length = entry.numel // rows
         units = entry.shape[1] if len(entry.shape) > 1 else 1
-        chunks = -(-row_length(entry, bias) // token_size)
+        begin = end if span == "network" else -(-end // token_size) * token_size
+        chunks = -(-row_length(entry, bias) // token_size) if span == "row" else -(begin % token_size)
         row = Row(
             weight_offset=entry.offset,
             bias_offset=-1 if bias is None else bias.offset,
@@ -96,13 +104,13 @@ def make_table(layers: list[tuple[Entry, Entry | None]], token_size: int) -> Ten
             block=length // units,
             units=units,
             chunks=chunks,
-            first_token=first_token,
+            first_token=begin // token_size,
             first_out=-1,
             first_in=-1,
             first_bias=-1,
         )
         table.append(row)
-        first_token += rows * chunks
+        end = begin + rows * row.stride(token_size)
     return torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, len(Row._fields))
 
 

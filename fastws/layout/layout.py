@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,24 @@ from torch import Tensor, nn
 from fastws.files.atomic import write_file
 from fastws.files.json import read as read_json
 from fastws.files.state_dict import EXTRA, is_quantised
-from fastws.layout.entries import Entry, check_offsets, find_layers, flat_dtype, make_table, parse_entry, row_length
+from fastws.layout.entries import (
+    Entry,
+    Span,
+    check_offsets,
+    find_layers,
+    flat_dtype,
+    flat_order,
+    make_table,
+    parse_entry,
+    row_length,
+)
 from fastws.layout.roles import describe_source, load_parts, load_state
 from fastws.ops.tokenize import detokenize, tokenize
 from fastws.table import count_tokens, table_columns, table_rows
 from fastws.tokens import Tokens
 
 CPU = torch.device("cpu")
-FORMAT = 1
+FORMAT = 2  # of files; 1 knew no spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +50,7 @@ class Layout:
         aside: Names in the checkpoint of what is no tensor of numbers (``_extra_state``, packed weights), and how many
             numbers each holds; of no account for what a layout is equal to.
         norm: ``"keep"`` tokenizes norm layers, ``"skip"`` leaves their weights, biases and statistics out.
+        span: What a token may span: see ``from_checkpoint``.
         num_weights: Length of the flat vector, ``P``.
         num_tokens: Tokens per checkpoint, ``N``.
         dtype: The smallest one that holds every number of the checkpoint exactly.
@@ -53,6 +64,7 @@ class Layout:
     token_size: int
     norm: Literal["keep", "skip"] = "keep"
     aside: dict[str, int] = field(default_factory=dict)
+    span: Span = "row"
 
     @classmethod
     def from_checkpoint(
@@ -60,6 +72,7 @@ class Layout:
         source: Mapping[str, Tensor] | nn.Module | str | os.PathLike,
         token_size: int | None = None,
         norm: Literal["keep", "skip"] = "keep",
+        span: Span = "row",
     ) -> "Layout":
         """Makes the layout of a checkpoint.
 
@@ -72,8 +85,12 @@ class Layout:
             source: A state dict, a module, or a file: safetensors or ``*.safetensors.index.json``, of which only the
                 headers are read, or anything that ``torch.load`` reads with ``weights_only=True``; or a folder that
                 ``save_pretrained`` of transformers or diffusers wrote.
-            token_size: Entries per token; by default the longest row, so that each row is one token.
+            token_size: Entries per token; by default the longest row, so that each row is one token, or with span
+                "network" all, so that the network is one.
             norm: ``"keep"`` or ``"skip"`` norm layers in tokens; the flat vector holds them either way.
+            span: ``"row"``: each row, its bias behind it, begins a token (the sparse tokens of SANE). ``"layer"``: the
+                rows of a layer follow each other, and each layer begins a token (dense tokens). ``"network"``: all
+                tensors follow each other, in the order of the flat vector.
 
         Raises:
             ValueError: If the source holds no floating tensor, is damaged, or an argument is out of range.
@@ -83,7 +100,7 @@ class Layout:
             >>> layout.num_weights, layout.num_tokens, layout.token_size
             (8, 2, 4)
         """
-        check_norm(norm)
+        check_choices(norm, span)
         shapes, aliases, roles, aside = describe_source(source)
         entries, offset = [], 0
         for name, (shape, dtype) in shapes.items():
@@ -94,20 +111,27 @@ class Layout:
                 offset += math.prod(shape)
             else:
                 entries.append(Entry(name, shape, dtype, "other", -1))
-        layout = cls(tuple(entries), aliases, 1, norm, aside)
+        layout = cls(tuple(entries), aliases, 1, norm, aside, span)
         if lost := layout.lost:
             what = f"{lost:,} quantised numbers of the checkpoint are not in it; describe() names them"
             warnings.warn(f"layout: {what}; dequantise the network where it was made", stacklevel=2)
-        return layout.with_tokens(token_size, norm)
+        return layout.with_tokens(token_size)
 
-    def with_tokens(self, token_size: int | None = None, norm: Literal["keep", "skip"] | None = None) -> "Layout":
-        """The same architecture with another token size or another treatment of norm layers."""
-        norm = norm or self.norm
-        longest = max((row_length(*layer) for layer in find_layers(self.entries, norm)), default=1)
-        token_size = longest if token_size is None else token_size
+    def with_tokens(
+        self, token_size: int | None = None, norm: Literal["keep", "skip"] | None = None, span: Span | None = None
+    ) -> "Layout":
+        """The same architecture with another token size, span, or treatment of norm layers."""
+        norm, span = norm or self.norm, span or self.span
+        check_choices(norm, span)
+        if token_size is None:
+            layers = find_layers(self.entries, norm)
+            if span == "network":
+                token_size = sum(entry.numel for entry, _ in flat_order(layers)) or 1
+            else:
+                token_size = max((row_length(*layer) for layer in layers), default=1)
         if isinstance(token_size, bool) or not isinstance(token_size, int) or token_size < 1:
             raise ValueError(f"layout: token_size must be a whole number from 1, got {token_size!r}")
-        return replace(self, token_size=token_size, norm=norm)
+        return replace(self, token_size=token_size, norm=norm, span=span)
 
     # --- tables
 
@@ -116,13 +140,14 @@ class Layout:
         check_offsets(self.entries)
         flat = [entry for entry in self.entries if entry.offset >= 0]
         layers = find_layers(self.entries, self.norm)
-        table, held = make_table(layers, self.token_size), {entry for layer in layers for entry in layer}
+        layers = flat_order(layers) if self.span == "network" else layers
+        table, held = make_table(layers, self.token_size, self.span), {entry for layer in layers for entry in layer}
         derived = {
             "layers": tuple((entry.name, bias and bias.name) for entry, bias in layers),
             "table": table,
             "tensor_table": make_table([(entry, None) for entry in flat if entry.numel], 1),
             "num_weights": sum(entry.numel for entry in flat),
-            "num_tokens": count_tokens(table),
+            "num_tokens": count_tokens(table, self.token_size),
             "dtype": flat_dtype(entry.dtype for entry in flat),
             "_untokenized": tuple((e.offset, e.offset + e.numel) for e in flat if e not in held),
             "_on_device": {},
@@ -137,7 +162,11 @@ class Layout:
 
     @property
     def positions(self) -> Tensor:
-        """Number of the token, of its layer and of its output unit, int32 ``[N, 3]`` (arXiv 2406.09997, section 2)."""
+        """Number of the token, of its layer and of its output unit, int32 ``[N, 3]`` (arXiv 2406.09997, section 2).
+
+        Where tokens span rows, the third is the number of the token in its layer, and a token that spans layers is of
+        the first of them.
+        """
         return self.on(CPU)[2]
 
     @property
@@ -316,7 +345,7 @@ class Layout:
         for entry in self.entries:
             if entry.name in rows:
                 row = rows[entry.name]
-                tokens = f"tokens {row.first_token}..{row.first_token + row.rows * row.chunks - 1}"
+                tokens = f"tokens {row.first_token}..{row.end_token(self.token_size) - 1}"
             elif entry.name in hosts:
                 tokens = f"last entry of each row of {hosts[entry.name]}"
             else:
@@ -332,15 +361,17 @@ class Layout:
 
     def to_dict(self) -> dict:
         entries = [asdict(e) | {"shape": list(e.shape), "dtype": str(e.dtype)[6:]} for e in self.entries]
-        header = {"format": FORMAT, "token_size": self.token_size, "norm": self.norm}
+        header = {"format": 1, "token_size": self.token_size, "norm": self.norm}
+        if self.span != "row":
+            header |= {"format": FORMAT, "span": self.span}
         return header | {"aliases": self.aliases, "entries": entries}
 
     @classmethod
     def from_dict(cls, described: Mapping) -> "Layout":
         """The layout that ``to_dict`` wrote; raises ValueError for anything else."""
-        if not isinstance(described, Mapping) or described.get("format") != FORMAT:
+        if not isinstance(described, Mapping) or described.get("format") not in (1, FORMAT):
             got = described.get("format") if isinstance(described, Mapping) else described
-            raise ValueError(f"layout: format must be {FORMAT}, got {got!r}; it was written by another version")
+            raise ValueError(f"layout: format must be 1 or {FORMAT}, got {got!r}; it was written by another version")
         try:
             entries = tuple(parse_entry(fields) for fields in described["entries"])
             aliases, norm, token_size = dict(described["aliases"]), described["norm"], described["token_size"]
@@ -349,8 +380,8 @@ class Layout:
             raise ValueError(f"layout: entries must be as to_dict writes them, got {error!r}") from error
         if unknown:
             raise ValueError(f"layout: aliases must be of entries, got {unknown}")
-        check_norm(norm)
-        return cls(entries, aliases, 1, norm).with_tokens(token_size)
+        check_choices(norm, described.get("span", "row"))
+        return cls(entries, aliases, 1, norm, span=described.get("span", "row")).with_tokens(token_size)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the layout as JSON."""
@@ -372,19 +403,24 @@ def tables_on(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Ten
     """``table``, ``lengths`` and ``positions`` of a layout on a device, made at the first call."""
     if device not in layout._on_device:
         table, columns = layout.table, table_columns(layout.table)
-        layer = torch.arange(len(table), device="cpu").repeat_interleave(columns.rows * columns.chunks)
-        local = torch.arange(layout.num_tokens, device="cpu") - columns.first_token[layer]
-        row, chunk = local // columns.chunks[layer], local % columns.chunks[layer]
-        full = columns.row_length + (columns.bias_offset >= 0)
-        lengths = (full[layer] - chunk * layout.token_size).clamp(0, layout.token_size).int()
-        positions = torch.stack([torch.arange(layout.num_tokens, device="cpu"), layer, row], -1).int()
+        token, size = torch.arange(layout.num_tokens, device="cpu"), layout.token_size
+        begins = columns.first_entry(size)
+        layer, last = (torch.searchsorted(begins, token * size + e, right=True) - 1 for e in (0, size - 1))
+        own, place = table_columns(table[layer]), token * size - begins[layer]
+        row, entry = place // own.stride(size), place % own.stride(size)
+        ends = begins + columns.rows * columns.stride(size)
+        left = torch.where(own.dense, ends[last] - token * size, own.row_entries - entry)
+        lengths = left.clamp(0, size).int()
+        positions = torch.stack([token, layer, torch.where(own.dense, token - own.first_token, row)], -1).int()
         layout._on_device[device] = tuple(x.to(device) for x in (table, lengths, positions))
     return layout._on_device[device]
 
 
-def check_norm(norm: str) -> None:
+def check_choices(norm: str, span: str) -> None:
     if norm not in ("keep", "skip"):
         raise ValueError(f"layout: norm must be 'keep' or 'skip', got {norm!r}")
+    if span not in get_args(Span):
+        raise ValueError(f"layout: span must be one of {get_args(Span)}, got {span!r}")
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:

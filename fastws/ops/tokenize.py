@@ -19,6 +19,8 @@ def tokenize(
                         = flat[b, bias_offset[l] + c]              f = R, if the layer has a bias
                         = 0                                        otherwise
 
+    Where tokens span rows, c and f are those of the entry: rows follow each other without padding, ``R + 1`` entries
+    each with a bias, from where the layer begins.
     Differentiable in ``flat`` but where ``out`` is given; the gradient is :func:`detokenize`. Source: SANE, arXiv
     2406.09997, section 2.
 
@@ -48,7 +50,7 @@ def tokenize(
     check_table("tokenize", table, flat.device)
     if token_size < 1:
         raise ValueError(f"tokenize: token_size must be at least 1, got {token_size}")
-    num_tokens = count_tokens(table) if num_tokens is None else num_tokens
+    num_tokens = count_tokens(table, token_size) if num_tokens is None else num_tokens
     if out is None:
         return torch.ops.fastws.tokenize(flat, table, token_size, num_tokens)
     prepare_out("tokenize", out, (len(flat), num_tokens, token_size), "flat", flat, table)
@@ -95,22 +97,24 @@ def detokenize(tokens: Tensor, table: Tensor, num_weights: int, *, out: Tensor |
 
 
 def tokenize_reference(flat: Tensor, table: Tensor, token_size: int, num_tokens: int) -> Tensor:
-    tokens = []
+    tokens = flat.new_zeros(len(flat), num_tokens * token_size)
     for row in table_rows(table):
         weights = flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]
         layer = weights.reshape(len(flat), row.rows, row.row_length)
         if row.bias_offset >= 0:
             layer = torch.cat([layer, flat[:, row.bias_offset : row.bias_offset + row.rows, None]], 2)
-        layer = torch.nn.functional.pad(layer, (0, row.chunks * token_size - layer.shape[2]))
-        tokens.append(layer.reshape(len(flat), row.rows * row.chunks, token_size))
-    return torch.cat(tokens, 1) if tokens else flat.new_zeros(len(flat), 0, token_size)
+        begin, stride = row.first_entry(token_size), row.stride(token_size)
+        layer = torch.nn.functional.pad(layer, (0, stride - layer.shape[2]))
+        tokens[:, begin : begin + row.rows * stride] = layer.flatten(1)
+    return tokens.view(len(flat), num_tokens, token_size)
 
 
 def detokenize_reference(tokens: Tensor, table: Tensor, num_weights: int) -> Tensor:
-    flat = tokens.new_zeros(len(tokens), num_weights)
+    flat, token_size = tokens.new_zeros(len(tokens), num_weights), tokens.shape[2]
     for row in table_rows(table):
-        layer = tokens[:, row.first_token : row.first_token + row.rows * row.chunks]
-        layer = layer.reshape(len(tokens), row.rows, row.chunks * tokens.shape[2])
+        begin, stride = row.first_entry(token_size), row.stride(token_size)
+        layer = tokens.flatten(1)[:, begin : begin + row.rows * stride]
+        layer = layer.reshape(len(tokens), row.rows, stride)
         weights = flat[:, row.weight_offset : row.weight_offset + row.rows * row.row_length]
         weights.copy_(layer[:, :, : row.row_length].reshape(weights.shape))
         if row.bias_offset >= 0:

@@ -1,6 +1,7 @@
 """Symmetry: which axes of which tensors one permutation moves without changing the function of the network."""
 
 import copy
+import itertools
 import math
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -201,6 +202,19 @@ class Symmetry:
         """The permutations that move nothing, int32 ``[B, S]``."""
         *_, unit, _ = indices_on(self, torch.empty(0, device=device).device)
         return self.expand(unit.repeat(batch, 1))
+
+    def enumerate(self) -> Tensor:
+        """All permutations, int32 ``[count, S]``, in lexicographic order: the first moves nothing. Signs stay.
+
+        Raises:
+            ValueError: If there are more than 100,000.
+        """
+        digits = sum(math.lgamma(size + 1) for size in self.sizes) / math.log(10)
+        if digits > 5:
+            raise ValueError(f"symmetry: permutations must be at most 100,000 to be enumerated, got 10**{digits:.1f}")
+        orders = [itertools.permutations(range(size)) for size in self.sizes]
+        rows = [sum(row, ()) for row in itertools.product(*orders)]
+        return self.expand(torch.tensor(rows, dtype=torch.int32))
 
     def expand(self, groups: Tensor) -> Tensor:
         """Appends the composite permutations to those of the groups: int32 ``[.., sum(sizes)]`` -> ``[.., S]``."""

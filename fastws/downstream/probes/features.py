@@ -36,7 +36,8 @@ def layer_statistics(flat: Tensor, layout: fastws.Layout, *, padded: bool = Fals
     """
     layers = layers_of(flat, layout, apart=apart)
     if padded:
-        filled = [row.rows * row.chunks * layout.token_size for row in table_rows(layout.table)]
+        size = layout.token_size
+        filled = [(row.end_token(size) - row.first_token) * size for row in table_rows(layout.table)]
         layers = [pad(layer, (0, size - layer.shape[1])) for layer, size in zip(layers, filled, strict=True)]
     sizes = torch.tensor([layer.shape[1] for layer in layers])
     ends = sizes.cumsum(0)

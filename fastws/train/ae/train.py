@@ -85,10 +85,12 @@ class Config(loop.Config):
     code_norm: float = 0.0  # weight of the mean norm of the code
 
     permute: bool | None = None  # permute the neurons of both views at random
+    flips: bool = True  # where neurons are permuted, change their signs at random too, if the network allows it
     noise: float | None = None  # std of the factors that weights are multiplied by
     additive: float | None = None  # std of what is added to weights, in units of their layer's std
-    erase: float = 0.0  # share of the weights that are set to 0
-    block_erase: float | None = None  # probability that 2 to 33 % of the weights, one block, are set to 0
+    erase: float = 0.0  # share of the weights that are erased, each on its own
+    block_erase: float | None = None  # probability that 2 to 33 % of the weights, one block, are erased
+    erase_value: float = 0.0  # what erased weights are set to
     code_noise: float | None = None  # std of what is added to codes, in units of their std over the batch
     target: Literal["view", "clean"] = "view"  # reconstruct what the encoder saw, or the same without noise and erasing
 
@@ -197,9 +199,8 @@ class Objective:
         around = [((training[:, a:b] - self.mean[a:b]) ** 2).sum().double() for a, b in self.offsets.tolist()]
         self.around = torch.stack(around).to(training.device) / self.sigma.double() ** 2 / len(training)
         self.offsets = self.offsets.to(training.device)
-        self.augmentation = Augmentation(
-            config.permute, config.noise, config.additive, config.erase, config.block_erase
-        )
+        names = {"permute", "noise", "additive", "erase", "block_erase", "erase_value", "flips"}
+        self.augmentation = Augmentation(**{name: getattr(config, name) for name in names})
 
     def scale(self, model: HyperRepresentation) -> None:
         """Tells the model how to put weights on one scale."""
@@ -214,13 +215,15 @@ class Objective:
         """This process's share of batch ``step``; the same whatever the number of processes."""
         config = self.config
         model = choose(self.source, "train", config.batch_size, config.seed, step)
-        views, clean = view(self.source, model, self.augmentation, config.seed, step)
+        views = target = view(self.source, model, self.augmentation, config.seed, step)
+        if config.target == "clean":
+            plain = Augmentation(config.permute, flips=config.flips)
+            target = view(self.source, model, plain, config.seed, step)
         noise = None
         if config.code_noise > 0:
             count = 2 * config.batch_size * config.latent
             noise = normal_reference(config.seed, CODE + step, count, torch.device("cpu")).view(-1, config.latent)
             noise = to_device(noise * config.code_noise, views.device)
-        target = clean if config.target == "clean" else views
         return Batch(self.own(views), self.own(target), None if noise is None else self.own(noise))
 
     def own(self, x: Tensor) -> Tensor:
@@ -300,10 +303,7 @@ def make_source(config: Config, zoo: Zoo, device: torch.device) -> Source:
     chosen = torch.cat(list(rows.values()))
     weights = (aligned_rows(zoo, chosen) if config.aligned else zoo.rows(chosen)).float().to(device)
     numbers = torch.arange(len(weights)).split([len(part) for part in rows.values()])
-    training = weights[: len(rows["train"])]
-    offsets = layer_offsets(zoo.layout)
-    sigma = per_weight(layer_std(training, offsets), offsets, zoo.layout.num_weights).to(device)
-    return Source(weights, dict(zip(rows, numbers, strict=True)), zoo.layout, zoo.symmetry, sigma)
+    return Source.of(weights, dict(zip(rows, numbers, strict=True)), zoo.layout, zoo.symmetry, zoo.may_flip[chosen])
 
 
 def loop_rows(config: Config, zoo: Zoo, split: str) -> Tensor:
