@@ -26,6 +26,10 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "kde", "best": 0.3, "mode": "reference", "model": True},
     ),
     "gaussian": ("PCA of the weights + Gaussian", {"method": "gaussian", "components": 64}),
+    "behaviour": (
+        "the same, taught on training images",
+        {"method": "gaussian", "components": 64, "behaviour": 200},
+    ),
     "noise": ("training networks + noise", {"method": "noise", "noise": 0.4}),
 }
 

@@ -19,6 +19,7 @@ if find_spec("matplotlib"):
 
 TARGETS = {"test_accuracy": "accuracy", "epoch": "epoch", "generalisation_gap": "generalisation gap"}
 NEW = ("epoch 0", "trained", "novelty", "spread")  # what is said of new networks
+COLOURS = (ORANGE, "#cc79a7", BLUE, "#009e73", GREY, "black")  # of sets of new networks
 IS_NEW = 0.5  # novelty above which a set of networks is no copy: the mean of two training networks has .6
 TRAINED = "accuracy as sampled and after {} epochs of training; novelty and spread beside those of held-out networks"
 SMOKE = "<p><strong>A smoke run: it shows that everything works; its numbers mean nothing.</strong></p>"
@@ -247,7 +248,7 @@ def draw_kernels(found: Mapping) -> "Figure":
 def draw_new(found: Mapping) -> "Figure":
     figure, (axis,) = make_figure(height=4.0)
     sets, epochs = found["sets"], found["more_epochs"]
-    for color, (name, one) in zip((ORANGE, "#cc79a7", BLUE, GREY, "black"), sets.items(), strict=True):
+    for color, (name, one) in zip(COLOURS, sets.items(), strict=True):
         (across, *_), (up, *_), (size, *_) = one["novelty"], one["accuracy"], one["spread"]
         axis.scatter(across, up, s=30 + 120 * size, color=color, label=name)
         if one["trained"] is not None:
