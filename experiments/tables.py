@@ -96,7 +96,21 @@ def hyperrep(found: dict) -> str:
     return f"{about}; accuracy at epochs {epochs}: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
 
 
+def curve(found: dict) -> str:
+    """Accuracy of each method over the number of networks that it learned from."""
+    parts = []
+    for size in dict.fromkeys(line["networks"] for line in found["lines"]):
+        cells = [
+            "{method} {accuracy:.3f} (novelty {novelty:.2f}, spread {spread:.2f})".format(**line)
+            for line in found["lines"]
+            if line["networks"] == size
+        ]
+        parts.append(f"{size} networks: {', '.join(cells)}")
+    return f"seed {found['seed']}; {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+
+
 KINDS = {
+    "curve": curve,
     "hyperrep": hyperrep,
     "quickstart": quickstart,
     "zoo": zoo,

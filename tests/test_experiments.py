@@ -75,6 +75,16 @@ def test_hyperrep_mnist(experiment, tmp_path):
     assert "digits28 epoch 1" in found["sets"]["noise"]
 
 
+def test_hyperrep_curve(experiment, tmp_path):
+    module = experiment("hyperrep_curve")
+    module.run(module.Config(out=str(tmp_path), smoke=True))
+    found = results(tmp_path)
+    assert [(line["networks"], line["method"]) for line in found["lines"]] == [
+        (size, method) for size in (20, 40) for method in module.METHODS
+    ]
+    assert "40 networks" in experiment("tables").curve(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")
