@@ -109,7 +109,29 @@ def curve(found: dict) -> str:
     return f"seed {found['seed']}; {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
 
 
+def lwln(found: dict) -> str:
+    parts = [
+        "{run}: R² of layers {layers}, reconstructed networks {held_out:.3f}, learned from {train:.3f}".format(
+            **line, layers=", ".join(f"{value:.2f}" for value in line["r2"])
+        )
+        for line in found["lines"]
+    ]
+    return f"seed {found['seed']}; {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+
+
+def embeddings(found: dict) -> str:
+    """Rank correlation of accuracy, for each zoo, each run and each probe."""
+    parts = [
+        "{zoo}, {run}, {features} by {probe}: R² {test_r2:.3f}, tau {test_tau:.3f}".format(**line)
+        for line in found["lines"]
+        if line["target"] == "test_accuracy"
+    ]
+    return f"seed {found['seed']}; accuracy: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+
+
 KINDS = {
+    "embeddings": embeddings,
+    "lwln": lwln,
     "curve": curve,
     "hyperrep": hyperrep,
     "quickstart": quickstart,

@@ -85,6 +85,14 @@ def test_hyperrep_curve(experiment, tmp_path):
     assert "40 networks" in experiment("tables").curve(found)
 
 
+def test_hyperrep_lwln(experiment, tmp_path):
+    module = experiment("hyperrep_lwln")
+    module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
+    found = results(tmp_path)
+    assert [line["run"] for line in found["lines"]] == list(module.RUNS)
+    assert "reconstructed" in experiment("tables").lwln(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")
