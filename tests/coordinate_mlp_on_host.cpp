@@ -54,24 +54,25 @@ struct Launch {
 };
 
 template <typename scalar_t>
-void run(Network network, void* const* pointers, int64_t processors, int64_t shared, bool backward) {
+void run(Predictor predictor, void* const* pointers, int64_t processors, int64_t shared, bool backward) {
   const auto at = [&](int i) { return static_cast<scalar_t*>(pointers[i]); };
   const Parameters<scalar_t> from{{at(0), at(1), at(2)}, at(3), at(4), at(5), at(6)};
-  std::vector<float> numbers(network.size(), NAN);
-  network.numbers = numbers.data();
-  std::vector<int64_t> ends(network.num_layers, -1);
-  network.ends = ends.data();
-  pack(network, from, numbers.data(), ends.data(), Launch{});
+  std::vector<float> numbers(predictor.size(), NAN);
+  predictor.numbers = numbers.data();
+  std::vector<int64_t> ends(predictor.num_layers, -1);
+  predictor.ends = ends.data();
+  pack(predictor, from, numbers.data(), ends.data(), Launch{});
   if (!backward) {
     if constexpr (sizeof(scalar_t) == 4) {
-      predict(network, at(7), processors, Launch{});
+      predict(predictor, at(7), processors, Launch{});
     } else {
-      std::vector<Words> matrices(words_of(network, network.depth + 1));
-      predict_halves<scalar_t>(network, {network, from, nullptr}, matrices.data(), at(7), processors, shared, Launch{});
+      std::vector<Words> matrices(words_of(predictor, predictor.depth + 1));
+      predict_halves<scalar_t>(predictor, {predictor, from, nullptr}, matrices.data(), at(7), processors, shared,
+                               Launch{});
     }
     return;
   }
-  Workspace workspace{network, nullptr};
+  Workspace workspace{predictor, nullptr};
   std::vector<float> memory(workspace.size(), NAN);
   workspace.numbers = memory.data();
   Finish<scalar_t> finish{workspace};
@@ -87,14 +88,14 @@ void run(Network network, void* const* pointers, int64_t processors, int64_t sha
 // predictions, their gradient in float32, gradients of the parameters, grid, rows.
 extern "C" void coordinate_mlp(const int64_t* sizes, void* const* pointers) {
   using namespace fastws;
-  Network network{int(sizes[1]), int(sizes[2]), int(sizes[3])};
-  network.side = (int(std::max(sizes[1], sizes[3])) + kPadding - 1) / kPadding * kPadding;
-  network.activation = int(sizes[4]), network.num_layers = int(sizes[5]);
-  for (int axis = 0; axis < 3; ++axis) network.indices[axis] = int(sizes[6 + axis]);
-  network.grid = static_cast<const int64_t*>(pointers[9 + kTargets]);
-  network.rows = static_cast<const int64_t*>(pointers[10 + kTargets]), network.count = sizes[9];
+  Predictor predictor{int(sizes[1]), int(sizes[2]), int(sizes[3])};
+  predictor.side = (int(std::max(sizes[1], sizes[3])) + kPadding - 1) / kPadding * kPadding;
+  predictor.activation = int(sizes[4]), predictor.num_layers = int(sizes[5]);
+  for (int axis = 0; axis < 3; ++axis) predictor.indices[axis] = int(sizes[6 + axis]);
+  predictor.grid = static_cast<const int64_t*>(pointers[9 + kTargets]);
+  predictor.rows = static_cast<const int64_t*>(pointers[10 + kTargets]), predictor.count = sizes[9];
   const auto function = sizes[0] == 4   ? run<float>
                         : sizes[0] == 2 ? run<torch::headeronly::Half>
                                         : run<torch::headeronly::BFloat16>;
-  function(network, pointers, sizes[10], sizes[11], sizes[12]);
+  function(predictor, pointers, sizes[10], sizes[11], sizes[12]);
 }

@@ -19,8 +19,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A row of the table of layers, and where its maps lie in the memory of a group of networks, in vectors.
-struct Layer {
+// A row of the table, and where its maps lie in the memory of a group of networks, in vectors.
+struct Operation {
   int64_t kind;
   Convolution shape;
   bool pooled = false;  // a convolution together with the pooling by 2 x 2 behind it
@@ -30,7 +30,7 @@ struct Layer {
 };
 
 struct Network {
-  std::vector<Layer> layers;
+  std::vector<Operation> operations;
   int64_t num_weights, image_size, num_classes;
   int64_t units = 0;    // of dropout
   int64_t memory = 0;   // vectors of all maps
@@ -38,31 +38,31 @@ struct Network {
 
   Network(const Row* rows, int64_t count, int64_t num_weights) : num_weights(num_weights) {
     for (const Row* row = rows; row < rows + count; ++row) {
-      Layer* before = layers.empty() ? nullptr : &layers.back();
+      Operation* before = operations.empty() ? nullptr : &operations.back();
       const bool halves = row->kind == kPooling && row->kernel_height == 2 && row->kernel_width == 2;
       if (halves && before && before->kind == kConvolution && !before->pooled) {
         before->pooled = true;
         before->shape.out_height = 2 * row->out_height(), before->shape.out_width = 2 * row->out_width();
         before->out_size = row->out_size();
       } else {
-        layers.push_back(make_layer(*row));
+        operations.push_back(make_operation(*row));
       }
       largest = std::max(largest, row->out_size());
       if (row->kind == kDropout) units = row->first_unit + row->out_size();
     }
-    image_size = memory = layers.front().in_size;
+    image_size = memory = operations.front().in_size;
     largest = std::max(largest, image_size);
     int64_t input = 0;
-    for (Layer& layer : layers) {
-      layer.input = input, layer.output = memory, layer.extra = memory + layer.out_size;
+    for (Operation& operation : operations) {
+      operation.input = input, operation.output = memory, operation.extra = memory + operation.out_size;
       input = memory;
-      memory += (layer.kind == kConvolution && !layer.pooled ? 1 : 2) * layer.out_size;
+      memory += (operation.kind == kConvolution && !operation.pooled ? 1 : 2) * operation.out_size;
     }
-    num_classes = layers.back().out_size;
+    num_classes = operations.back().out_size;
   }
 
  private:
-  static Layer make_layer(const Row& row) {
+  static Operation make_operation(const Row& row) {
     const Convolution shape = {.in_channels = row.in_channels,
                                .in_height = row.in_height,
                                .in_width = row.in_width,
@@ -170,7 +170,7 @@ class Maps {
   Recipes<real_t, kBytes> recipes;
 
   V* images() const { return maps_; }
-  V* logits() const { return maps_ + network_.layers.back().output; }
+  V* logits() const { return maps_ + network_.operations.back().output; }
 
   void load(const real_t* const* rows, int64_t size, V* vectors) const {
     interleave<real_t, kCount>(rows, size, reinterpret_cast<real_t*>(vectors));
@@ -192,28 +192,28 @@ class Maps {
   }
 
   // Runs a layer that is no convolution.
-  void pass(const Layer& layer, bool training) {
-    const V* x = maps_ + layer.input;
-    V *y = maps_ + layer.output, *extra = maps_ + layer.extra;
-    if (layer.kind == kPooling)
-      pool<real_t, kBytes>(layer.shape, x, y, reinterpret_cast<I*>(extra));
-    else if (layer.kind == kActivation)
-      activate<real_t, kBytes>(x, layer.out_size, recipes.of_kind, recipes.activation, y, extra);
+  void pass(const Operation& operation, bool training) {
+    const V* x = maps_ + operation.input;
+    V *y = maps_ + operation.output, *extra = maps_ + operation.extra;
+    if (operation.kind == kPooling)
+      pool<real_t, kBytes>(operation.shape, x, y, reinterpret_cast<I*>(extra));
+    else if (operation.kind == kActivation)
+      activate<real_t, kBytes>(x, operation.out_size, recipes.of_kind, recipes.activation, y, extra);
     else if (training && recipes.drops)
-      drop<real_t, kBytes>(recipes, reinterpret_cast<const real_t*>(x), words_of(layer), layer.out_size,
+      drop<real_t, kBytes>(recipes, reinterpret_cast<const real_t*>(x), words_of(operation), operation.out_size,
                            reinterpret_cast<real_t*>(y), reinterpret_cast<real_t*>(extra));
     else
-      std::copy(x, x + layer.out_size, y);
+      std::copy(x, x + operation.out_size, y);
   }
 
   // The gradient of its input, given that of its output; may swap the two maps.
-  void pass_back(const Layer& layer, V*& grad, V*& other) const {
-    const V* extra = maps_ + layer.extra;
-    if (layer.kind == kPooling) {
-      unpool<real_t, kBytes>(layer.shape, grad, reinterpret_cast<const I*>(extra), other);
+  void pass_back(const Operation& operation, V*& grad, V*& other) const {
+    const V* extra = maps_ + operation.extra;
+    if (operation.kind == kPooling) {
+      unpool<real_t, kBytes>(operation.shape, grad, reinterpret_cast<const I*>(extra), other);
       std::swap(grad, other);
-    } else if (layer.kind == kActivation || recipes.drops) {
-      multiply<V>(extra, layer.out_size, grad);
+    } else if (operation.kind == kActivation || recipes.drops) {
+      multiply<V>(extra, operation.out_size, grad);
     }
   }
 
@@ -222,8 +222,8 @@ class Maps {
   V* maps_;
 
  private:
-  const uint32_t* words_of(const Layer& layer) const {
-    return words_.data() + (shift_ + layer.unit) * Recipes<real_t, kBytes>::kDrawn;
+  const uint32_t* words_of(const Operation& operation) const {
+    return words_.data() + (shift_ + operation.unit) * Recipes<real_t, kBytes>::kDrawn;
   }
 
   std::vector<uint32_t> words_;

@@ -35,17 +35,17 @@ class Group : public Maps<real_t, kBytes> {
 
   // From images() to logits().
   void forward(bool training) {
-    for (const Layer& layer : network_.layers) {
-      const V* x = maps_ + layer.input;
-      V* y = maps_ + layer.output;
-      const V* bias = layer.bias < 0 ? nullptr : weights_ + layer.bias;
-      if (layer.kind != kConvolution)
-        Base::pass(layer, training);
-      else if (layer.pooled)
-        convolve_and_pool<real_t, kBytes>(layer.shape, x, weights_ + layer.weight, bias, y,
-                                          reinterpret_cast<I*>(maps_ + layer.extra));
+    for (const Operation& operation : network_.operations) {
+      const V* x = maps_ + operation.input;
+      V* y = maps_ + operation.output;
+      const V* bias = operation.bias < 0 ? nullptr : weights_ + operation.bias;
+      if (operation.kind != kConvolution)
+        Base::pass(operation, training);
+      else if (operation.pooled)
+        convolve_and_pool<real_t, kBytes>(operation.shape, x, weights_ + operation.weight, bias, y,
+                                          reinterpret_cast<I*>(maps_ + operation.extra));
       else
-        convolve<real_t, kBytes>(layer.shape, x, weights_ + layer.weight, bias, y);
+        convolve<real_t, kBytes>(operation.shape, x, weights_ + operation.weight, bias, y);
     }
   }
 
@@ -53,24 +53,25 @@ class Group : public Maps<real_t, kBytes> {
   void backward() {
     V *grad = grad_maps_[0], *other = grad_maps_[1];
     std::copy(Base::logits(), Base::logits() + network_.num_classes, grad);
-    for (int64_t l = network_.layers.size() - 1; l >= 0; --l) {
-      const Layer& layer = network_.layers[l];
-      if (layer.kind != kConvolution) {
-        Base::pass_back(layer, grad, other);
+    for (int64_t l = network_.operations.size() - 1; l >= 0; --l) {
+      const Operation& operation = network_.operations[l];
+      if (operation.kind != kConvolution) {
+        Base::pass_back(operation, grad, other);
         continue;
       }
-      const Convolution& c = layer.shape;
-      if (layer.bias >= 0)
-        add_bias_gradient<real_t, kBytes>(c.out_channels, layer.out_size / c.out_channels, grad, grad_ + layer.bias);
+      const Convolution& c = operation.shape;
+      if (operation.bias >= 0)
+        add_bias_gradient<real_t, kBytes>(c.out_channels, operation.out_size / c.out_channels, grad,
+                                          grad_ + operation.bias);
       const V* grad_y = grad;
-      if (layer.pooled) {
-        const I* winner = reinterpret_cast<const I*>(maps_ + layer.extra);
+      if (operation.pooled) {
+        const I* winner = reinterpret_cast<const I*>(maps_ + operation.extra);
         spread<real_t, kBytes>(grad, winner, c.out_channels * c.out_height / 2, c.out_width / 2, grad_maps_[2]);
         grad_y = grad_maps_[2];
       }
-      add_weight_gradient<real_t, kBytes>(c, maps_ + layer.input, grad_y, grad_ + layer.weight);
+      add_weight_gradient<real_t, kBytes>(c, maps_ + operation.input, grad_y, grad_ + operation.weight);
       if (l == 0) return;
-      input_gradient<real_t, kBytes>(c, weights_ + layer.weight, grad_y, other);
+      input_gradient<real_t, kBytes>(c, weights_ + operation.weight, grad_y, other);
       std::swap(grad, other);
     }
   }

@@ -206,13 +206,13 @@ class VariationalGroup : public Maps<real_t, kBytes> {
     for (V** map : {&mean_, &spread_, &squares_, &grad_maps_[0], &grad_maps_[1], &grad_maps_[2], &grad_maps_[3]})
       *map = memory_.take(network.largest);
     std::fill(variance_, variance_ + size, V{});  // where there is none it stays 0
-    for (const Layer& layer : network.layers) {
-      if (layer.kind != kConvolution) continue;
-      shapes_.push_back(full(layer));
+    for (const Operation& operation : network.operations) {
+      if (operation.kind != kConvolution) continue;
+      shapes_.push_back(full(operation));
       const Convolution& c = shapes_.back();
       const bool dense = is_dense(c);
-      spans_.push_back({layer.weight, c.out_channels * c.fan_in(), dense ? kDenseBound : kConvolutionBound});
-      if (layer.bias >= 0 && !dense) spans_.push_back({layer.bias, c.out_channels, kConvolutionBound});
+      spans_.push_back({operation.weight, c.out_channels * c.fan_in(), dense ? kDenseBound : kConvolutionBound});
+      if (operation.bias >= 0 && !dense) spans_.push_back({operation.bias, c.out_channels, kConvolutionBound});
       first_counters_.push_back(counters_);
       counters_ += (c.out_channels * c.out_size() + kAlignment - 1) / kAlignment;
     }
@@ -238,30 +238,31 @@ class VariationalGroup : public Maps<real_t, kBytes> {
   // From images() to logits().
   void forward(bool) {
     int64_t number = 0;
-    for (const Layer& layer : network_.layers) {
-      if (layer.kind != kConvolution) {
-        Base::pass(layer, true);
+    for (const Operation& operation : network_.operations) {
+      if (operation.kind != kConvolution) {
+        Base::pass(operation, true);
         continue;
       }
       const Convolution& c = shapes_[number];
-      const V* x = maps_ + layer.input;
-      V *y = maps_ + layer.output, *slope = slopes_ + layer.output;
-      square<V>(x, layer.in_size, squares_);
+      const V* x = maps_ + operation.input;
+      V *y = maps_ + operation.output, *slope = slopes_ + operation.output;
+      square<V>(x, operation.in_size, squares_);
       const auto run = [&](int64_t first, int64_t n) {
         const int64_t place = first * c.out_size();
-        V *mean = layer.pooled ? mean_ : y + place, *spread = layer.pooled ? spread_ : slope + place;
+        V *mean = operation.pooled ? mean_ : y + place, *spread = operation.pooled ? spread_ : slope + place;
         const Convolution some = channels(c, n);
-        convolve<real_t, kBytes>(some, x, weights_ + layer.weight + first * c.fan_in(),
-                                 layer.bias < 0 ? nullptr : weights_ + layer.bias + first, mean);
-        convolve<real_t, kBytes>(some, squares_, variance_ + layer.weight + first * c.fan_in(),
-                                 layer.bias < 0 || is_dense(c) ? nullptr : variance_ + layer.bias + first, spread);
+        convolve<real_t, kBytes>(some, x, weights_ + operation.weight + first * c.fan_in(),
+                                 operation.bias < 0 ? nullptr : weights_ + operation.bias + first, mean);
+        convolve<real_t, kBytes>(some, squares_, variance_ + operation.weight + first * c.fan_in(),
+                                 operation.bias < 0 || is_dense(c) ? nullptr : variance_ + operation.bias + first,
+                                 spread);
         add_noise(kAlignment * first_counters_[number] + place, n * c.out_size(), mean, spread);
-        if (!layer.pooled) return;
-        const int64_t pooled = first * (layer.out_size / c.out_channels);
+        if (!operation.pooled) return;
+        const int64_t pooled = first * (operation.out_size / c.out_channels);
         pool_noisy<real_t, kBytes>(some, mean, spread, y + pooled, slope + pooled,
-                                   reinterpret_cast<I*>(maps_ + layer.extra) + pooled);
+                                   reinterpret_cast<I*>(maps_ + operation.extra) + pooled);
       };
-      if (layer.pooled)  // a few channels at a time, whose maps stay in cache until they are pooled
+      if (operation.pooled)  // a few channels at a time, whose maps stay in cache until they are pooled
         for_channels(c.out_channels, [&]<int n>(int64_t first) { run(first, n); });
       else
         run(0, c.out_channels);
@@ -274,32 +275,33 @@ class VariationalGroup : public Maps<real_t, kBytes> {
     V *grad = grad_maps_[0], *other = grad_maps_[1];
     std::copy(Base::logits(), Base::logits() + network_.num_classes, grad);
     int64_t number = shapes_.size();
-    for (int64_t l = network_.layers.size() - 1; l >= 0; --l) {
-      const Layer& layer = network_.layers[l];
-      if (layer.kind != kConvolution) {
-        Base::pass_back(layer, grad, other);
+    for (int64_t l = network_.operations.size() - 1; l >= 0; --l) {
+      const Operation& operation = network_.operations[l];
+      if (operation.kind != kConvolution) {
+        Base::pass_back(operation, grad, other);
         continue;
       }
       const Convolution& c = shapes_[--number];
-      const V *x = maps_ + layer.input, *slope = slopes_ + layer.output, *of_mean = grad;
-      if (layer.pooled) {
-        const I* winner = reinterpret_cast<const I*>(maps_ + layer.extra);
+      const V *x = maps_ + operation.input, *slope = slopes_ + operation.output, *of_mean = grad;
+      if (operation.pooled) {
+        const I* winner = reinterpret_cast<const I*>(maps_ + operation.extra);
         unpool_noisy<real_t, kBytes>(c, grad, slope, winner, mean_, spread_);
         of_mean = mean_;
       } else {
-        product<V>(grad, slope, layer.out_size, spread_);
+        product<V>(grad, slope, operation.out_size, spread_);
       }
-      square<V>(x, layer.in_size, squares_);
+      square<V>(x, operation.in_size, squares_);
       V* grad_variance = grad_ + network_.num_weights;
-      add_weight_gradient<real_t, kBytes>(c, x, of_mean, grad_ + layer.weight);
-      add_weight_gradient<real_t, kBytes>(c, squares_, spread_, grad_variance + layer.weight);
-      if (layer.bias >= 0) add_bias_gradient<real_t, kBytes>(c.out_channels, c.out_size(), of_mean, grad_ + layer.bias);
-      if (layer.bias >= 0 && !is_dense(c))
-        add_bias_gradient<real_t, kBytes>(c.out_channels, c.out_size(), spread_, grad_variance + layer.bias);
+      add_weight_gradient<real_t, kBytes>(c, x, of_mean, grad_ + operation.weight);
+      add_weight_gradient<real_t, kBytes>(c, squares_, spread_, grad_variance + operation.weight);
+      if (operation.bias >= 0)
+        add_bias_gradient<real_t, kBytes>(c.out_channels, c.out_size(), of_mean, grad_ + operation.bias);
+      if (operation.bias >= 0 && !is_dense(c))
+        add_bias_gradient<real_t, kBytes>(c.out_channels, c.out_size(), spread_, grad_variance + operation.bias);
       if (l == 0) return;
-      input_gradient<real_t, kBytes>(c, weights_ + layer.weight, of_mean, other);
-      input_gradient<real_t, kBytes>(c, variance_ + layer.weight, spread_, grad_maps_[2]);
-      add_through_square<V>(x, grad_maps_[2], layer.in_size, other);
+      input_gradient<real_t, kBytes>(c, weights_ + operation.weight, of_mean, other);
+      input_gradient<real_t, kBytes>(c, variance_ + operation.weight, spread_, grad_maps_[2]);
+      add_through_square<V>(x, grad_maps_[2], operation.in_size, other);
       std::swap(grad, other);
     }
   }
@@ -329,8 +331,8 @@ class VariationalGroup : public Maps<real_t, kBytes> {
   }
 
   // A convolution with the outputs that pooling leaves out.
-  static Convolution full(const Layer& layer) {
-    Convolution c = layer.shape;
+  static Convolution full(const Operation& operation) {
+    Convolution c = operation.shape;
     c.out_height = (c.in_height - c.kernel_height) / c.stride_height + 1;
     c.out_width = (c.in_width - c.kernel_width) / c.stride_width + 1;
     return c;

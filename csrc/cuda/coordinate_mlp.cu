@@ -57,29 +57,29 @@ int64_t attribute(cudaDeviceAttr name, const Tensor& x) {
   return value;
 }
 
-// Parameters as the op takes them, contiguous, and their network.
+// Parameters as the op takes them, contiguous, and their predictor.
 struct Arguments {
   std::array<Tensor, kTargets> parameters;
   Tensor grid, rows, numbers, ends;
-  Network network;
+  Predictor predictor;
 
   Arguments(const std::array<const Tensor*, kTargets>& given, const Tensor& grid_, const Tensor& rows_,
             int64_t activation)
       : grid(torch::stable::contiguous(grid_)), rows(torch::stable::contiguous(rows_)) {
     for (int i = 0; i < kTargets; ++i) parameters[i] = torch::stable::contiguous(*given[i]);
-    network = {int(parameters[0].size(1)), int(parameters[3].size(0)), int(parameters[5].size(0))};
-    STD_TORCH_CHECK(network.width <= kMaxWidth && network.outputs <= kMaxWidth,
-                    "coordinate_mlp_narrow: layers must be at most ", kMaxWidth, " wide, got ", network.width, " and ",
-                    network.outputs);
-    network.side = (std::max(network.width, network.outputs) + kPadding - 1) / kPadding * kPadding;
-    network.activation = int(activation), network.num_layers = int(grid.size(0));
-    for (int axis = 0; axis < 3; ++axis) network.indices[axis] = int(parameters[axis].size(0));
-    network.grid = grid.const_data_ptr<int64_t>(), network.rows = rows.const_data_ptr<int64_t>();
-    network.count = rows.size(0);
-    numbers = torch::stable::new_empty(rows, {network.size()}, ScalarType::Float);
-    network.numbers = numbers.const_data_ptr<float>();
-    ends = torch::stable::new_empty(rows, {network.num_layers});
-    network.ends = ends.const_data_ptr<int64_t>();
+    predictor = {int(parameters[0].size(1)), int(parameters[3].size(0)), int(parameters[5].size(0))};
+    STD_TORCH_CHECK(predictor.width <= kMaxWidth && predictor.outputs <= kMaxWidth,
+                    "coordinate_mlp_narrow: layers must be at most ", kMaxWidth, " wide, got ", predictor.width,
+                    " and ", predictor.outputs);
+    predictor.side = (std::max(predictor.width, predictor.outputs) + kPadding - 1) / kPadding * kPadding;
+    predictor.activation = int(activation), predictor.num_layers = int(grid.size(0));
+    for (int axis = 0; axis < 3; ++axis) predictor.indices[axis] = int(parameters[axis].size(0));
+    predictor.grid = grid.const_data_ptr<int64_t>(), predictor.rows = rows.const_data_ptr<int64_t>();
+    predictor.count = rows.size(0);
+    numbers = torch::stable::new_empty(rows, {predictor.size()}, ScalarType::Float);
+    predictor.numbers = numbers.const_data_ptr<float>();
+    ends = torch::stable::new_empty(rows, {predictor.num_layers});
+    predictor.ends = ends.const_data_ptr<int64_t>();
   }
 
   template <typename scalar_t>
@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor> coordinate_mlp_narrow_cuda(const Tensor& layer_table,
   const Arguments a(
       {&layer_table, &filter_table, &channel_table, &hidden_weights, &hidden_biases, &out_weight, &out_bias}, grid,
       rows, activation);
-  const Network& network = a.network;
-  const Tensor predictions = torch::stable::new_empty(layer_table, {network.count, network.outputs});
+  const Predictor& predictor = a.predictor;
+  const Tensor predictions = torch::stable::new_empty(layer_table, {predictor.count, predictor.outputs});
   const Tensor kept = torch::stable::new_empty(layer_table, {0}, ScalarType::Float);
   if (predictions.numel() == 0) return {predictions, kept};
 
@@ -120,13 +120,13 @@ std::tuple<Tensor, Tensor> coordinate_mlp_narrow_cuda(const Tensor& layer_table,
     float* const numbers = a.numbers.mutable_data_ptr<float>();
     scalar_t* const to = predictions.mutable_data_ptr<scalar_t>();
     const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, rows);
-    pack(network, from, numbers, a.ends.mutable_data_ptr<int64_t>(), a.launch());
+    pack(predictor, from, numbers, a.ends.mutable_data_ptr<int64_t>(), a.launch());
     if constexpr (sizeof(scalar_t) == 4) {
-      predict(network, to, processors, a.launch());
+      predict(predictor, to, processors, a.launch());
     } else {
-      const int64_t words = words_of(network, network.depth + 1) * int64_t(sizeof(Words) / sizeof(int32_t));
+      const int64_t words = words_of(predictor, predictor.depth + 1) * int64_t(sizeof(Words) / sizeof(int32_t));
       const Tensor matrices = torch::stable::new_empty(rows, {words}, ScalarType::Int);
-      predict_halves<scalar_t>(network, {network, from, numbers},
+      predict_halves<scalar_t>(predictor, {predictor, from, numbers},
                                reinterpret_cast<Words*>(matrices.mutable_data_ptr<int32_t>()), to, processors,
                                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, rows), a.launch());
     }
@@ -148,14 +148,14 @@ Gradients coordinate_mlp_narrow_backward_cuda(const Tensor& grad_, const Tensor&
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_, ScalarType::Float));
   std::array<Tensor, kTargets> targets;
   for (int i = 0; i < kTargets; ++i) targets[i] = torch::stable::empty_like(a.parameters[i]);
-  Workspace workspace{a.network, nullptr};
+  Workspace workspace{a.predictor, nullptr};
   const Tensor memory = torch::stable::new_empty(grad, {workspace.size()});
   workspace.numbers = memory.mutable_data_ptr<float>();
 
   dispatch(layer_table, [&]<typename scalar_t>() {
     Finish<scalar_t> finish{workspace};
     for (int i = 0; i < kTargets; ++i) finish.targets[i] = targets[i].template mutable_data_ptr<scalar_t>();
-    pack(a.network, a.pointers<scalar_t>(), a.numbers.mutable_data_ptr<float>(), a.ends.mutable_data_ptr<int64_t>(),
+    pack(a.predictor, a.pointers<scalar_t>(), a.numbers.mutable_data_ptr<float>(), a.ends.mutable_data_ptr<int64_t>(),
          a.launch());
     differentiate(workspace, grad.const_data_ptr<float>(), finish, a.launch());
   });

@@ -63,7 +63,7 @@ C10_HOST_DEVICE inline int64_t least(int64_t a, int64_t b) { return a < b ? a : 
 
 // A predictor. Its numbers are float32, in rows of `side`: three tables, then of all layers matrices [in, out], biases,
 // and matrices [out, in]. The layer behind the hidden ones is number `depth`.
-struct Network {
+struct Predictor {
   int width, depth, outputs, side, activation, num_layers, indices[3];
   const float* numbers;
   const int64_t *grid, *ends, *rows;  // ends: of the kernels of each layer, from Ends
@@ -85,36 +85,36 @@ struct Parameters {
   const scalar_t *tables[3], *hidden_weights, *hidden_biases, *out_weight, *out_bias;
 };
 
-// Writes the numbers of a network, one per thread.
+// Writes the numbers of a predictor, one per thread.
 template <typename scalar_t>
 struct Pack {
   static constexpr int kResident = 4;
-  Network network;
+  Predictor predictor;
   Parameters<scalar_t> from;
   float* to;
 
   __device__ scalar_t weight(int layer, int out, int in) const {
-    if (in >= network.width || out >= network.outs(layer)) return scalar_t(0.f);
-    const scalar_t* of_layer = from.hidden_weights + int64_t(layer) * network.width * network.width;
-    return (layer < network.depth ? of_layer : from.out_weight)[out * network.width + in];
+    if (in >= predictor.width || out >= predictor.outs(layer)) return scalar_t(0.f);
+    const scalar_t* of_layer = from.hidden_weights + int64_t(layer) * predictor.width * predictor.width;
+    return (layer < predictor.depth ? of_layer : from.out_weight)[out * predictor.width + in];
   }
 
   __device__ float number(int64_t row, int column) const {
-    const bool inside = column < network.width;
-    for (int axis = 0; axis < 3; row -= network.indices[axis++])
-      if (row < network.indices[axis]) return inside ? float(from.tables[axis][row * network.width + column]) : 0;
-    const int layers = network.depth + 1, side = network.side;
+    const bool inside = column < predictor.width;
+    for (int axis = 0; axis < 3; row -= predictor.indices[axis++])
+      if (row < predictor.indices[axis]) return inside ? float(from.tables[axis][row * predictor.width + column]) : 0;
+    const int layers = predictor.depth + 1, side = predictor.side;
     if (row < layers * side) return weight(row / side, column, row % side);
     row -= layers * side;
-    if (row < network.depth) return inside ? float(from.hidden_biases[row * network.width + column]) : 0;
-    if (row == network.depth) return column < network.outputs ? float(from.out_bias[column]) : 0;
+    if (row < predictor.depth) return inside ? float(from.hidden_biases[row * predictor.width + column]) : 0;
+    if (row == predictor.depth) return column < predictor.outputs ? float(from.out_bias[column]) : 0;
     row -= layers;
     return weight(row / side, row % side, column);
   }
 
   __device__ void run(int64_t block, char*) const {
     const int64_t i = block * kThreads + threadIdx.x;
-    if (i < network.size()) to[i] = number(i / network.side, i % network.side);
+    if (i < predictor.size()) to[i] = number(i / predictor.side, i % predictor.side);
   }
 };
 
@@ -143,17 +143,17 @@ struct Ends {
 };
 
 // Layer, filter and channel of a kernel. There may be as many layers as kernels.
-__device__ inline void find(const Network& network, int64_t kernel, int (&place)[3]) {
-  int layer = 0, last = network.num_layers - 1;
+__device__ inline void find(const Predictor& predictor, int64_t kernel, int (&place)[3]) {
+  int layer = 0, last = predictor.num_layers - 1;
   while (layer < last) {
     const int middle = layer + (last - layer) / 2;
-    if (kernel < network.ends[middle])
+    if (kernel < predictor.ends[middle])
       last = middle;
     else
       layer = middle + 1;
   }
-  if (layer > 0) kernel -= network.ends[layer - 1];
-  const int64_t channels = network.grid[2 * layer + 1];
+  if (layer > 0) kernel -= predictor.ends[layer - 1];
+  const int64_t channels = predictor.grid[2 * layer + 1];
   place[0] = layer, place[1] = int(kernel / channels), place[2] = int(kernel % channels);
 }
 
@@ -241,25 +241,25 @@ struct Sums {
   }
 };
 
-// Rows through a network, in the shared memory of a block.
+// Rows through a predictor, in the shared memory of a block.
 template <int kM, int kC>
 struct Rows {
   using S = Sums<kM, kC>;
   static constexpr int64_t kBytes = 4 * (S::kColumns * S::kStride + S::kSlabs + 3 * S::kRows);
 
-  const Network& network;
+  const Predictor& predictor;
   float *x, *slabs;
   int* places;  // [3, kRows], -1 behind the last row
   S sums;
 
-  __device__ Rows(const Network& network, char* shared)
-      : network(network),
+  __device__ Rows(const Predictor& predictor, char* shared)
+      : predictor(predictor),
         x(reinterpret_cast<float*>(shared)),
         slabs(x + S::kColumns * S::kStride),
         places(reinterpret_cast<int*>(slabs + S::kSlabs)) {}
 
   __device__ void start_with_bias(int layer) {
-    const float* bias = network.numbers + network.bias(layer);
+    const float* bias = predictor.numbers + predictor.bias(layer);
     sums.each([&](float& sum, int, int column) { sum = bias[column]; });
   }
 
@@ -267,7 +267,7 @@ struct Rows {
   __device__ void locate(int64_t begin) {
     if (threadIdx.x < S::kRows) {
       int place[3] = {-1, -1, -1};
-      if (begin + threadIdx.x < network.count) find(network, network.rows[begin + threadIdx.x], place);
+      if (begin + threadIdx.x < predictor.count) find(predictor, predictor.rows[begin + threadIdx.x], place);
       for (int axis = 0; axis < 3; ++axis) places[axis * S::kRows + threadIdx.x] = place[axis];
     }
     __syncthreads();
@@ -275,8 +275,8 @@ struct Rows {
       sum = 0;
       if (places[row] < 0) return;
       for (int axis = 0; axis < 3; ++axis) {
-        const int64_t at = network.table(axis) + int64_t(places[axis * S::kRows + row]) * network.side;
-        sum += network.numbers[at + column];
+        const int64_t at = predictor.table(axis) + int64_t(places[axis * S::kRows + row]) * predictor.side;
+        sum += predictor.numbers[at + column];
       }
     });
   }
@@ -288,9 +288,9 @@ struct Rows {
     for (int layer = 0;; ++layer) {
       handle(layer);
       sums.store(x);
-      if (layer == network.depth) return;
+      if (layer == predictor.depth) return;
       start_with_bias(layer);
-      sums.multiply(x, network.numbers + network.forward(layer), network.side, network.side, slabs);
+      sums.multiply(x, predictor.numbers + predictor.forward(layer), predictor.side, predictor.side, slabs);
     }
   }
 };
@@ -298,25 +298,25 @@ struct Rows {
 template <int kM, int kC>
 struct Predict {
   static constexpr int kResident = 2;
-  Network network;
+  Predictor predictor;
   float* predictions;
 
   __device__ void run(int64_t block, char* shared) const {
-    Rows<kM, kC> rows(network, shared);
+    Rows<kM, kC> rows(predictor, shared);
     const int64_t begin = block * rows.sums.kRows;
     rows.run_hidden(begin, [&](int) {
-      with_activation(network.activation,
+      with_activation(predictor.activation,
                       [&]<int kKind>() { rows.sums.each([](float& sum, int, int) { sum = activate<kKind>(sum); }); });
     });
-    const float *bias = network.numbers + network.bias(network.depth),
-                *matrix = network.numbers + network.forward(network.depth);
-    for (int first = 0; first < network.outputs; first += kLanes) {
+    const float *bias = predictor.numbers + predictor.bias(predictor.depth),
+                *matrix = predictor.numbers + predictor.forward(predictor.depth);
+    for (int first = 0; first < predictor.outputs; first += kLanes) {
       Sums<kM, 1> last;
       last.each([&](float& sum, int, int column) { sum = bias[first + column]; });
-      last.multiply(rows.x, matrix + first, network.side, network.side, rows.slabs);
+      last.multiply(rows.x, matrix + first, predictor.side, predictor.side, rows.slabs);
       last.each([&](float& sum, int row, int column) {
-        if (begin + row < network.count && first + column < network.outputs)
-          predictions[(begin + row) * network.outputs + first + column] = sum;
+        if (begin + row < predictor.count && first + column < predictor.outputs)
+          predictions[(begin + row) * predictor.outputs + first + column] = sum;
       });
     }
   }
@@ -330,23 +330,23 @@ void dispatch_side(int side, const Body& body) {
                 : body.template operator()<6>();
 }
 
-// Writes the numbers of a network, and where its layers end.
+// Writes the numbers of a predictor, and where its layers end.
 template <typename scalar_t, typename Launch>
-void pack(const Network& network, const Parameters<scalar_t>& from, float* numbers, int64_t* ends,
+void pack(const Predictor& predictor, const Parameters<scalar_t>& from, float* numbers, int64_t* ends,
           const Launch& launch) {
-  launch(Pack<scalar_t>{network, from, numbers}, (network.size() + kThreads - 1) / kThreads, 0);
-  launch(Ends{network.grid, ends, network.num_layers}, 1, Ends::kBytes);
+  launch(Pack<scalar_t>{predictor, from, numbers}, (predictor.size() + kThreads - 1) / kThreads, 0);
+  launch(Ends{predictor.grid, ends, predictor.num_layers}, 1, Ends::kBytes);
 }
 
 // Predictions of all rows. Few of them are dealt to more blocks.
 template <typename Launch>
-void predict(const Network& network, float* predictions, int64_t processors, const Launch& launch) {
-  dispatch_side(network.side, [&]<int kC>() {
+void predict(const Predictor& predictor, float* predictions, int64_t processors, const Launch& launch) {
+  dispatch_side(predictor.side, [&]<int kC>() {
     const auto run = [&]<int kM>() {
       constexpr int64_t kRows = kWarps * kM;
-      launch(Predict<kM, kC>{network, predictions}, (network.count + kRows - 1) / kRows, Rows<kM, kC>::kBytes);
+      launch(Predict<kM, kC>{predictor, predictions}, (predictor.count + kRows - 1) / kRows, Rows<kM, kC>::kBytes);
     };
-    network.count > processors * kWarps * 8 ? run.template operator()<8>() : run.template operator()<4>();
+    predictor.count > processors * kWarps * 8 ? run.template operator()<8>() : run.template operator()<4>();
   });
 }
 

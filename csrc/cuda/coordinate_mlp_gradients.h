@@ -20,20 +20,20 @@ constexpr int kTargets = 7;              // gradients, in the order of the op
 // inputs before the activation and of the predictions [depth + 2, kPart, side], coordinates [3, kPart] and sums
 // [kSplits, tiles, kTile, side].
 struct Workspace {
-  Network network;
+  Predictor predictor;
   float* numbers;
 
-  C10_HOST_DEVICE int64_t part() const { return int64_t(kPart) * network.side; }
+  C10_HOST_DEVICE int64_t part() const { return int64_t(kPart) * predictor.side; }
   C10_HOST_DEVICE float* input(int layer) const { return numbers + layer * part(); }
-  C10_HOST_DEVICE float* grad(int layer) const { return input(network.depth + 1) + layer * part(); }
-  C10_HOST_DEVICE int* places() const { return reinterpret_cast<int*>(grad(network.depth + 2)); }
+  C10_HOST_DEVICE float* grad(int layer) const { return input(predictor.depth + 1) + layer * part(); }
+  C10_HOST_DEVICE int* places() const { return reinterpret_cast<int*>(grad(predictor.depth + 2)); }
   C10_HOST_DEVICE float* sums(int split, int tile) const {
-    return grad(network.depth + 2) + 3 * kPart + (int64_t(split) * tiles() + tile) * kTile * network.side;
+    return grad(predictor.depth + 2) + 3 * kPart + (int64_t(split) * tiles() + tile) * kTile * predictor.side;
   }
   C10_HOST_DEVICE static int tiles_of(int rows) { return (rows + kTile - 1) / kTile; }
   C10_HOST_DEVICE int tiles() const {
-    int count = network.depth * tiles_of(network.width) + tiles_of(network.outputs) + network.depth + 1;
-    for (int rows : network.indices) count += tiles_of(rows);
+    int count = predictor.depth * tiles_of(predictor.width) + tiles_of(predictor.outputs) + predictor.depth + 1;
+    for (int rows : predictor.indices) count += tiles_of(rows);
     return count;
   }
   C10_HOST_DEVICE int64_t size() const { return sums(kSplits, 0) - numbers; }
@@ -48,7 +48,7 @@ struct Job {
 };
 
 __device__ inline Job find_job(const Workspace& w, int tile) {
-  const Network& n = w.network;
+  const Predictor& n = w.predictor;
   for (int layer = 0; layer <= n.depth; ++layer) {
     const bool last = layer == n.depth;
     const int count = w.tiles_of(n.outs(layer));
@@ -81,12 +81,12 @@ struct Retrace {
   const float* grad;  // of the predictions of the part
 
   __device__ void run(int64_t block, char* shared) const {
-    const Network& network = w.network;
-    Rows<4, kC> rows(network, shared);
+    const Predictor& predictor = w.predictor;
+    Rows<4, kC> rows(predictor, shared);
     const int64_t begin = block * kTile;
-    const auto at = [&](int row, int column) { return (begin + row) * network.side + column; };
+    const auto at = [&](int row, int column) { return (begin + row) * predictor.side + column; };
     rows.run_hidden(begin, [&](int layer) {
-      with_activation(network.activation, [&]<int kKind>() {
+      with_activation(predictor.activation, [&]<int kKind>() {
         rows.sums.each([&](float& sum, int row, int column) {
           w.grad(layer)[at(row, column)] = slope<kKind>(sum);
           w.input(layer)[at(row, column)] = sum = activate<kKind>(sum);
@@ -97,15 +97,15 @@ struct Retrace {
       w.places()[i / kTile * kPart + begin + i % kTile] = rows.places[i];
 
     rows.sums.each([&](float& sum, int row, int column) {
-      const bool inside = begin + row < network.count && column < network.outputs;
-      sum = inside ? grad[(begin + row) * network.outputs + column] : 0;
-      w.grad(network.depth + 1)[at(row, column)] = sum;
+      const bool inside = begin + row < predictor.count && column < predictor.outputs;
+      sum = inside ? grad[(begin + row) * predictor.outputs + column] : 0;
+      w.grad(predictor.depth + 1)[at(row, column)] = sum;
     });
-    for (int layer = network.depth; layer >= 0; --layer) {
+    for (int layer = predictor.depth; layer >= 0; --layer) {
       rows.sums.store(rows.x);
       rows.sums.each([](float& sum, int, int) { sum = 0; });
-      const int outs = (network.outs(layer) + kSlab - 1) / kSlab * kSlab;
-      rows.sums.multiply(rows.x, network.numbers + network.backward(layer), network.side, outs, rows.slabs);
+      const int outs = (predictor.outs(layer) + kSlab - 1) / kSlab * kSlab;
+      rows.sums.multiply(rows.x, predictor.numbers + predictor.backward(layer), predictor.side, outs, rows.slabs);
       rows.sums.each([&](float& sum, int row, int column) {
         float& of_input = w.grad(layer)[at(row, column)];  // so far the slope
         of_input = sum *= of_input;
@@ -127,7 +127,7 @@ struct Accumulate {
     const int tile = int(block % w.tiles()), split = int(block / w.tiles());
     const Job job = find_job(w, tile);
     float *x = reinterpret_cast<float*>(shared), *slabs = x + kStep * S::kStride;
-    const int rows = w.tiles_of(int(w.network.count)) * kTile, end = int(least(rows, (split + 1) * kSplit));
+    const int rows = w.tiles_of(int(w.predictor.count)) * kTile, end = int(least(rows, (split + 1) * kSplit));
     S sums;
     sums.each([](float& sum, int, int) { sum = 0; });
     for (int r = split * kSplit; r < end; r += kStep) {
@@ -135,7 +135,7 @@ struct Accumulate {
       if (!reaches(job, r, depth)) continue;
       for (int i = threadIdx.x; i < depth * kTile; i += kThreads)
         x[i / kTile * S::kStride + i % kTile] = left(job, r + i / kTile, job.first + i % kTile);
-      sums.multiply(x, job.right + int64_t(r) * w.network.side, w.network.side, depth, slabs);
+      sums.multiply(x, job.right + int64_t(r) * w.predictor.side, w.predictor.side, depth, slabs);
     }
     float* const to = w.sums(split, tile);
     sums.each([&](float& sum, int row, int column) {
@@ -154,7 +154,7 @@ struct Accumulate {
   }
 
   __device__ float left(const Job& job, int r, int row) const {
-    if (job.left) return job.left[int64_t(r) * w.network.side + row];
+    if (job.left) return job.left[int64_t(r) * w.predictor.side + row];
     return row == (job.axis < 0 ? 0 : w.places()[job.axis * kPart + r]);
   }
 };
@@ -168,8 +168,8 @@ struct Finish {
 
   __device__ void run(int64_t tile, char*) const {
     const Job job = find_job(w, int(tile));
-    for (int i = threadIdx.x; i < kTile * w.network.side; i += kThreads) {
-      const int row = job.first + i / w.network.side, column = i % w.network.side;
+    for (int i = threadIdx.x; i < kTile * w.predictor.side; i += kThreads) {
+      const int row = job.first + i / w.predictor.side, column = i % w.predictor.side;
       if (row >= job.rows || column >= job.columns) continue;
       float sum = 0;
       for (int split = 0; split < kSplits; ++split) sum += w.sums(split, int(tile))[i];
@@ -181,13 +181,13 @@ struct Finish {
 // Gradients of all parameters, given those of the predictions, [count, outputs].
 template <typename scalar_t, typename Launch>
 void differentiate(Workspace w, const float* grad, const Finish<scalar_t>& finish, const Launch& launch) {
-  const int64_t count = w.network.count;
-  const int64_t* const rows = w.network.rows;
-  dispatch_side(w.network.side, [&]<int kC>() {
+  const int64_t count = w.predictor.count;
+  const int64_t* const rows = w.predictor.rows;
+  dispatch_side(w.predictor.side, [&]<int kC>() {
     for (int64_t begin = 0; begin == 0 || begin < count; begin += kPart) {
-      w.network.rows = rows + begin, w.network.count = least(kPart, count - begin);
-      const int blocks = w.tiles_of(int(w.network.count));
-      launch(Retrace<kC>{w, grad + begin * w.network.outputs}, blocks, Rows<4, kC>::kBytes);
+      w.predictor.rows = rows + begin, w.predictor.count = least(kPart, count - begin);
+      const int blocks = w.tiles_of(int(w.predictor.count));
+      launch(Retrace<kC>{w, grad + begin * w.predictor.outputs}, blocks, Rows<4, kC>::kBytes);
       launch(Accumulate<kC>{w, begin == 0}, int64_t(w.tiles()) * kSplits, Accumulate<kC>::kBytes);
     }
   });

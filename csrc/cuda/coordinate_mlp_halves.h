@@ -31,29 +31,30 @@ struct alignas(8) Two {
 __device__ inline Two load_two(const float* from) { return *reinterpret_cast<const Two*>(from); }
 
 // Matrices as lanes want them: 16 x 16 tiles of 32 words of four, layer by layer, 16 inputs by 16 inputs.
-C10_HOST_DEVICE inline int tiles_of(const Network& network, int layer) {
-  return (layer < network.depth ? network.side : network.outputs + 15) / 16;
+C10_HOST_DEVICE inline int tiles_of(const Predictor& predictor, int layer) {
+  return (layer < predictor.depth ? predictor.side : predictor.outputs + 15) / 16;
 }
 
-C10_HOST_DEVICE inline int64_t words_of(const Network& network, int layers) {
-  const int64_t hidden = least(layers, network.depth) * network.matrix() / 8;
-  return hidden + (layers > network.depth ? int64_t(network.side / 16) * tiles_of(network, network.depth) * kLanes : 0);
+C10_HOST_DEVICE inline int64_t words_of(const Predictor& predictor, int layers) {
+  const int64_t hidden = least(layers, predictor.depth) * predictor.matrix() / 8;
+  return hidden +
+         (layers > predictor.depth ? int64_t(predictor.side / 16) * tiles_of(predictor, predictor.depth) * kLanes : 0);
 }
 
 template <typename scalar_t>
 struct PackHalves {
   static constexpr int kResident = 4;
-  Network network;
+  Predictor predictor;
   Pack<scalar_t> weights;
   Words* to;
 
   __device__ void run(int64_t block, char*) const {
     const int64_t i = block * kThreads + threadIdx.x;
-    if (i >= words_of(network, network.depth + 1)) return;
-    const int layer = int(least(network.depth, i / (network.matrix() / 8)));
-    const int64_t tile = (i - words_of(network, layer)) / kLanes;
-    const int lane = int(i % kLanes), in = int(tile / tiles_of(network, layer)) * 16 + lane % 4 * 2;
-    const int out = int(tile % tiles_of(network, layer)) * 16 + lane / 4;
+    if (i >= words_of(predictor, predictor.depth + 1)) return;
+    const int layer = int(least(predictor.depth, i / (predictor.matrix() / 8)));
+    const int64_t tile = (i - words_of(predictor, layer)) / kLanes;
+    const int lane = int(i % kLanes), in = int(tile / tiles_of(predictor, layer)) * 16 + lane % 4 * 2;
+    const int out = int(tile % tiles_of(predictor, layer)) * 16 + lane / 4;
     for (int word = 0; word < 4; ++word) {
       const int o = out + word / 2 * 8, k = in + word % 2 * 8;
       to[i].word[word] = pair<scalar_t>(weights.weight(layer, o, k), weights.weight(layer, o, k + 1));
@@ -65,7 +66,7 @@ template <typename scalar_t, int kC>
 struct PredictHalves {
   static constexpr int kResident = 1;
   static constexpr int kSteps = 2 * kC;  // of 16 columns
-  Network network;
+  Predictor predictor;
   const Words* matrices;
   scalar_t* predictions;
   int layers;      // in shared memory
@@ -73,17 +74,17 @@ struct PredictHalves {
 
   __device__ void run(int64_t block, char* shared) const {
     Words* const mine = reinterpret_cast<Words*>(shared);
-    const int64_t resident = words_of(network, layers);
+    const int64_t resident = words_of(predictor, layers);
     for (int64_t i = threadIdx.x; i < resident; i += kThreads) mine[i] = matrices[i];
     __syncthreads();
     const int64_t warp = threadIdx.x / kLanes * blocks + block, step = blocks * kWarps * 16;
-    for (int64_t begin = warp * 16; begin < network.count; begin += step) predict(begin, mine);
+    for (int64_t begin = warp * 16; begin < predictor.count; begin += step) predict(begin, mine);
   }
 
   // Calls body(matrix of a layer); twice in the code, so that the compiler knows which memory it reads.
   template <typename Body>
   __device__ void with_matrix(int layer, const Words* mine, const Body& body) const {
-    const int64_t at = words_of(network, layer) + threadIdx.x % kLanes;
+    const int64_t at = words_of(predictor, layer) + threadIdx.x % kLanes;
     layer < layers ? body(mine + at) : body(matrices + at);
   }
 
@@ -91,9 +92,9 @@ struct PredictHalves {
     const int row = threadIdx.x % kLanes / 4, column = threadIdx.x % 4 * 2;
     uint32_t rows[kSteps][4];
     first_layer(begin + row, column, rows);
-    for (int layer = 0; layer < network.depth; ++layer) {
+    for (int layer = 0; layer < predictor.depth; ++layer) {
       float sums[2 * kSteps][4];
-      const float* const bias = network.numbers + network.bias(layer) + column;
+      const float* const bias = predictor.numbers + predictor.bias(layer) + column;
 #pragma unroll
       for (int tile = 0; tile < 2 * kSteps; ++tile) {
         const Two two = load_two(bias + tile * 8);
@@ -112,12 +113,12 @@ struct PredictHalves {
       });
       hand_on(sums, rows);
     }
-    with_matrix(network.depth, mine, [&](const Words* words) { last_layer(begin + row, column, rows, words); });
+    with_matrix(predictor.depth, mine, [&](const Words* words) { last_layer(begin + row, column, rows, words); });
   }
 
   // Two tiles of sums, activated, are 16 columns of the next input.
   __device__ void hand_on(const float (&sums)[2 * kSteps][4], uint32_t (&rows)[kSteps][4]) const {
-    with_activation(network.activation, [&]<int kKind>() {
+    with_activation(predictor.activation, [&]<int kKind>() {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
 #pragma unroll
@@ -132,9 +133,9 @@ struct PredictHalves {
     const float* from[2][3];
     for (int half = 0; half < 2; ++half) {
       int place[3];
-      find(network, network.rows[least(row + 8 * half, network.count - 1)], place);
+      find(predictor, predictor.rows[least(row + 8 * half, predictor.count - 1)], place);
       for (int axis = 0; axis < 3; ++axis)
-        from[half][axis] = network.numbers + network.table(axis) + int64_t(place[axis]) * network.side + column;
+        from[half][axis] = predictor.numbers + predictor.table(axis) + int64_t(place[axis]) * predictor.side + column;
     }
     float sums[2 * kSteps][4];
 #pragma unroll
@@ -150,8 +151,8 @@ struct PredictHalves {
   }
 
   __device__ void last_layer(int64_t row, int column, const uint32_t (&rows)[kSteps][4], const Words* words) const {
-    const float* const bias = network.numbers + network.bias(network.depth);
-    const int tiles = tiles_of(network, network.depth);
+    const float* const bias = predictor.numbers + predictor.bias(predictor.depth);
+    const int tiles = tiles_of(predictor, predictor.depth);
     for (int n = 0; n < tiles; ++n) {
       float sums[2][4];
 #pragma unroll
@@ -166,8 +167,8 @@ struct PredictHalves {
       for (int i = 0; i < 8; ++i) {
         const int64_t r = row + i % 4 / 2 * 8;
         const int out = n * 16 + i / 4 * 8 + column + i % 2;
-        if (r < network.count && out < network.outputs)
-          predictions[r * network.outputs + out] = scalar_t(sums[i / 4][i % 4]);
+        if (r < predictor.count && out < predictor.outputs)
+          predictions[r * predictor.outputs + out] = scalar_t(sums[i / 4][i % 4]);
       }
     }
   }
@@ -175,16 +176,16 @@ struct PredictHalves {
 
 // Predictions of all rows, on a device of so many multiprocessors with so many bytes of shared memory each.
 template <typename scalar_t, typename Launch>
-void predict_halves(const Network& network, const Pack<scalar_t>& weights, Words* matrices, scalar_t* predictions,
+void predict_halves(const Predictor& predictor, const Pack<scalar_t>& weights, Words* matrices, scalar_t* predictions,
                     int64_t processors, int64_t bytes, const Launch& launch) {
-  const int64_t words = words_of(network, network.depth + 1);
-  launch(PackHalves<scalar_t>{network, weights, matrices}, (words + kThreads - 1) / kThreads, 0);
-  int layers = network.depth + 1;
-  while (words_of(network, layers) * int64_t(sizeof(Words)) > bytes) --layers;
-  const int64_t blocks = least(processors, (network.count + 15) / 16);
-  dispatch_side(network.side, [&]<int kC>() {
-    launch(PredictHalves<scalar_t, kC>{network, matrices, predictions, layers, blocks}, blocks,
-           words_of(network, layers) * int64_t(sizeof(Words)));
+  const int64_t words = words_of(predictor, predictor.depth + 1);
+  launch(PackHalves<scalar_t>{predictor, weights, matrices}, (words + kThreads - 1) / kThreads, 0);
+  int layers = predictor.depth + 1;
+  while (words_of(predictor, layers) * int64_t(sizeof(Words)) > bytes) --layers;
+  const int64_t blocks = least(processors, (predictor.count + 15) / 16);
+  dispatch_side(predictor.side, [&]<int kC>() {
+    launch(PredictHalves<scalar_t, kC>{predictor, matrices, predictions, layers, blocks}, blocks,
+           words_of(predictor, layers) * int64_t(sizeof(Words)));
   });
 }
 

@@ -36,7 +36,7 @@ int64_t attribute(cudaDeviceAttr name, const Tensor& x) {
 // A table may be on any device; from a GPU it has to be waited for.
 template <typename real_t>
 Network read_network(const char* op, const Tensor& layers, const Tensor& weights, const Tensor& images, bool noisy) {
-  STD_TORCH_CHECK(layers.size(0) <= kMaxLayers, op, ": layers must be at most ", kMaxLayers, " rows, got ",
+  STD_TORCH_CHECK(layers.size(0) <= kMaxOperations, op, ": layers must be at most ", kMaxOperations, " rows, got ",
                   layers.size(0), ": use torch.func or train one by one");
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const Tensor table = torch::stable::contiguous(torch::stable::to(layers, cpu));

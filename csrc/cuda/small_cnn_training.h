@@ -131,13 +131,14 @@ struct Training {
   // Calls body(i, bound of log alpha) for all weights that have a variance: not for biases of dense layers.
   template <typename Body>
   __device__ void for_variances(const Body& body) const {
-    for (int l = 0; l < network.num_layers; ++l) {
-      const Layer& layer = network.layers[l];
-      if (layer.kind != kConvolution) continue;
-      const real_t bound = layer.is_dense() ? kDenseBound : kConvolutionBound;
-      for (int i = threadIdx.x; i < layer.out_channels * layer.fan_in(); i += blockDim.x) body(layer.weight + i, bound);
-      if (layer.bias < 0 || layer.is_dense()) continue;
-      for (int i = threadIdx.x; i < layer.out_channels; i += blockDim.x) body(layer.bias + i, bound);
+    for (int l = 0; l < network.num_operations; ++l) {
+      const Operation& operation = network.operations[l];
+      if (operation.kind != kConvolution) continue;
+      const real_t bound = operation.is_dense() ? kDenseBound : kConvolutionBound;
+      for (int i = threadIdx.x; i < operation.out_channels * operation.fan_in(); i += blockDim.x)
+        body(operation.weight + i, bound);
+      if (operation.bias < 0 || operation.is_dense()) continue;
+      for (int i = threadIdx.x; i < operation.out_channels; i += blockDim.x) body(operation.bias + i, bound);
     }
   }
 
@@ -187,7 +188,7 @@ struct Evaluation {
   // Logits of network g for a part of the tiles of images.
   __device__ void run(int64_t g, int64_t part, int64_t parts, char* memory) const {
     const int64_t size = network.num_weights;
-    const int num_classes = network.num_classes, output = network.layers[network.num_layers - 1].output;
+    const int num_classes = network.num_classes, output = network.operations[network.num_operations - 1].output;
     tile_t tile(network, memory, samples);
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) tile.weights[i] = weights[g * size + i];
     for (int64_t begin = part * samples; begin < num_images; begin += parts * samples) {
