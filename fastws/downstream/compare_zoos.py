@@ -62,7 +62,7 @@ class Config:
     model: str | None = None  # checkpoint of train ae or train sane: reconstructed anchors are then a set as well
     baselines: bool = True  # measures noise, averages and Gaussians of principal components as well
     flow: bool = False  # also a flow in the space of principal components, of a minute for each number of components
-    count: int = 200  # networks of each set, at most, and of each baseline
+    count: int = 200  # networks of each baseline, and held-out networks at most; samples are all looked at
     images: int = 2000  # test images, at most, that predictions are compared on
     seed: int = 0  # of the random numbers of the baselines
     json: bool = False  # print the results as JSON
@@ -278,7 +278,7 @@ def sets_of(config: Config, scene: Scene, samples: list[Zoo], anchors: Anchors, 
         flat = (aligned_rows(zoo, some) if representation.aligned else zoo.rows(some)).float().to(scene.device)
         yield Set("reconstructed", "reconstructed", aligned(representation.decode(representation.encode(flat)).cpu()))
     for one in samples:
-        yield Set(one.path.name, one.path.name, aligned(one.rows(torch.arange(min(len(one), config.count))).float()))
+        yield Set(one.path.name, one.path.name, aligned(one.rows(torch.arange(len(one))).float()))
     if config.baselines:
         last = set(last_rows(zoo).values())
         ends = anchors.rows[[row in last for row in anchors.rows.tolist()]]

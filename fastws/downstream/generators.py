@@ -53,9 +53,14 @@ def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generato
 
     That is sampling a Gaussian kernel density of each dimension, as arXiv 2209.14733 describes it.
     """
-    chosen = integers((count, anchors.shape[1]), len(anchors), generator)
-    noise = normals((count, anchors.shape[1]), anchors, generator)
-    return Drawn(anchors.gather(0, chosen) + bandwidth * noise, nobody(count))
+    size = anchors.shape[1]
+    # 32 bits where they suffice: their draws take a tenth of the time, and one selection of a flat vector a third
+    dtype = torch.int32 if anchors.numel() < 2**31 else torch.int64
+    options = {"generator": generator, "device": generator.device, "dtype": dtype}
+    chosen = torch.randint(len(anchors), (count, size), **options)
+    chosen.mul_(size).add_(torch.arange(size, dtype=dtype, device=chosen.device))
+    points = anchors.flatten().index_select(0, chosen.flatten()).view(count, size)
+    return Drawn(points.add_(normals((count, size), anchors, generator), alpha=bandwidth), nobody(count))
 
 
 def kde_reference(anchors: Tensor, count: int, bandwidth: float) -> Drawn:
