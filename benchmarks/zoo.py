@@ -7,13 +7,28 @@ from torch import Tensor
 
 import fastws
 from fastws.nn.resnet import ResNet
+from fastws.signed import split
 
 TOKEN_SIZE, WINDOW, VIEWS, MODELS = 288, 256, 64, 32
+UNSIGNED: dict[int, tuple[Tensor, Tensor]] = {}  # by id, permutations, which are kept so that it stays theirs
 
 
 @cache
 def resnet18() -> tuple[fastws.Layout, fastws.Symmetry]:
     return resnet18_layout(), fastws.Symmetry.trace(ResNet(18), torch.randn(1, 3, 8, 8))
+
+
+def without_signs(permutations: Tensor) -> Tensor:
+    """The permutations of signed ones; made once, so that a race does not time it."""
+    if id(permutations) not in UNSIGNED:
+        UNSIGNED[id(permutations)] = permutations, split(permutations)[0]
+    return UNSIGNED[id(permutations)][1]
+
+
+def with_signs(permutations: Tensor) -> Tensor:
+    """The same permutations, half of the units negated."""
+    negated = torch.rand(permutations.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    return torch.where(negated, ~permutations, permutations)
 
 
 @cache

@@ -34,6 +34,7 @@ FASTWS_CLONES void standardise(wide_t* x, int64_t size, float scale, float shift
   for (int64_t t = 0; t < size; ++t) x[t] = x[t] * scale + shift;
 }
 
+constexpr int64_t kFew = 4;  // entries, which are moved before a call for them is made
 constexpr int64_t kLargestWindow = (int64_t(1) << 31) - 1, kLastStart = int64_t(1) << 62;
 
 // The place of a row in a group that is permuted.
@@ -69,6 +70,41 @@ void gather(const scalar_t* weights, const scalar_t* from, const Layer& layer, c
   if (begin + count > layer.row_length) {
     const scalar_t* bias = weights + layer.bias_offset + permuted(permutations, layer.first_bias, place.row);
     copy_signed(bias, to + count - 1, 1, negated(permutations, layer.first_bias, place.row));
+  }
+}
+
+constexpr int64_t kSmall = 16 * 1024, kLine = 64;  // bytes
+constexpr int64_t kShort = 1024;                   // bytes of a row that is read where it is, in whatever order
+
+// Whether the rows of a layer lie in tokens as in the flat vector, and are so short that they are best made together.
+template <typename scalar_t>
+bool made_together(const Layer& layer, const int32_t* permutations) {
+  const bool is_short = layer.row_length * int64_t(sizeof(scalar_t)) <= kShort;
+  return layer.dense() && layer.bias_offset < 0 && (is_short || permutations == nullptr);
+}
+
+// count entries of rows that follow each other, of a layer without biases.
+template <typename scalar_t>
+void gather_rows(const scalar_t* weights, const Layer& layer, const int32_t* permutations, bool has_signs,
+                 const Place& place, int64_t count, scalar_t* to) {
+  const int64_t length = layer.row_length;
+  const bool moves_rows = permutations && layer.first_out >= 0, moves_units = permutations && layer.first_in >= 0;
+  const scalar_t* from = weights + layer.weight_offset;
+  if (!moves_rows && !moves_units) return copy(from + place.row * length + place.entry, to, count);
+  const int32_t *out = permutations + layer.first_out, *in = permutations + layer.first_in;
+  int64_t row = place.row, begin = place.entry;
+  for (int64_t size; count > 0; to += size, count -= size, ++row, begin = 0) {
+    size = std::min(count, length - begin);
+    const int32_t entry = moves_rows ? out[row] : int32_t(row), negative = sign_of(entry);
+    const scalar_t* const source = from + index_of(entry) * length;
+    if (!moves_units && size < kFew)
+      copy_signed(source + begin, to, size, negative);
+    else if (!moves_units)
+      negative ? copy_signed(source + begin, to, size, negative) : copy(source + begin, to, size);
+    else if (has_signs)
+      move_row<false, true, scalar_t>(source, to, in, layer.block, layer.units, negative, begin, begin + size);
+    else
+      move_row<false, false, scalar_t>(source, to, in, layer.block, layer.units, 0, begin, begin + size);
   }
 }
 
@@ -169,6 +205,10 @@ class Maker {
     place_ = {l, entry / layer.stride(size), entry % layer.stride(size)};
     from_ = nullptr;
     block_ = options_.draw_block(view, views_.extents[view]);
+    // a small network is asked for in order, before its rows are read in another one
+    const int64_t bytes = views_.extents[view] * int64_t(sizeof(scalar_t));
+    const char* const network = reinterpret_cast<const char*>(weights_ + views_.base[view]);
+    for (int64_t byte = 0; byte < bytes && bytes <= kSmall; byte += kLine) __builtin_prefetch(network + byte);
   }
 
   // Token k of the batch, of a view of which tokens up to stop are made here.
@@ -179,7 +219,8 @@ class Maker {
     int64_t length = 0;
     for (bool open = inside; open && length < size;) {
       const Layer& layer = views_.table[place_.l];
-      const int64_t count = std::clamp<int64_t>(layer.row_entries() - place_.entry, 0, size - length);
+      const int64_t rows = made_together<scalar_t>(layer, permutations_) ? layer.rows - place_.row : 1;
+      const int64_t count = std::clamp<int64_t>(rows * layer.row_entries() - place_.entry, 0, size - length);
       if (count > 0) make_part(k * size + length, length, count, (stop - k) * size - length, values_ + k * size);
       length += count;
       open = advance(layer, count, length);
@@ -205,9 +246,11 @@ class Maker {
   bool advance(const Layer& layer, int64_t count, int64_t length) {
     const int64_t size = views_.token_size;
     const bool dense = layer.dense();
-    place_.entry += dense ? count : size;
-    if (place_.entry < (dense ? layer.row_entries() : layer.chunks * size)) return false;
-    place_.entry = 0, ++place_.row, from_ = nullptr;
+    const int64_t stride = layer.stride(size), entry = place_.entry + (dense ? count : size);
+    place_.entry = entry;
+    if (entry < stride) return false;
+    place_.row += entry == stride ? 1 : entry / stride, place_.entry = entry == stride ? 0 : entry % stride;
+    from_ = nullptr;
     if (!dense) return false;
     if (place_.row < layer.rows) return true;
     const bool follows = length < size && place_.l + 1 < last_ && views_.table[place_.l + 1].dense() &&
@@ -216,12 +259,13 @@ class Maker {
     return follows;
   }
 
-  // count entries of a row from entry begin of a token on, of which this thread needs at most so many: gathered where
-  // they can stay, widened for arithmetic if there is any.
+  // count entries of a row, or of several, from entry begin of a token on, of which this thread needs at most so many:
+  // gathered where they can stay, widened for arithmetic if there is any.
   void make_part(int64_t entry, int64_t begin, int64_t count, int64_t needed, to_t* token) {
     const Layer& layer = views_.table[place_.l];
     const scalar_t* const network = weights_ + views_.base[view_];
-    if (from_ == nullptr)
+    const bool together = made_together<scalar_t>(layer, permutations_), has_signs = views_.has_signs[view_];
+    if (!together && from_ == nullptr)
       from_ =
           read_row(network, layer, permutations_, place_.row, std::min(layer.row_length - place_.entry, needed), near_);
     wide_t* wide = wide_.data();
@@ -230,7 +274,10 @@ class Maker {
     if constexpr (kWide) gathered = wide;
     if constexpr (kStays && !kWide)
       if (!options_.arithmetic()) gathered = token;
-    gather(network, from_, layer, permutations_, views_.has_signs[view_], place_, count, gathered + begin);
+    if (together)
+      gather_rows(network, layer, permutations_, has_signs, place_, count, gathered + begin);
+    else
+      gather(network, from_, layer, permutations_, has_signs, place_, count, gathered + begin);
     if constexpr (kStays && !kWide)
       if (!options_.arithmetic()) return;
 
@@ -239,7 +286,8 @@ class Maker {
     if (options_.scale || options_.shift)
       standardise(wide + begin, count, options_.scale ? options_.scale[l] : 1, options_.shift ? options_.shift[l] : 0);
     if (!options_.additive && block_.end == 0) return;
-    const int64_t weight = std::min(count, layer.row_length - place_.entry);  // of these, the others are the bias
+    // of these, the others are the bias
+    const int64_t weight = together ? count : std::min(count, layer.row_length - place_.entry);
     const int64_t target = layer.weight_offset + place_.row * layer.row_length + place_.entry;
     if (weight > 0) runs_.augmentation.add(entry, weight, l, target, block_);
     if (weight < count) runs_.augmentation.add(entry + count - 1, 1, l, layer.bias_offset + place_.row, block_);
