@@ -26,9 +26,9 @@ SETS = {  # name: how it is sampled; those with "model" from the autoencoder's c
     "kde-reference": {"method": "kde", "best": 0.3, "mode": "reference", "model": True},
     "flow": {"method": "flow", "components": 64},
     "gan": {"method": "gan", "components": 64},
-    "pca64": {"method": "gaussian", "components": 64},
-    "behaviour64": {"method": "gaussian", "components": 64, "behaviour": 200},
-    "behaviour256": {"method": "gaussian", "components": 256, "behaviour": 400},
+    "pca64": {"method": "pca", "components": 64},
+    "behaviour64": {"method": "pca", "components": 64, "behaviour": 200},
+    "behaviour256": {"method": "pca", "components": 256, "behaviour": 400},
     "noise": {"method": "noise", "noise": 0.4},
     "average": {"method": "average", "together": 2},
 }

@@ -71,7 +71,7 @@ def test_mean_and_directions_follow_the_loss_and_keep_the_spread():
 
 
 def test_samples_work_better_and_are_as_far_apart(zoo, tmp_path):
-    options = {"zoo": str(zoo.path), "method": "gaussian", "components": 8, "count": 60, "aligned": False}
+    options = {"zoo": str(zoo.path), "method": "pca", "components": 8, "count": 60, "aligned": False}
     plain = sample(Config(out=str(tmp_path / "plain"), **options))
     taught = sample(Config(out=str(tmp_path / "taught"), behaviour=40, **options))
     assert taught.provenance["sampled"]["behaviour"] == 40
@@ -86,12 +86,12 @@ def test_samples_work_better_and_are_as_far_apart(zoo, tmp_path):
 
 
 def test_bad_options_get_one_sentence(zoo, tmp_path):
-    for options in ({"method": "kde"}, {"method": "gaussian", "model": "a.pt"}):
-        with pytest.raises(ValueError, match="behaviour must be left out but for method gaussian without a model"):
+    for options in ({"method": "kde"}, {"method": "pca", "model": "a.pt"}):
+        with pytest.raises(ValueError, match="behaviour must be left out but for method pca without a model"):
             Config(zoo=str(zoo.path), out=str(tmp_path / "new"), behaviour=3, **options)
     with pytest.raises(ValueError, match="behaviour must be at least 0, got -1"):
-        Config(zoo=str(zoo.path), out=str(tmp_path / "new"), method="gaussian", behaviour=-1)
+        Config(zoo=str(zoo.path), out=str(tmp_path / "new"), method="pca", behaviour=-1)
     make_small_zoo(tmp_path / "small")
     with pytest.raises(ValueError, match="provenance must be that of fastws zoo make"):
-        sample(Config(zoo=str(tmp_path / "small"), out=str(tmp_path / "new"), method="gaussian", behaviour=3))
+        sample(Config(zoo=str(tmp_path / "small"), out=str(tmp_path / "new"), method="pca", behaviour=3))
     assert not (tmp_path / "new").exists()

@@ -22,7 +22,7 @@ from fastws.zoo.making.make import config_of
 DELIVERED = (10, 100, 1000, 10_000)  # networks that the cost of zoo and model is shared by
 TRAINING = 3  # forward passes that a step of training costs
 VIEWS = 2  # of each network, in a step of a trainer of representations
-LEARNED = ("gaussian", "flow", "gan", "neighbour")  # methods that need principal components
+LEARNED = ("pca", "flow", "gan", "neighbour")  # methods that need principal components
 
 
 def cost_of(zoo: Zoo) -> dict[str, Any]:

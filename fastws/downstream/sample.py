@@ -28,7 +28,7 @@ from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
 
-Method = Literal["direct", "uniform", "neighbour", "kde", "gan", "noise", "average", "gaussian", "flow"]
+Method = Literal["direct", "uniform", "neighbour", "kde", "gan", "noise", "average", "pca", "flow"]
 BY = ("val_accuracy", "test_accuracy")  # what ranks anchors, the first that is known
 
 
@@ -37,7 +37,7 @@ class Config:
     """Samples new networks and writes them as a zoo.
 
     fastws sample --model runs/ae/checkpoint.pt --zoo zoos/mnist --out zoos/kde30 --method kde --best 0.3 --count 500
-    fastws sample --zoo zoos/mnist --out zoos/pca64 --method gaussian --components 64
+    fastws sample --zoo zoos/mnist --out zoos/pca64 --method pca --components 64
     """
 
     zoo: str  # folder of the zoo whose networks are the anchors
@@ -56,10 +56,10 @@ class Config:
     bandwidth: float = BANDWIDTH  # kde: std of the noise
     noise: float = 0.2  # noise: std, in units of the std of a layer's weights, or of a code's entry
     together: int = 2  # average: anchors of each mean
-    components: int = 64  # gaussian, flow, gan: leading principal components; 0: all
+    components: int = 64  # pca, flow, gan: leading principal components; 0: all
     flow: Literal["stopped", "deepweightflow"] = "stopped"  # flow: by held-out loss; or all components, as released
-    temperature: float = 1.0  # gaussian, flow: factor of the noise that samples begin from
-    behaviour: int = 0  # gaussian of weights: steps in which it learns that its samples classify training images right
+    temperature: float = 1.0  # pca, flow: factor of the noise that samples begin from
+    behaviour: int = 0  # pca of weights: steps in which it learns that its samples classify training images right
 
     seed: int = 0  # of everything random
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
@@ -71,9 +71,9 @@ class Config:
         for name in ("bandwidth", "noise", "temperature", "components", "behaviour"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"sample: {name} must be at least 0, got {getattr(self, name)}")
-        if self.behaviour and (self.method != "gaussian" or self.model is not None):
+        if self.behaviour and (self.method != "pca" or self.model is not None):
             raise ValueError(
-                f"sample: behaviour must be left out but for method gaussian without a model, got {self.behaviour}"
+                f"sample: behaviour must be left out but for method pca without a model, got {self.behaviour}"
             )
         if not 0 < self.best <= 1:
             raise ValueError(f"sample: best must be in (0, 1], got {self.best}")
@@ -161,7 +161,7 @@ def draw(
         drawn = generators.noisy(cloud, count, config.noise * spread(zoo, representation, cloud), generator)
     elif method == "average":
         drawn = generators.average(cloud, count, config.together, generator)
-    elif method == "gaussian":
+    elif method == "pca":
         space = Components.of(cloud, config.components)
         if config.behaviour:
             space = taught(config, zoo, anchors, space, generator)

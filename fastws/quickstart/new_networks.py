@@ -25,10 +25,10 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
         "the same as it was released",
         {"method": "kde", "best": 0.3, "mode": "reference", "model": True},
     ),
-    "gaussian": ("PCA of the weights + Gaussian", {"method": "gaussian", "components": 64}),
+    "pca": ("PCA of the weights + Gaussian", {"method": "pca", "components": 64}),
     "behaviour": (
         "the same, taught on training images",
-        {"method": "gaussian", "components": 64, "behaviour": 200},
+        {"method": "pca", "components": 64, "behaviour": 200},
     ),
     "noise": ("training networks + noise", {"method": "noise", "noise": 0.4}),
 }
