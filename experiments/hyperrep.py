@@ -66,7 +66,9 @@ def run(plan: Plan) -> dict[str, Any]:
             out=str(plan.out / "compare"),
             count=plan.count,
             baselines=plan.baselines,
-            **common,
+            train=str(zoo.path),
+            epochs=plan.states,
+            device=plan.device,
         )
     )
     for one in judged["sets"]:

@@ -37,7 +37,7 @@ def zoos(tmp_path_factory):
 def test_populations_are_compared_epoch_by_epoch(zoos, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     names = ("scratch", "noise-trained")
-    config = compare_zoos.Config(trained=tuple(str(zoos / name) for name in names), out=str(tmp_path), json=True)
+    config = compare_zoos.Config(continued=tuple(str(zoos / name) for name in names), out=str(tmp_path), json=True)
     compare_zoos.run(config)
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((tmp_path / "results.json").read_text())
@@ -91,8 +91,8 @@ def test_what_cannot_be_compared(zoos, tmp_path):
     scratch = Zoo.open(zoos / "scratch")
     with ZooWriter(from_files, scratch.layout) as writer:
         writer.append(scratch.weights[:2], {"model": ["a", "b"]})
-    with pytest.raises(ValueError, match="trained must be zoos with test_accuracy and epoch, .*bare without epoch"):
-        compare_zoos.compare(compare_zoos.Config(trained=(str(from_files),), out=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="continued must be zoos with test_accuracy and epoch, .*bare without epoch"):
+        compare_zoos.compare(compare_zoos.Config(continued=(str(from_files),), out=str(tmp_path / "out")))
     with pytest.raises(ValueError, match="zoo must be given with samples"):
         compare_zoos.Config(samples=("a",), out="x")
     assert not (tmp_path / "out").exists()

@@ -139,7 +139,7 @@ def test_report_tells_copies_from_mixtures(zoo, tmp_path):
     copies = sample(SampleConfig(zoo=str(zoo.path), out=str(tmp_path / "copies"), method="noise", noise=0.02, count=12))
     mixed = sample(SampleConfig(zoo=str(zoo.path), out=str(tmp_path / "mixed"), method="kde", count=12))
     options = {"samples": (str(copies.path), str(mixed.path)), "out": str(tmp_path / "report")}
-    config = compare_zoos.Config(zoo=str(zoo.path), count=12, images=100, **options)
+    config = compare_zoos.Config(train=str(zoo.path), count=12, images=100, **options)
     results = compare_zoos.compare(config)
     assert "copies its training networks" in results["verdicts"]["copies"]
     assert "copies its training networks" not in results["verdicts"]["mixed"]
@@ -160,9 +160,9 @@ def test_what_cannot_be_compared(zoo, tmp_path):
     layout = fastws.Layout.from_checkpoint({"fc.weight": torch.zeros(2, 3)})
     with fastws.zoo.ZooWriter(tmp_path / "other", layout) as writer:
         writer.append(torch.zeros(2, 6), {"model": ["a", "b"]})
-    config = compare_zoos.Config(zoo=str(zoo.path), samples=(str(tmp_path / "other"),), out=str(tmp_path / "out"))
+    config = compare_zoos.Config(train=str(zoo.path), samples=(str(tmp_path / "other"),), out=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="samples .*other must have the architecture|zoo compare: samples"):
         compare_zoos.compare(config)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="samples must name at least one folder"):
-        compare_zoos.Config(zoo=str(zoo.path), samples=(), out="x")
+        compare_zoos.Config(train=str(zoo.path), samples=(), out="x")

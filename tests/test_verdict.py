@@ -127,8 +127,19 @@ def test_reports_of_several_zoos_are_joined(tmp_path):
     other = report(tmp_path / "other", "zoo-9", 0.02, "gan")
     with pytest.raises(ValueError, match="reports must have sets of the same name"):
         compare_zoos.compare(compare_zoos.Config(reports=(paths[0], other), out=str(tmp_path / "no")))
-    with pytest.raises(FileNotFoundError, match="reports must be folders that zoo compare wrote"):
+    with pytest.raises(FileNotFoundError, match="reports must be what zoo compare wrote"):
         compare_zoos.compare(compare_zoos.Config(reports=(paths[0], str(tmp_path)), out=str(tmp_path / "no")))
     assert not (tmp_path / "no").exists()
     with pytest.raises(ValueError, match="reports must be two or more"):
         compare_zoos.Config(reports=(paths[0],), out="x")
+
+
+def test_a_report_is_a_folder_or_a_page():
+    assert [path.name for path in compare_zoos.written("runs/a")] == [
+        "report.html",
+        "results.json",
+        "replicates.safetensors",
+    ]
+    assert [path.name for path in compare_zoos.written("runs/a.html")] == ["a.html", "a.json", "a.safetensors"]
+    same = compare_zoos.Config(samples=("a",), zoo="zoos/b", report="r.html")
+    assert (same.train, same.out) == ("zoos/b", "r.html")

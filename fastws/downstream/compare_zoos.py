@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy
 import torch
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from fastws.files.atomic import write_file, write_json, write_tensors
 from fastws.files.json import read as read_json
 from fastws.files.safetensors import open_tensors
 from fastws.matching.match import match
+from fastws.runs.begun import former_names
 from fastws.zoo.align import aligned_rows
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.zoo import ODD, Zoo
@@ -37,25 +39,25 @@ from fastws.zoo.making.recipes import Part
 
 SMALLEST = 10  # held-out networks
 PLAIN = ("noise", "average", "PCA + Gaussian", "PCA + flow")  # groups of baselines, of which the nearest are screened
-RESULTS, REPLICATES = "results.json", "replicates.safetensors"
 
 
+@former_names(zoo="train", report="out", trained="continued")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Says whether sampled networks are new, and whether they are better than cheap baselines that are as new.
 
-    fastws zoo compare --zoo zoos/mnist --samples zoos/kde30 zoos/pca64 --out runs/compare
+    fastws zoo compare zoos/kde30 zoos/pca64 --train zoos/mnist --report runs/compare.html
     fastws zoo compare --reports runs/compare-0 runs/compare-1 runs/compare-2 --out runs/compare
 
-    Give a zoo and samples, or reports of several zoos, whose verdicts are then joined, or with --trained zoos of
-    networks that were trained, whose accuracies are compared epoch by epoch.
+    Give samples and the zoo they were made from, or reports of several zoos, whose verdicts are then joined, or with
+    --continued zoos of networks whose training went on, whose accuracies are compared epoch by epoch.
     """
 
-    out: str  # folder for report.html and results.json
-    zoo: str | None = None  # folder of the zoo that the samples were made from, aligned
-    samples: tuple[str, ...] = ()  # folders of sampled networks
-    trained: tuple[str, ...] = ()  # zoos of networks that were trained, by epoch; others are tested against the first
-    reports: tuple[str, ...] = ()  # folders that zoo compare wrote, of samples of the same names from other zoos
+    samples: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # folders of sampled networks
+    out: str  # folder for report.html and results.json; or the page itself, which ends with .html
+    train: str | None = None  # folder of the zoo that the samples were made from, aligned
+    continued: tuple[str, ...] = ()  # zoos of networks that were trained on; others are tested against the first
+    reports: tuple[str, ...] = ()  # what zoo compare wrote of samples of the same names from other zoos
 
     epochs: tuple[int, int] | None = None  # first and last epoch of the training states; by default all
     best: float = 1.0  # share of the training networks that are anchors, and whose accuracy held-out networks must have
@@ -69,11 +71,13 @@ class Config:
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
     def __post_init__(self):
-        if not (self.samples or self.reports or self.trained):
-            raise ValueError("zoo compare: samples must name at least one folder, got none; or give reports or trained")
-        if (self.zoo is None) != (not self.samples):
-            got = f"zoo {self.zoo} and {len(self.samples)} samples"
-            raise ValueError(f"zoo compare: zoo must be given with samples, and samples with a zoo, got {got}")
+        if not (self.samples or self.reports or self.continued):
+            raise ValueError(
+                "zoo compare: samples must name at least one folder, got none; or give --reports or --continued"
+            )
+        if (self.train is None) != (not self.samples):
+            got = f"--train {self.train} and {len(self.samples)} samples"
+            raise ValueError(f"zoo compare: train must be given with samples, and samples with train, got {got}")
         if self.reports and (self.samples or len(self.reports) < 2):
             got = f"{len(self.reports)} reports and {len(self.samples)} samples"
             raise ValueError(f"zoo compare: reports must be two or more, and without samples, got {got}")
@@ -94,39 +98,55 @@ def run(config: Config) -> None:
         print(sentence)
     for line in compare_page.lines_of(results["populations"]):
         print(line)
-    print(f"report: {Path(config.out) / 'report.html'}")
+    print(f"report: {written(config.out).page}")
 
 
 def compare(config: Config) -> dict:
-    """Judges samples and baselines; writes ``report.html``, ``results.json`` and ``replicates.safetensors``.
+    """Judges samples and baselines; writes a page, its numbers, and what its verdicts rest on.
 
     Raises:
         FileNotFoundError: If a zoo or report is missing, or a zoo has no alignment.
         ValueError: If samples are of another architecture or activation, or there are too few held-out networks.
     """
-    results = {"zoo": config.zoo, "verdicts": {}, "populations": [], "costs": {}, "sets": []}
+    results = {"zoo": config.train, "verdicts": {}, "populations": [], "costs": {}, "sets": []}
     tensors: dict[str, Tensor] = {}
     if config.samples:
         results |= judge_samples(config, tensors)
     if config.reports:
         results["reports"] = list(config.reports)
         results["verdicts"] = join_reports(config.reports)
-    if config.trained:
-        found = trained.read(config.trained)
+    if config.continued:
+        found = trained.read(config.continued)
         results["populations"] += trained.tables(found)
-        results["costs"] |= {path: cost_of(Zoo.open(path)) for path in config.trained}
+        results["costs"] |= {path: cost_of(Zoo.open(path)) for path in config.continued}
         results["accuracy"] = {
             name: {str(epoch): values.tolist() for epoch, values in one.items()} for name, one in found.items()
         }
     results = plain(results)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    files = written(config.out)
+    files.page.parent.mkdir(parents=True, exist_ok=True)
     if tensors:
-        write_tensors(out / REPLICATES, tensors)
-    write_json(out / RESULTS, results)
-    title = Path(config.zoo).name if config.zoo else "several populations"
-    write_file(out / "report.html", pages.document(f"samples of {title}", compare_page.body(results)).encode())
+        write_tensors(files.replicates, tensors)
+    write_json(files.results, results)
+    title = Path(config.train).name if config.train else "several populations"
+    write_file(files.page, pages.document(f"samples of {title}", compare_page.body(results)).encode())
     return results
+
+
+class Written(NamedTuple):
+    """The files of a report."""
+
+    page: Path
+    results: Path
+    replicates: Path
+
+
+def written(out: str) -> Written:
+    """Those in a folder, or a page and what lies beside it."""
+    path = Path(out)
+    if path.suffix == ".html":
+        return Written(path, path.with_suffix(".json"), path.with_suffix(".safetensors"))
+    return Written(path / "report.html", path / "results.json", path / "replicates.safetensors")
 
 
 def plain(results: object) -> object:
@@ -168,12 +188,12 @@ class Scene(NamedTuple):
 
 def judge_samples(config: Config, tensors: dict[str, Tensor]) -> dict:
     """Judges all sets; adds what verdicts rest on to ``tensors``, ``name/field`` ``[1 + RESAMPLES]`` each."""
-    zoo = Zoo.open(config.zoo)
+    zoo = Zoo.open(config.train)
     samples = [Zoo.open(path) for path in config.samples]
     for one in samples:
         zoo.layout.require_same(one.layout, f"zoo compare: samples {one.path}")
     picked = SampleConfig(
-        zoo=config.zoo, out=config.out, method="direct", epochs=config.epochs, best=config.best, aligned=True
+        zoo=config.train, out=config.out, method="direct", epochs=config.epochs, best=config.best, aligned=True
     )
     anchors = choose_anchors(picked, zoo, None)
     for one in samples:
@@ -318,14 +338,14 @@ def join_reports(reports: tuple[str, ...]) -> dict[str, str]:
         ValueError: If no set is in all of them, or two are of the same zoo.
     """
     found, zoos = [], []
-    for path in map(Path, reports):
-        for name in (RESULTS, REPLICATES):
-            if not (path / name).is_file():
+    for files in map(written, reports):
+        for path in (files.results, files.replicates):
+            if not path.is_file():
                 raise FileNotFoundError(
-                    f"zoo compare: reports must be folders that zoo compare wrote, got no {path / name}"
+                    f"zoo compare: reports must be what zoo compare wrote of samples, got no {path}"
                 )
-        zoos.append(str(read_json(path / RESULTS).get("zoo")))
-        with open_tensors(path / REPLICATES) as file:
+        zoos.append(str(read_json(files.results).get("zoo")))
+        with open_tensors(files.replicates) as file:
             found.append({name: file.get_tensor(name).numpy() for name in file.keys()})  # noqa: SIM118
     if len(set(zoos)) < len(zoos):
         raise ValueError(f"zoo compare: reports must be of different zoos, got {', '.join(zoos)}")

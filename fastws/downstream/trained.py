@@ -27,7 +27,7 @@ def read(paths: Sequence[str]) -> dict[str, dict[int, ndarray]]:
         if missing:
             what = f"zoos with {ACCURACY} and epoch, as zoo make and zoo evaluate write them"
             raise ValueError(
-                f"zoo compare: trained must be {what}, got {zoo.path} without {', '.join(sorted(missing))}"
+                f"zoo compare: continued must be {what}, got {zoo.path} without {', '.join(sorted(missing))}"
             )
         accuracy, epochs = zoo.numbers(ACCURACY).astype(numpy.float64), zoo.numbers("epoch")
         known = numpy.isfinite(accuracy) & numpy.isfinite(epochs)

@@ -75,7 +75,8 @@ def sample_sets(folder: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
             baselines=False,
             device="cpu",
             count=sizes.count,
-            **common,
+            train=str(zoo.path),
+            epochs=states,
         )
     )
     measured = {one["name"]: {key: one[key] for key in ("accuracy", "novelty", "spread")} for one in judged["sets"]}
