@@ -93,6 +93,6 @@ def test_what_cannot_be_compared(zoos, tmp_path):
         writer.append(scratch.weights[:2], {"model": ["a", "b"]})
     with pytest.raises(ValueError, match="continued must be zoos with test_accuracy and epoch, .*bare without epoch"):
         compare_zoos.compare(compare_zoos.Config(continued=(str(from_files),), out=str(tmp_path / "out")))
-    with pytest.raises(ValueError, match="zoo must be given with samples"):
+    with pytest.raises(ValueError, match="train must be given with samples"):
         compare_zoos.Config(samples=("a",), out="x")
     assert not (tmp_path / "out").exists()
