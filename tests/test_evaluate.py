@@ -128,3 +128,17 @@ def test_threads_are_given_back_when_networks_cannot_be_evaluated(normed):
     with pytest.raises(RuntimeError):
         populations.measure(zoo.weights[:, :5], job.plan, ["relu"] * 5, job.data.test, progress=False)
     assert torch.get_num_threads() == before
+
+
+def test_intervals_are_those_of_networks_not_of_states(tmp_path, capsys):
+    """Twelve states of two networks, each six times the same: the interval reaches from the one to the other."""
+    one = make(MakeConfig(out=str(tmp_path / "one"), networks=2, limit=60, activations=("tanh",), threads=1, **ONE))
+    first, last = one.weights[0], one.weights[-1]
+    with ZooWriter(tmp_path / "twelve", one.layout, one.symmetry, one.provenance) as writer:
+        models = {"model": ["a"] * 6 + ["b"] * 6, "epoch": [*range(6)] * 2, "activation": ["tanh"] * 12}
+        writer.append(torch.stack([first] * 6 + [last] * 6), models)
+    evaluate.run(evaluate.Config(zoo=str(tmp_path / "twelve"), device="cpu"))
+    values = fastws.Zoo.open(tmp_path / "twelve").numbers("test_accuracy")
+    low, high = sorted((values[0], values[-1]))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test_accuracy")]
+    assert f"{values.mean():.4f} [{low:.4f}, {high:.4f}]" in said[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastws.devices import find_device
 from fastws.downstream.populations import Measured, measure
+from fastws.downstream.statistics import cluster_interval
 from fastws.layout.layout import Layout
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.properties import add_properties
@@ -48,12 +49,14 @@ class Config:
 
 def run(config: Config) -> None:
     zoo, results, ensemble = evaluate(config)
+    models = numpy.array(zoo.properties["model"].cast("string").to_pylist())
     for name, values in results.items():
         if not name.endswith("accuracy"):
             continue
-        low, middle, high = numpy.quantile(values, [0.1, 0.5, 0.9])
-        spread = f"10 %, 50 %, 90 %: {low:.4f}, {middle:.4f}, {high:.4f}"
-        line = f"{name}: {values.mean():.4f} +- {values.std():.4f}; {spread}"
+        quantiles = ", ".join(f"{value:.4f}" for value in numpy.quantile(values, [0.1, 0.5, 0.9]))
+        # all states of a network are one observation: as if they were several, intervals would be too narrow
+        mean, low, high = cluster_interval(values, models, numpy.random.default_rng(0))
+        line = f"{name}: {mean:.4f} [{low:.4f}, {high:.4f}], sd {values.std():.4f}; 10 %, 50 %, 90 %: {quantiles}"
         print(line + (f"; ensemble of all {len(zoo)}: {ensemble[name]:.4f}" if config.ensemble else ""))
     if config.condition:
         print(f"running statistics of batch norms were computed anew on {config.condition:,} training images")

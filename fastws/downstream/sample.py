@@ -21,6 +21,7 @@ from fastws.downstream.behaviour import classification, teach
 from fastws.downstream.evaluate import job_of
 from fastws.downstream.generators import BANDWIDTH, Components, Drawn
 from fastws.downstream.representation import Representation, load
+from fastws.downstream.statistics import selection_optimism
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.version import __version__
 from fastws.zoo.align import ALIGNMENT, aligned_rows
@@ -226,7 +227,7 @@ def choose_anchors(config: Config, zoo: Zoo, representation: Representation | No
             raise ValueError(f"sample: by must be a property that anchors have, got {by} without any finite value")
         bound = values[finite].quantile(1 - config.best)
         train = train[finite & (values >= bound)]
-        said.append(f"best {config.best:.0%} by {by}")
+        said.append(f"best {config.best:.0%} by {by}{overstated(zoo, by, config.best, values[finite])}")
     if not len(train):
         what = f"states of the train split with {', '.join(said[1:]) or 'these epochs'}"
         raise ValueError(f"sample: zoo must hold {what}, got none in {zoo.path}")
@@ -238,6 +239,18 @@ def choose_anchors(config: Config, zoo: Zoo, representation: Representation | No
     epochs = zoo.numbers("epoch") if "epoch" in known else numpy.zeros(len(zoo))
     names = [f"{models[row]}@{epochs[row]:g}" for row in train.tolist()]
     return Anchors(train, held_out, names, activation, aligned, ", ".join(said))
+
+
+def overstated(zoo: Zoo, by: str, best: float, values: Tensor) -> str:
+    """How much the accuracies that the best were chosen by overstate theirs, in words; "" where images are unknown."""
+    made = zoo.provenance.get("config")
+    images = made.get("validation") if isinstance(made, dict) and by == "val_accuracy" else None
+    mean = values.double().mean().item()
+    if not isinstance(images, int) or images < 1 or not 0 < mean < 1 or len(values) < 2:
+        return ""
+    between = max(0.0, values.double().var().item() - mean * (1 - mean) / images) ** 0.5
+    points = 100 * selection_optimism(best, mean, images, between)
+    return f" (which overstates theirs by about {points:.1f} points)"
 
 
 def states(config: Config, zoo: Zoo, split: str) -> Tensor:
