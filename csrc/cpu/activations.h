@@ -15,7 +15,6 @@ namespace {
 template <typename real_t, int kBytes>
 struct Functions {
   using V = typename Lanes<real_t, kBytes>::V;
-  using I = typename Lanes<real_t, kBytes>::I;
   static constexpr int kCount = Lanes<real_t, kBytes>::kCount;
   static constexpr bool kFloat = sizeof(real_t) == 4;
 
@@ -43,7 +42,8 @@ struct Functions {
       p = p * r + 0.5f;
       p = p * r + 1;
       p = p * r + 1;
-      return p * (V)(((I)shifted << 23) + 0x3F800000);  // p * 2^n
+      typedef uint32_t Bits __attribute__((vector_size(kBytes)));  // unsigned, for those of NaN overflow
+      return p * (V)(((Bits)shifted << 23) + 0x3F800000);          // p * 2^n
     } else {
       return each_lane(x, [](double lane) { return std::exp(lane); });
     }

@@ -58,9 +58,9 @@ FASTWS_CLONES void cross_entropy(const int64_t* labels, int64_t num_classes, rea
 template <typename real_t, int kBytes>
 FASTWS_INLINE typename Lanes<real_t, kBytes>::V square_root(typename Lanes<real_t, kBytes>::V x) {
   using V = typename Lanes<real_t, kBytes>::V;
-  using I = typename Lanes<real_t, kBytes>::I;
   if constexpr (sizeof(real_t) == 4) {
-    V r = (V)(0x5F375A86 - ((I)x >> 1));  // about 1 / sqrt(x), then by Newton's method
+    typedef uint32_t Bits __attribute__((vector_size(kBytes)));  // unsigned, for negative numbers overflow
+    V r = (V)(0x5F375A86 - ((Bits)x >> 1));                      // about 1 / sqrt(x), then by Newton's method
     for (int round = 0; round < 3; ++round) r = r * (1.5f - 0.5f * x * r * r);
     return x * r;
   } else {
