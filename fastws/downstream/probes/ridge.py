@@ -54,8 +54,8 @@ class Probe(NamedTuple):
 class Decomposition(NamedTuple):
     """Training features relative to ``center``, ``X`` ``[n, d]``, by the eigenvectors of ``X' X`` or of ``X X'``.
 
-    Weights for a penalty are ``inner(y) / (eigenvalues + penalty)``, and predictions ``project(x)`` times these. With
-    the mean for center the intercept is the mean of the target, and no penalty moves it.
+    Weights for a penalty are ``inner(y) / (eigenvalues + penalty)``, and predictions are
+    coordinates times these. With the mean for center the intercept is the mean of the target, and no penalty moves it.
     """
 
     center: Tensor  # [d] float64
@@ -68,6 +68,15 @@ class Decomposition(NamedTuple):
         if self.features is None:
             return torch.cat([(part.double() - self.center) @ self.vectors for part in x.split(ROWS_AT_ONCE)])
         return gram(x, self.features, self.center) @ self.vectors
+
+    def predict(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``project(x) @ weights``, ``[m, k]`` of features ``[m, d]``, without coordinates of x by themselves."""
+        if self.features is None:
+            inner = self.vectors @ weights
+            return torch.cat([(part.double() - self.center) @ inner for part in x.split(ROWS_AT_ONCE)])
+        if x is self.features:  # whose products with themselves have these eigenvectors
+            return (self.vectors * self.eigenvalues) @ weights
+        return gram(x, self.features, self.center) @ (self.vectors @ weights)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """``[r, K]`` of the training features and their targets ``[n, K]``."""
@@ -182,9 +191,8 @@ def fit_group(
     inner = decomposition.inner(features["train"], y - intercepts)
     over = torch.tensor(penalties, dtype=torch.float64)
     weights = inner[:, None] / (decomposition.eigenvalues[:, None, None] + over[:, None])  # [r, penalties, K]
-    projected = {split: decomposition.project(x) for split, x in features.items()}
-    shape = weights.shape[1:]
-    predicted = {split: (x @ weights.flatten(1)).unflatten(1, shape) + intercepts for split, x in projected.items()}
+    predicted = {split: decomposition.predict(x, weights.flatten(1)) for split, x in features.items()}
+    predicted = {split: found.unflatten(1, weights.shape[1:]) + intercepts for split, found in predicted.items()}
     scores = {split: r_squared(predicted[split], y) for split, y in targets.items()}  # [penalties, K]
     chosen = scores["val" if len(targets["val"]) else "train"].nan_to_num(-torch.inf)
     probes = []
@@ -201,7 +209,7 @@ def fit_group(
 def predictor(
     decomposition: Decomposition, prepare: Callable[[Tensor], Tensor], weights: Tensor, intercept: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    return lambda x: decomposition.project(prepare(x)) @ weights + intercept
+    return lambda x: decomposition.predict(prepare(x), weights[:, None])[:, 0] + intercept
 
 
 def r_squared(predictions: Tensor, targets: Tensor) -> Tensor:
