@@ -35,9 +35,9 @@ def published(features, targets):
         for penalty in PENALTIES:
             products = x["train"].T @ x["train"]
             matrix = products + penalty * torch.eye(len(products), dtype=products.dtype)
-            weights = torch.linalg.solve(matrix, x["train"].T @ targets["train"][:, target])
-            predicted = {split: part @ weights for split, part in x.items()}
-            tried.append(torch.stack([r_squared(predicted[s], targets[s][:, target]) for s in NETWORKS]))
+            one = {split: y[:, target : target + 1] for split, y in targets.items()}
+            weights = torch.linalg.solve(matrix, x["train"].T @ one["train"])
+            tried.append(torch.cat([r_squared(part @ weights, one[split]) for split, part in x.items()]))
         found.append(max(tried, key=lambda scores: scores[1]))
     return torch.stack(found)
 

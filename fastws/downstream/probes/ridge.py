@@ -54,8 +54,8 @@ class Probe(NamedTuple):
 class Decomposition(NamedTuple):
     """Training features relative to ``center``, ``X`` ``[n, d]``, by the eigenvectors of ``X' X`` or of ``X X'``.
 
-    Weights for a penalty are ``inner(y) / (eigenvalues + penalty)``, and predictions are
-    coordinates times these. With the mean for center the intercept is the mean of the target, and no penalty moves it.
+    Weights for a penalty are ``inner(y) / (eigenvalues + penalty)``, and predictions are coordinates times these. With
+    the mean for center the intercept is the mean of the target, and no penalty moves it.
     """
 
     center: Tensor  # [d] float64
