@@ -19,7 +19,8 @@ from torch import nn
 
 import fastws
 from fastws.cli import main
-from fastws.downstream.embed import embed, load_encoder
+from fastws.downstream.embed import embed
+from fastws.downstream.encoder import load_encoder
 from fastws.files.lock import one_writer
 from fastws.layout.layout import Layout
 from fastws.matching import match as matching

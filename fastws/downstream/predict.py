@@ -52,7 +52,7 @@ class Config:
 
     zoo: str  # folder of the zoo
     out: str  # folder for results.json
-    model: str | None = None  # checkpoint.pt of fastws train sane, whose embeddings are probed
+    model: str | None = None  # checkpoint.pt of fastws train sane or train ae, whose embeddings are probed
     embeddings: str | None = None  # file of fastws embed whose embeddings are probed, instead of model
     aligned: bool = False  # probe networks in the order that fastws zoo align found; statistics see its signs only
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastws
-from fastws.downstream.embed import Encoder, chunk, default_halo, encode, load_encoder
+from fastws.downstream.encoder import Encoder, chunk, default_halo, encode, load_encoder
 from fastws.files.checkpoints import load_plain
 from fastws.files.limits import DAMAGED
 from fastws.layout.layout import Layout

@@ -18,16 +18,8 @@ from torch import Tensor
 
 from fastws import pages
 from fastws.devices import processor_name
-from fastws.downstream.embed import (
-    Pool,
-    average,
-    compare_distances,
-    embed,
-    encode,
-    load_embeddings,
-    load_encoder,
-    save_embeddings,
-)
+from fastws.downstream.embed import compare_distances, embed, load_embeddings, save_embeddings
+from fastws.downstream.encoder import Pool, average, encode, load_encoder
 from fastws.downstream.probes.features import layer_statistics
 from fastws.downstream.probes.intervals import r2_interval
 from fastws.downstream.probes.ridge import fit_probes

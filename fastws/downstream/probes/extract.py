@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastws.devices import find_device
-from fastws.downstream.embed import default_halo, embed, load_embeddings, load_encoder
+from fastws.downstream.embed import embed, embed_whole, load_embeddings
+from fastws.downstream.encoder import default_halo
 from fastws.downstream.probes import transforms
 from fastws.downstream.probes.features import WEIGHTS_AT_ONCE, layer_statistics, layers_of
 from fastws.downstream.probes.spectra import layer_spectra
+from fastws.downstream.representation import Tokens, load
 from fastws.layout.layout import Layout
 from fastws.zoo.align import rows_of
 from fastws.zoo.format.zoo import Zoo
@@ -80,9 +82,11 @@ def embeddings_of(options: Options, zoo: Zoo) -> dict[str, Extractor]:
         return {"embedding": lambda other: load_embeddings(options.embeddings, len(other), other.layout)}
     if options.model is None:
         return {}
-    encoder = load_encoder(options.model, find_device(options.device))
-    halo = None if options.published else default_halo(encoder)
-    return {"embedding": lambda other: embed(encoder, other, halo=halo, aligned=options.aligned)}
+    model = load(options.model, find_device(options.device))
+    if not isinstance(model, Tokens):
+        return {"embedding": lambda other: embed_whole(model, other, aligned=options.aligned)}
+    halo = None if options.published else default_halo(model.encoder)
+    return {"embedding": lambda other: embed(model.encoder, other, halo=halo, aligned=options.aligned)}
 
 
 def read_weights(zoo: Zoo, *, aligned: bool, norm: bool) -> Tensor:

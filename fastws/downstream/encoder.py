@@ -1,0 +1,155 @@
+"""A trained SANE as an encoder (arXiv 2406.09997, algorithm 2): networks of any length, in chunks with a halo."""
+
+import operator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastws
+from fastws.files.checkpoints import load_plain
+from fastws.files.limits import DAMAGED
+from fastws.layout.moments import layer_moments
+from fastws.nn.sane import SANE, SANEConfig
+from fastws.zoo.format.zoo import Zoo
+
+SAMPLED = 1000  # networks, about, that the moments of another architecture are taken of
+Pool = Literal["mean", "layers", "tokens", "spread"]
+
+
+class Encoder(NamedTuple):
+    """A trained SANE, and how weights become its tokens. ``value = weight * scale[l] + shift[l]`` in layer l."""
+
+    model: SANE
+    layout: fastws.Layout
+    scale: Tensor  # [L]
+    shift: Tensor  # [L]
+    aligned: bool = False  # whether it was trained on aligned networks
+
+
+def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder:
+    """Loads the model, the layout and the statistics of a run of ``fastws train sane``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint of that program.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
+    try:
+        state = load_plain(path)
+        layout, sizes, mean, std = (state["extra"][name] for name in ("layout", "sane", "mean", "std"))
+        layout = fastws.Layout.from_dict(layout)
+        config = SANEConfig.of_state(state["model"], sizes["heads"])
+        if asdict(config) != sizes | {"max_positions": tuple(sizes["max_positions"])}:
+            raise ValueError(f"weights of {config} for {sizes}")
+        with torch.device("meta"):
+            model = SANE(config)
+        model.to_empty(device=device).load_state_dict(state["model"])
+        check(model.config, layout, mean, std)
+    except DAMAGED as error:
+        got = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {got}") from error
+    aligned = state["extra"].get("aligned") is True
+    return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device), aligned)
+
+
+def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) -> None:
+    """Raises ValueError unless statistics and positions are those of the tokens of a layout."""
+    if mean.shape != (len(layout.table),) or std.shape != mean.shape or not (mean.isfinite() & (std > 0)).all():
+        raise ValueError(f"mean and std {list(mean.shape)} for {len(layout.table)} layers")
+    positions = tuple((layout.positions.amax(0) + 1).tolist())
+    if layout.token_size != config.token_size or any(map(operator.gt, positions, config.max_positions)):
+        raise ValueError(f"tokens of {layout.token_size} in {positions} positions for a model of {config}")
+
+
+def suit(encoder: Encoder, zoo: Zoo) -> Encoder:
+    """The encoder for the networks of a zoo, which may be of another architecture than those it was trained on.
+
+    Then their layers are standardised by the moments of the zoo's own training split, if those of the encoder were.
+
+    Raises:
+        ValueError: If the zoo has more tokens, layers or output units than the model has positions for.
+    """
+    if encoder.layout.fingerprint == zoo.layout.fingerprint:
+        return encoder
+    layout = zoo.layout.with_tokens(encoder.layout.token_size, encoder.layout.norm, encoder.layout.span)
+    needed, known = tuple((layout.positions.amax(0) + 1).tolist()), encoder.model.config.max_positions
+    if any(map(operator.gt, needed, known)):
+        what = f"at most {known} tokens, layers and output units, for which the model has positions, got {needed}"
+        raise ValueError(f"embed: zoo {zoo.path} must have {what}")
+    mean, std = torch.zeros(len(layout.table)), torch.ones(len(layout.table))
+    if not ((encoder.scale == 1).all() and (encoder.shift == 0).all()):
+        rows = zoo.split("train") if len(zoo.split("train")) else torch.arange(len(zoo))
+        mean, std = layer_moments(zoo.rows(rows[:: max(1, len(rows) // SAMPLED)]), layout)
+    device = encoder.scale.device
+    return encoder._replace(layout=layout, scale=(1 / std).to(device), shift=(-mean / std).to(device))
+
+
+def default_halo(encoder: Encoder) -> int:
+    return encoder.model.config.window // 4
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, weights: Tensor, *, halo: int | None, batch_size: int = 64) -> Tensor:
+    """Embeds all tokens of networks: flat weights ``[B, P]`` to ``[B, N, E]`` float32; see ``embed``."""
+    layout, device = encoder.layout, weights.device
+    starts, window, place = chunk(layout.num_tokens, encoder.model.config.window, halo)
+    table = layout.table.to(device)
+    model = torch.arange(len(weights)).repeat_interleave(len(starts)).to(device)
+    start = starts.repeat(len(weights)).to(device)
+    parts = []
+    for some, begin in zip(model.split(batch_size), start.split(batch_size), strict=True):
+        values, _, positions = fastws.token_views(
+            weights, table, layout.token_size, some, begin, window,
+            scale=encoder.scale, shift=encoder.shift, dtype=torch.float32,
+        )  # fmt: skip
+        parts.append(encoder.model.encode(values, positions).float())
+    z = torch.cat(parts).view(len(weights), len(starts) * window, -1)
+    return z[:, place.to(device)]
+
+
+def average(encoder: Encoder, z: Tensor, pool: Pool) -> Tensor:
+    """What is kept of token embeddings ``[B, N, E]``: ``[B, width]``; see ``pool_shape``."""
+    if pool == "mean":
+        return z.mean(1)
+    if pool == "tokens":
+        return z.flatten(1)
+    counts = encoder.layout.positions[:, 1].bincount(minlength=len(encoder.layout.table)).tolist()
+    layers = [layer for layer in z.split(counts, 1) if layer.shape[1]]
+    if pool == "layers":
+        return torch.cat([layer.mean(1) for layer in layers], 1)
+    return torch.stack([layer.std(1, correction=0).mean(1) for layer in layers], 1)
+
+
+def pool_shape(encoder: Encoder, pool: Pool) -> tuple[int, int]:
+    """How many vectors a network has, and how long each is.
+
+    ``mean`` is the mean over all tokens, ``[1, E]``; ``layers`` that over the tokens of each layer, ``[L, E]``;
+    ``tokens`` all of them, ``[N, E]``; ``spread`` how far the tokens of a layer lie apart, the mean over entries of
+    their std over its tokens, ``[L, 1]``.
+    """
+    latent, layers = encoder.model.config.latent, len(encoder.layout.positions[:, 1].unique())
+    vectors = {"mean": 1, "layers": layers, "tokens": encoder.layout.num_tokens, "spread": layers}
+    return vectors[pool], 1 if pool == "spread" else latent
+
+
+def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, Tensor]:
+    """Windows such that each token is seen with ``halo`` tokens on both sides, where there are so many.
+
+    Returns:
+        The starts of the windows ``[C]``, their length W, and for each token where to read it among the ``C * W``
+        tokens of the windows, ``[N]``. A window that would begin before the sequence begins with it, and one that
+        would end behind it ends with it.
+    """
+    if halo is None or num_tokens <= window:
+        return torch.zeros(1, dtype=torch.int64), num_tokens, torch.arange(num_tokens)
+    content = window - 2 * halo
+    if halo < 0 or content < 1:
+        raise ValueError(f"embed: halo must be in [0, {(window - 1) // 2}] for a window of {window} tokens, got {halo}")
+    starts = (torch.arange(0, num_tokens, content) - halo).clamp(0, num_tokens - window)
+    token = torch.arange(num_tokens)
+    owner = token // content
+    return starts, window, owner * window + token - starts[owner]
