@@ -129,7 +129,13 @@ def embeddings(found: dict) -> str:
     return f"seed {found['seed']}; accuracy: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
 
 
+def verdicts(found: dict) -> str:
+    """Sentences on samples of several zoos, judged together."""
+    return " ".join(found["verdicts"].values())
+
+
 KINDS = {
+    "verdicts": verdicts,
     "embeddings": embeddings,
     "lwln": lwln,
     "curve": curve,

@@ -8,7 +8,18 @@ from fastws import pages
 from fastws.downstream.memorisation import SCREENED
 
 BASELINES = {"noise": pages.GREY, "average": "#009e73", "PCA + Gaussian": pages.BLUE, "PCA + flow": "#882255"}
-COLOURS = (pages.ORANGE, "#cc79a7", "#56b4e9", "#e69f00", "#8c564b", "#7f3fbf")  # of samples
+COLOURS = (
+    pages.ORANGE,
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#8c564b",
+    "#7f3fbf",
+    "#d62728",
+    "#17becf",
+    "#bcbd22",
+    "#000080",
+)  # of samples
 GRIDS = ("PCA + Gaussian", "PCA + flow")  # of components and temperatures: no curves
 ENOUGH = 100  # held-out networks, below which p-values are coarse
 LEGEND = """
