@@ -24,8 +24,8 @@ from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.align import ALIGNMENT, aligned_rows
-from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as ZooConfig
+from fastws.zoo.making.make import make
 from fastws.zoo.survey.diversity import tensor_offsets
 
 SPLITS = ("train", "val", "test")

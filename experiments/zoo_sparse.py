@@ -16,8 +16,8 @@ from zoo_mnist import about, print_about
 from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
-from fastws.zoo.making import make
 from fastws.zoo.making.make import Config as ZooConfig
+from fastws.zoo.making.make import make
 from fastws.zoo.making.sparsify import Config as TwinConfig
 from fastws.zoo.making.sparsify import sparsify
 

@@ -26,6 +26,7 @@ from fastws.downstream.probes import (
 )
 from fastws.downstream.probes import targets as targets_module
 from fastws.downstream.probes.features import layer_statistics
+from fastws.zoo.making.grids import PRESETS
 
 # --- intervals
 
@@ -352,8 +353,11 @@ def test_what_does_not_go_together_is_refused(zoos):
 
 
 def test_published_scores_are_those_of_the_zoo():
-    made = Namespace(provenance={"config": {"preset": "svhn-s-seed"}})
+    recipe = json.loads(json.dumps(PRESETS["svhn-s-seed"])) | {"preset": "svhn-s-seed", "networks": 50}
+    made = Namespace(provenance={"config": recipe})
     assert published.find_published(made, None).score("embedding", "test_accuracy") == 0.991
+    decayed = Namespace(provenance={"config": recipe | {"weight_decays": [0.01]}})
+    assert published.find_published(decayed, None) is None  # another recipe than the published one
     assert published.find_published(Namespace(provenance={}), None) is None
     found = published.find_published(made, "unterthiner-cifar10")
     assert found.score("weights", "optimizer") == pytest.approx(0.74) and found.score("spectra", "optimizer") is None

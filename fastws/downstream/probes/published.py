@@ -1,8 +1,10 @@
 """Published scores of linear probes on published zoos, to stand beside those of a zoo that is made alike."""
 
+import json
 from typing import Literal, NamedTuple
 
 from fastws.zoo.format.zoo import Zoo
+from fastws.zoo.making.grids import PRESETS
 
 PublishedZoo = Literal[
     "unterthiner-mnist",
@@ -90,6 +92,8 @@ TABLE_2406_09997 = {
     },
 }
 MADE_LIKE = {"mnist-s-seed": "sane-mnist", "svhn-s-seed": "sane-svhn"}  # presets of zoo make
+# what of a preset must be as it was published; of networks and epochs there may be fewer
+RECIPE = ("architecture", "batch_size", "activations", "dropouts", "inits", "optimizers", "lrs", "weight_decays")
 
 
 class Published(NamedTuple):
@@ -109,7 +113,9 @@ def find_published(zoo: Zoo, name: PublishedZoo | None) -> Published | None:
     """The published scores of the zoo ``name``, by default of that which the zoo says it was made like, if any."""
     made = zoo.provenance.get("config") if isinstance(zoo.provenance, dict) else None
     preset = made.get("preset") if isinstance(made, dict) else None
-    name = name or (MADE_LIKE.get(preset) if isinstance(preset, str) else None)
+    if name is None and isinstance(preset, str) and preset in MADE_LIKE:
+        theirs = json.loads(json.dumps(PRESETS[preset]))  # lists for tuples, as in the zoo
+        name = MADE_LIKE[preset] if all(made.get(key) == theirs[key] for key in RECIPE) else None
     if name in TABLE_2110_15288:
         found = {target: tuple(score / 100 for score in row) for target, row in TABLE_2110_15288[name].items()}
         return Published(found, f"{name}, arXiv 2110.15288")
