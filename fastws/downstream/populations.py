@@ -46,7 +46,7 @@ def measure(
     """Loss, accuracy and predictions of S networks of one plan.
 
     Small networks run side by side, one in each lane of a vector; networks of any other architecture one by one, as
-    many at a time as there are threads: stacked by ``torch.func`` they were slower on a CPU.
+    many at a time as there are threads: stacked by ``torch.func`` they were no faster on a CPU.
 
     Args:
         weights: ``[S, P]``, on the device of the images.
