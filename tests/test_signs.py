@@ -8,6 +8,7 @@ from small_zoo import make_small_zoo
 from torch import nn
 
 from fastws.layout.layout import Layout
+from fastws.matching.canonical import canonical
 from fastws.matching.match import match, objective
 from fastws.matching.mean import match_to_mean
 from fastws.symmetry.symmetry import Symmetry
@@ -62,6 +63,11 @@ def of_two(function):
     return Function(lambda self, x: self.head(function(self.a(x), self.b(x))), **layers)
 
 
+def of_one(function):
+    layers = {"a": nn.Linear(3, 1), "head": nn.Linear(1, 2)}
+    return Function(lambda self, x: self.head(function(self.a(x))), **layers)
+
+
 VECTORS, IMAGES, SERIES = torch.randn(2, 4), torch.randn(2, 1, 8, 8), torch.randn(2, 4, 3)
 TANH = nn.Tanh
 CASES = {  # network, inputs, whether units of each group may be negated
@@ -76,6 +82,21 @@ CASES = {  # network, inputs, whether units of each group may be negated
     "copied": (of_two(lambda a, b: torch.zeros_like(a).copy_((a + b).tanh())), SERIES[:, 0], (True,)),
     "softshrink": (perceptron(nn.Softshrink), VECTORS, (True, True)),
     "identity": (perceptron(nn.Identity), VECTORS, (True, True)),
+    "layers of one unit": (perceptron(TANH, (4, 1, 1, 3)), VECTORS, (True, True)),
+    "one unit of one layer": (perceptron(TANH, (4, 1, 6, 3)), VECTORS, (True, True)),
+    "one unit of relu": (perceptron(nn.ReLU, (4, 1, 3)), VECTORS, ()),
+    "one channel": (
+        nn.Sequential(nn.Conv2d(1, 1, 3), TANH(), nn.Conv2d(1, 4, 1), TANH(), nn.AvgPool2d(6), nn.Flatten()),
+        IMAGES,
+        (True,),
+    ),
+    "one channel behind a norm": (
+        nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), TANH(), nn.Conv2d(1, 2, 1), nn.Flatten()),
+        IMAGES,
+        (True,),
+    ),
+    "one unit plus a constant": (of_one(lambda x: x.tanh() + 1), SERIES[:, 0], ()),
+    "one unit squared": (of_one(lambda x: x.square()), SERIES[:, 0], (True,)),
     "relu": (perceptron(nn.ReLU), VECTORS, (False, False)),
     "gelu": (perceptron(nn.GELU), VECTORS, (False, False)),
     "layer norm": (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), VECTORS, (False,)),
@@ -287,3 +308,19 @@ def test_alignments_with_signs_that_are_not_allowed_are_refused(tmp_path):
     alignment.save(zoo, tmp_path / "alignment.safetensors")
     with pytest.raises(ValueError, match="got another thing than permutations of group 0; run fastws zoo align again"):
         Alignment.open(zoo)
+
+
+def test_a_layer_of_one_unit_is_drawn_stored_and_brought_into_canonical_form():
+    module = perceptron(TANH, (4, 1, 6, 3))
+    symmetry, layout = Symmetry.trace(module, VECTORS), Layout.from_checkpoint(module)
+    assert sorted(symmetry.sizes) == [1, 6] and "1 unit of either sign, 0.weight" in symmetry.describe()
+    assert Symmetry.from_dict(json.loads(json.dumps(symmetry.to_dict()))) == symmetry
+    flat = layout.flatten(module).detach()
+    rows = symmetry.random(16, 1, flips=True)
+    moved = symmetry.permute(flat, rows, layout)
+    assert {float(network[0].sign()) for network in moved} == {-1.0, 1.0}
+    for network in moved:
+        outputs = torch.func.functional_call(module, layout.unflatten(network), VECTORS)
+        torch.testing.assert_close(outputs, module(VECTORS))
+    forms = [symmetry.permute(x, canonical(x, symmetry, layout, flips=True), layout) for x in (flat[None], moved)]
+    assert torch.equal(forms[1], forms[0].expand_as(forms[1]))

@@ -79,13 +79,17 @@ def power(tracer: SignTracer, call: Call) -> list[Fields]:
     return ((odd if exponent % 2 else even) if whole else minds)(tracer, call)
 
 
-def clamp(tracer: SignTracer, call: Call) -> list[Fields]:
-    """Odd between bounds that are each other's negative."""
+def is_odd_clamp(call: Call) -> bool:
+    """Whether the bounds are each other's negative."""
     bounds = {"clamp": ("min", "max", None), "hardtanh": ("min_val", "max_val", 1)}
     least, most, default = bounds[base_name(call.function)]
     low, high = call.get(least, default and -default), call.get(most, default)
     plain = isinstance(low, int | float) and isinstance(high, int | float)
-    return (odd if plain and low == -high else minds)(tracer, call)
+    return plain and low == -high
+
+
+def clamp(tracer: SignTracer, call: Call) -> list[Fields]:
+    return (odd if is_odd_clamp(call) else minds)(tracer, call)
 
 
 # --- sums and products

@@ -401,6 +401,8 @@ class Symmetry:
             few = (here == still).sum(1) * 2 >= size
             few[:1] = True
             here[few] = moved[few, first : first + size]
+            if size == 1 and self.flips[group]:
+                here[:1] = -1  # a unit that is alone can be negated only
             if group not in moving:
                 here[:] = still
         return self.expand(rows)
@@ -473,7 +475,8 @@ class Symmetry:
                 for axis, segments in enumerate(axes)
                 if segments and any(g == group for g, *_ in segments)
             ]
-            what = f"{size} units of either sign" if self.flips[group] else f"{size} units"
+            units = "1 unit" if size == 1 else f"{size} units"
+            what = f"{units} of either sign" if self.flips[group] else units
             lines.append(f"{what}, {name}: {', '.join(places)}")
         return "\n".join(lines + by_reason(self.fixed) + self.unpermuted)
 

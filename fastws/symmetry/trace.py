@@ -18,6 +18,7 @@ from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plai
 from fastws.symmetry.notes import UNREACHED, Axis, Note, note
 from fastws.symmetry.segments import unstorable
 from fastws.symmetry.signs import Negated, SignTracer, find_negated
+from fastws.symmetry.singles import SingleTracer, add_singles
 from fastws.symmetry.tracer import Call, Fields, Tracer, moving, tensors_in
 from fastws.symmetry.units import OUTPUT
 
@@ -106,7 +107,9 @@ def trace(
             for inside in {frozenset(numbers) for numbers in better} - {frozenset()}:
                 found.append(watch(module, examples, Tracer(rules, passing, inside), double)[0])
             traced = max(found, key=freedom)
-            return traced._replace(negated=negated(module, examples, traced, double))
+            found = negated(module, examples, traced, double)
+            axes, sizes, found = add_singles(traced.axes, traced.sizes, found, watch_singles(module, examples, double))
+            return traced._replace(axes=axes, sizes=sizes, negated=found)
         except Returned as error:
             raise ValueError(f"trace: module must return tensors, got {error}") from None
         except FAILURES as error:
@@ -157,6 +160,22 @@ def watch_signs(module: nn.Module, examples: Sequence[Example], double: bool) ->
         for field in fields:
             signs[name, moving(field)[0]] = tracer.units.find(field).flatten().tolist()
     return signs
+
+
+def watch_singles(module: nn.Module, examples: Sequence[Example], double: bool) -> dict[tuple[str, int], int]:
+    """The sign of each axis of one entry; see ``singles.py``. None where signs are not understood, or no axis is so."""
+    if not any(1 in tensor.shape[:2] for tensor in load_state(module).values() if tensor.is_floating_point()):
+        return {}
+    tracer = SingleTracer()
+    try:
+        parameters, _ = run(module, examples, tracer, double)
+    except FAILURES:
+        return {}
+    return {
+        (name, tracer.axis_of[id(field)]): int(tracer.units.find(field))
+        for name, fields in parameters.items()
+        for field in fields
+    }
 
 
 def run(
