@@ -15,5 +15,5 @@ def test_readme_code_runs(capsys):
 
 def test_readme_commands_exist():
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-    used = re.findall(r"^fastws ([a-z ]*[a-z])", shell, re.M)
+    used = re.findall(r"^fastws ([a-z]+(?: [a-z]+)?)(?= |$)", shell, re.M)
     assert len(used) >= 8 and [command for command in used if command not in COMMANDS] == []
