@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from fastws.benchmarks.harness import Case, Options
-from fastws.downstream import generators
-from fastws.downstream.memorisation import Judge
+from fastws.downstream.judging.memorisation import Judge
 from fastws.downstream.populations import measure
+from fastws.downstream.sampling import generators
 from fastws.layout.layout import Layout
 from fastws.nn.resnet import CIFARResNet
 from fastws.symmetry.symmetry import Symmetry

@@ -12,7 +12,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fastws.downstream import compare_zoos, evaluate, sample
+from fastws.downstream import evaluate
+from fastws.downstream.judging import compare as compare_zoos
+from fastws.downstream.sampling import sample
 from fastws.files.atomic import write_json
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make

@@ -14,11 +14,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastws.downstream import generators
-from fastws.downstream.behaviour import classification, teach
 from fastws.downstream.evaluate import job_of
-from fastws.downstream.memorisation import Judge
+from fastws.downstream.judging.memorisation import Judge
 from fastws.downstream.populations import measure
+from fastws.downstream.sampling import generators
+from fastws.downstream.sampling.behaviour import classification, teach
 from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo, make

@@ -8,9 +8,9 @@ from small_zoo import make_small_zoo
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from fastws.downstream.behaviour import IMAGES, classification, teach
-from fastws.downstream.generators import Components
-from fastws.downstream.sample import Config, sample
+from fastws.downstream.sampling.behaviour import IMAGES, classification, teach
+from fastws.downstream.sampling.generators import Components
+from fastws.downstream.sampling.sample import Config, sample
 from fastws.layout.layout import Layout
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import make, prepare

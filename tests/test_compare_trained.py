@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from fastws.downstream import compare_zoos, compute
-from fastws.downstream.sample import Config as SampleConfig
-from fastws.downstream.sample import sample
+from fastws.downstream.judging import compare as compare_zoos
+from fastws.downstream.judging import compute
+from fastws.downstream.sampling.sample import Config as SampleConfig
+from fastws.downstream.sampling.sample import sample
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, ZooWriter, make
 from fastws.zoo.making.make import Config as MakeConfig

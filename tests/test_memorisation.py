@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import fastws
-from fastws.downstream import compare_zoos, judging
-from fastws.downstream.memorisation import Judge
+from fastws.downstream.judging import compare as compare_zoos
+from fastws.downstream.judging import judged as judging
+from fastws.downstream.judging.memorisation import Judge
 from fastws.downstream.populations import Measured
-from fastws.downstream.sample import Config as SampleConfig
-from fastws.downstream.sample import sample
+from fastws.downstream.sampling.sample import Config as SampleConfig
+from fastws.downstream.sampling.sample import sample
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align

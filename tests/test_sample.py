@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import fastws
-from fastws.downstream import evaluate, flow, generators, populations, sample
+from fastws.downstream import evaluate, populations
 from fastws.downstream.representation import load
+from fastws.downstream.sampling import flow, generators, sample
 from fastws.train import sane
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from fastws.downstream import statistics
-from fastws.downstream.statistics import draw_counts, weighted_mean, weighted_median
+from fastws.downstream.judging import statistics
+from fastws.downstream.judging.statistics import draw_counts, weighted_mean, weighted_median
 
 
 def random(seed=0):

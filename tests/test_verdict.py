@@ -7,10 +7,10 @@ import numpy
 import pytest
 import torch
 
-from fastws.downstream import compare_zoos
-from fastws.downstream.judging import Replicates
-from fastws.downstream.statistics import RESAMPLES, around
-from fastws.downstream.verdict import Evidence, evidence, over_curves, over_noise, verdict
+from fastws.downstream.judging import compare as compare_zoos
+from fastws.downstream.judging.judged import Replicates
+from fastws.downstream.judging.statistics import RESAMPLES, around
+from fastws.downstream.judging.verdict import Evidence, evidence, over_curves, over_noise, verdict
 from fastws.files.atomic import write_tensors
 
 

@@ -5,8 +5,8 @@ import torch
 
 from fastws.downstream import evaluate, make_zoo
 from fastws.downstream.representation import load
-from fastws.downstream.sample import Config as SampleConfig
-from fastws.downstream.sample import sample
+from fastws.downstream.sampling.sample import Config as SampleConfig
+from fastws.downstream.sampling.sample import sample
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make
 from fastws.zoo.making.architectures import build

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastws.devices import find_device
+from fastws.downstream.judging.statistics import cluster_interval
 from fastws.downstream.populations import Measured, measure
-from fastws.downstream.statistics import cluster_interval
 from fastws.layout.layout import Layout
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.format.properties import add_properties

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from fastws.downstream import compare_zoos, evaluate, sample
+from fastws.downstream import evaluate
+from fastws.downstream.judging import compare as compare_zoos
+from fastws.downstream.sampling import sample
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, align

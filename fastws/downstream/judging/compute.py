@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastws.downstream import flow as flows
 from fastws.downstream.evaluate import job_of
 from fastws.downstream.representation import WholeNetworks, load
+from fastws.downstream.sampling import flow as flows
 from fastws.files.checkpoints import load_plain
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.zoo import Zoo

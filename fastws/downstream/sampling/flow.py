@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastws.downstream.generators import Components, Drawn, integers, nobody, normals
+from fastws.downstream.sampling.generators import Components, Drawn, integers, nobody, normals
 
 STEPS = 4000  # of training, at most
 BATCH = 256  # points of a step

@@ -8,9 +8,9 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from fastws.downstream.memorisation import Judge, Novelty
+from fastws.downstream.judging.memorisation import Judge, Novelty
+from fastws.downstream.judging.statistics import around, draw_counts, mean_std, weighted_mean, weighted_median
 from fastws.downstream.populations import Measured
-from fastws.downstream.statistics import around, draw_counts, mean_std, weighted_mean, weighted_median
 
 CALIPER = 0.01  # of accuracy, within which a held-out network counts as equally good
 ENSEMBLE = 10  # networks whose mean logits are looked at

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from fastws.downstream.generators import Components, normals
+from fastws.downstream.sampling.generators import Components, normals
 from fastws.ops.small_cnn_step import small_cnn_step
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.zoo.making.recipes import Part, Plan

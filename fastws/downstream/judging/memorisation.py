@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastws
-from fastws.downstream.statistics import draw_counts, pair_counts, weighted_median
+from fastws.downstream.judging.statistics import draw_counts, pair_counts, weighted_median
 from fastws.matching.packing import Packing, packing_of
 from fastws.symmetry.symmetry import Symmetry
 

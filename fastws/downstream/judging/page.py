@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastws import pages
-from fastws.downstream.memorisation import SCREENED
+from fastws.downstream.judging.memorisation import SCREENED
 
 BASELINES = {"noise": pages.GREY, "average": "#009e73", "PCA + Gaussian": pages.BLUE, "PCA + flow": "#882255"}
 COLOURS = (

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy
 from numpy import ndarray
 
-from fastws.downstream.judging import Replicates
-from fastws.downstream.statistics import around, over_seeds
+from fastws.downstream.judging.judged import Replicates
+from fastws.downstream.judging.statistics import around, over_seeds
 
 COPIES, ONE_NETWORK = 0.5, 0.5  # novelty and distance among samples below which the verdict is plain
 SEEDS = 3  # zoos of one sign that make a claim

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fastws.devices import find_device
-from fastws.downstream import flow as flows
-from fastws.downstream import generators
-from fastws.downstream.behaviour import classification, teach
 from fastws.downstream.evaluate import job_of
-from fastws.downstream.generators import BANDWIDTH, Components, Drawn
+from fastws.downstream.judging.statistics import selection_optimism
 from fastws.downstream.representation import Representation, load
-from fastws.downstream.statistics import selection_optimism
+from fastws.downstream.sampling import flow as flows
+from fastws.downstream.sampling import generators
+from fastws.downstream.sampling.behaviour import classification, teach
+from fastws.downstream.sampling.generators import BANDWIDTH, Components, Drawn
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
 from fastws.version import __version__
 from fastws.zoo.align import ALIGNMENT, aligned_rows

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastws.downstream import flow as flows
-from fastws.downstream import generators
+from fastws.downstream.sampling import flow as flows
+from fastws.downstream.sampling import generators
 from fastws.layout.layout import Layout
 from fastws.layout.spread import layer_offsets, layer_std, per_weight
 

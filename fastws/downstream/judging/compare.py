@@ -14,18 +14,19 @@ from tqdm import tqdm
 
 from fastws import pages
 from fastws.devices import find_device
-from fastws.downstream import compare_page, trained
-from fastws.downstream.baselines import Set, baselines
-from fastws.downstream.compute import cost_of
 from fastws.downstream.evaluate import activations_of, job_of
-from fastws.downstream.judging import ENSEMBLE, Judged, Known, Replicates, behave, ensemble_gain, judge
-from fastws.downstream.memorisation import SCREENED, Judge
+from fastws.downstream.judging import page as compare_page
+from fastws.downstream.judging import trained
+from fastws.downstream.judging.baselines import Set, baselines
+from fastws.downstream.judging.compute import cost_of
+from fastws.downstream.judging.judged import ENSEMBLE, Judged, Known, Replicates, behave, ensemble_gain, judge
+from fastws.downstream.judging.memorisation import SCREENED, Judge
+from fastws.downstream.judging.statistics import tabulate
+from fastws.downstream.judging.verdict import Evidence, evidence, verdict
 from fastws.downstream.populations import Measured, measure
 from fastws.downstream.representation import load
-from fastws.downstream.sample import BY, Anchors, choose_anchors
-from fastws.downstream.sample import Config as SampleConfig
-from fastws.downstream.statistics import tabulate
-from fastws.downstream.verdict import Evidence, evidence, verdict
+from fastws.downstream.sampling.sample import BY, Anchors, choose_anchors
+from fastws.downstream.sampling.sample import Config as SampleConfig
 from fastws.files.atomic import write_file, write_json, write_tensors
 from fastws.files.json import read as read_json
 from fastws.files.safetensors import open_tensors

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy
 from numpy import ndarray
 
-from fastws.downstream.statistics import tabulate
+from fastws.downstream.judging.statistics import tabulate
 from fastws.zoo.format.zoo import Zoo
 
 ACCURACY = "test_accuracy"

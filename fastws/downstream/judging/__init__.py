@@ -1,0 +1,1 @@
+"""What sampled networks are worth: ``fastws zoo compare``."""

@@ -1,0 +1,1 @@
+"""New networks from codes or from weights: ``fastws sample``."""
