@@ -67,7 +67,7 @@ def ae_steps(changes: dict, zoo, move: Move) -> Callable[[int], None]:
     model = hyper_representation.HyperRepresentation(ae.model_config(config, source))
     objective.scale(model)
     model = move(model)
-    moved = source._replace(weights=move(source.weights), sigma=move(source.sigma))
+    moved = source._replace(**{name: move(getattr(source, name)) for name in ("weights", "table", "sigma")})
     for name in ("offsets", "sigma", "around"):
         setattr(objective, name, move(getattr(objective, name)))
     objective.source, optimizer, plateau = moved, ae.make_optimizer(model, config), Plateau(10**6, CPU)

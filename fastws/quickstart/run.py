@@ -84,7 +84,7 @@ class Config:
     nern_steps: int = 1000  # of storing the best network in a NeRN
 
     sampled_zoo: int = 240  # networks of the zoo that new networks are sampled from
-    passes: int = 50  # of the autoencoder of that zoo over its training networks
+    passes: int = 50  # over the training networks by the autoencoder that samples come from
     samples: int = 80  # new networks of each kind
 
     pool: Pool = "layers"  # what embeds a network: means of its token embeddings, of each layer or over all

@@ -47,7 +47,7 @@ PLAIN = ("noise", "average", "PCA + Gaussian", "PCA + flow")  # groups of baseli
 class Config:
     """Says whether sampled networks are new, and whether they are better than cheap baselines that are as new.
 
-    fastws zoo compare zoos/kde30 zoos/pca64 --train zoos/mnist --report runs/compare.html
+    fastws zoo compare zoos/kde30 zoos/pca64 --train zoos/mnist --out runs/compare.html
     fastws zoo compare --reports runs/compare-0 runs/compare-1 runs/compare-2 --out runs/compare
 
     Give samples and the zoo they were made from, or reports of several zoos, whose verdicts are then joined, or with

@@ -19,7 +19,7 @@ from fastws.zoo.readers.states import Like, StateReader
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
 INDEX, BIN_INDEX, BIN = ".safetensors.index.json", ".bin.index.json", "pytorch_model.bin"
 OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite", ".ot", ".keras")  # that no reader takes
-TEXT = ("a web page", "an XML", "text in JSON", "nothing")  # that lies beside checkpoints everywhere
+TEXT = ("a web page", "an XML", "a JSON file", "nothing")  # that lies beside checkpoints everywhere
 MAX_OPENED, MAX_SUFFIXES = 100, 5  # files without a suffix of checkpoints that are looked at; suffixes that are told
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)")  # of the hub's cache
