@@ -30,7 +30,7 @@ def make_step(size: str, batch: int = 32) -> Callable[[int], None]:
     table = symmetry.table(layout).to(DEVICE)
     mean, std = torch.zeros(len(table), device=DEVICE), torch.ones(len(table), device=DEVICE)
     rows = {"train": torch.arange(NETWORKS)}
-    source = sane.Source(weights, rows, layout, table, symmetry, mean, std, PRESETS[size]["window"])
+    source = sane.Source(weights, rows, layout, table, symmetry, None, mean, std, PRESETS[size]["window"])
     torch.manual_seed(0)
     with torch.device(DEVICE):  # a CPU would take half a minute to draw 800 million weights
         model = SANE(sane.model_config(config, source))

@@ -27,7 +27,12 @@ def quickstart(found: dict) -> str:
         f"seed {found['config']['seed']}: R² of accuracy on unseen networks "
         + ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
         + f"; a permuted copy moves {found['permutations']['SANE']['ratio']:.2f} times as far as another network is"
-        + f"; stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after; {seconds:.0f} s"
+        + f"; stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after; new networks: "
+        + ", ".join(
+            f"{name} {one['accuracy'][0]:.3f} (novelty {one['novelty'][0]:.2f})"
+            for name, one in found["new"]["sets"].items()
+        )
+        + f"; {seconds:.0f} s"
     )
 
 

@@ -24,12 +24,12 @@ MORE = 2  # epochs that new networks are trained for
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "kde": ("autoencoder, KDE of its codes", {"method": "kde", "best": 0.3, "model": True}),
     "kde-reference": (
-        "the same as it was released",
+        "KDE as it was released",
         {"method": "kde", "best": 0.3, "mode": "reference", "model": True},
     ),
     "pca": ("PCA of the weights + Gaussian", {"method": "pca", "components": 64}),
     "behaviour": (
-        "the same, taught on training images",
+        "Gaussian, taught on training images",
         {"method": "pca", "components": 64, "behaviour": 200},
     ),
     "noise": ("training networks + noise", {"method": "noise", "noise": 0.4}),

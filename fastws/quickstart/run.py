@@ -351,9 +351,9 @@ def print_summary(results: dict, folder: Path, seconds: float) -> None:
     before, after = results["nern"]["accuracy"]
     print(f"the best network, its convolutions stored in a NeRN: accuracy {before:.3f} before, {after:.3f} after")
     print(f"\nnew networks: {report.TRAINED.format(results['new']['more_epochs'])}")
-    print(f"{'':<32}" + "".join(f"{name:>24}" for name in report.NEW))
+    print(f"{'':<38}" + "".join(f"{name:>24}" for name in report.NEW))
     for name, *cells in report.new_rows(results["new"]):
-        print(f"{name:<32}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{name:<38}" + "".join(f"{cell:>24}" for cell in cells))
     print(f"\n{seconds:.0f} s, {process_time():.0f} s of processor time")
     print(f"report:  {folder / 'report.html'}   (open it in a browser)")
     print(f"numbers: {folder / 'results.json'}")
