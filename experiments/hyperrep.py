@@ -22,6 +22,13 @@ from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.making.make import Config as MakeConfig
 
+ALIKE = {  # a recipe of digits networks from which something can be learned: signs, and weight decay
+    "activations": ("tanh",),
+    "inits": ("xavier_uniform",),
+    "optimizers": ("momentum",),
+    "lrs": (0.1,),
+    "weight_decays": (1e-2,),
+}
 SETS = {  # name: how it is sampled; those with "model" from the autoencoder's codes
     "reconstructed": {"method": "direct", "model": True},
     "kde-independent": {"method": "kde", "best": 0.3, "model": True},

@@ -12,6 +12,7 @@ from time import perf_counter
 
 import torch
 import tyro
+from hyperrep import ALIKE
 from torch import Tensor
 
 from fastws.downstream.evaluate import job_of
@@ -52,12 +53,8 @@ def run(config: Config) -> None:
             out=str(Path(config.out, "zoo")),
             networks=60 if smoke else config.networks,
             epochs=epochs,
-            activations=("tanh",),
-            inits=("xavier_uniform",),
-            optimizers=("momentum",),
-            lrs=(0.1,),
-            weight_decays=(1e-2,),
             seed=config.seed,
+            **ALIKE,
         )
     )
     if not (zoo.path / ALIGNMENT).exists():

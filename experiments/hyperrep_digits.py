@@ -35,12 +35,8 @@ def run(config: Config) -> None:
         out=str(Path(config.out, "zoo")),
         networks=80 if config.smoke else config.networks,
         epochs=epochs,
-        activations=("tanh",),
-        inits=("xavier_uniform",),
-        optimizers=("momentum",),
-        lrs=(0.1,),
-        weight_decays=(1e-2,),
         seed=config.seed,
+        **hyperrep.ALIKE,
     )
     hyperrep.run(
         hyperrep.Plan(

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import tyro
+from hyperrep import ALIKE
 
 from fastws.downstream import predict
 from fastws.files.atomic import write_json
@@ -25,13 +26,7 @@ from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.making.make import Config as MakeConfig
 
 ZOOS: dict[str, dict[str, Any]] = {
-    "seeds": {
-        "activations": ("tanh",),
-        "inits": ("xavier_uniform",),
-        "optimizers": ("momentum",),
-        "lrs": (0.1,),
-        "weight_decays": (1e-2,),
-    },
+    "seeds": ALIKE,
     "recipes": {"activations": ("tanh", "relu", "gelu", "sigmoid")},
 }
 MODELS: dict[str, dict[str, Any]] = {  # options of train ae

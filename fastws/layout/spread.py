@@ -20,6 +20,12 @@ def layer_offsets(layout: Layout) -> Tensor:
     return torch.tensor(sorted(found))
 
 
+def weight_std(weights: Tensor, layout: Layout) -> Tensor:
+    """Of each weight the standard deviation of its layer over networks ``[n, P]``: ``[P]``, on their device."""
+    offsets = layer_offsets(layout)
+    return per_weight(layer_std(weights, offsets), offsets, layout.num_weights).to(weights.device)
+
+
 def layer_std(weights: Tensor, offsets: Tensor) -> Tensor:
     """The unbiased standard deviation of all weights of a layer over all networks, at least 1e-4: float32 ``[L]``."""
     stds = [

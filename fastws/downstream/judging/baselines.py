@@ -9,7 +9,7 @@ from torch import Tensor
 from fastws.downstream.sampling import flow as flows
 from fastws.downstream.sampling import generators
 from fastws.layout.layout import Layout
-from fastws.layout.spread import layer_offsets, layer_std, per_weight
+from fastws.layout.spread import weight_std
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # in units of each layer's std
 COMPONENTS = (16, 32, 64, 96, 128, 192, 256, 0)  # 0: all
@@ -42,8 +42,7 @@ def baselines(
         seed: Of the draws.
     """
     generator = torch.Generator(training.device).manual_seed(seed)
-    offsets = layer_offsets(layout)
-    scale = per_weight(layer_std(training, offsets), offsets, training.shape[1]).to(training.device)
+    scale = weight_std(training, layout)
     for factor in NOISE:
         drawn = generators.noisy(anchors, count, factor * scale, generator)
         yield Set(f"noise of {factor:g} sd", "noise", drawn.points)

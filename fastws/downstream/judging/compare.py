@@ -42,7 +42,7 @@ SMALLEST = 10  # held-out networks
 PLAIN = ("noise", "average", "PCA + Gaussian", "PCA + flow")  # groups of baselines, of which the nearest are screened
 
 
-@former_names(zoo="train", report="out", trained="continued")
+@former_names(zoo="train", report="out")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Says whether sampled networks are new, and whether they are better than cheap baselines that are as new.

@@ -22,7 +22,7 @@ from fastws.downstream.sampling import flow as flows
 from fastws.downstream.sampling import generators
 from fastws.downstream.sampling.behaviour import classification, teach
 from fastws.downstream.sampling.generators import BANDWIDTH, Components, Drawn
-from fastws.layout.spread import layer_offsets, layer_std, per_weight
+from fastws.layout.spread import weight_std
 from fastws.version import __version__
 from fastws.zoo.align import ALIGNMENT, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
@@ -194,10 +194,7 @@ def taught(config: Config, zoo: Zoo, anchors: Anchors, space: Components, genera
 
 def spread(zoo: Zoo, representation: Representation | None, cloud: Tensor) -> Tensor:
     """The standard deviation of each entry of a code, or of each weight's layer over all anchors, ``[d]``."""
-    if representation is not None:
-        return cloud.std(0, correction=0)
-    offsets = layer_offsets(zoo.layout)
-    return per_weight(layer_std(cloud, offsets), offsets, cloud.shape[1]).to(cloud.device)
+    return weight_std(cloud, zoo.layout) if representation is None else cloud.std(0, correction=0)
 
 
 def choose_anchors(config: Config, zoo: Zoo, representation: Representation | None) -> Anchors:

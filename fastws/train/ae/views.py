@@ -8,7 +8,7 @@ from torch import Tensor
 import fastws
 from fastws.devices import to_device
 from fastws.layout.layout import Layout
-from fastws.layout.spread import layer_offsets, layer_std, per_weight
+from fastws.layout.spread import weight_std
 from fastws.random.integers import epoch_rows
 from fastws.symmetry.symmetry import Symmetry
 from fastws.table import table_columns
@@ -50,10 +50,10 @@ class Source(NamedTuple):
         may_flip: Tensor,
     ) -> "Source":
         """The source of networks ``[m, P]``, and of which of them may flip, bool ``[m]``."""
-        whole, offsets, device = layout.with_tokens(None, "keep", "network"), layer_offsets(layout), weights.device
-        sigma = per_weight(layer_std(weights[: len(rows["train"])], offsets), offsets, layout.num_weights)
+        whole, device = layout.with_tokens(None, "keep", "network"), weights.device
+        sigma = weight_std(weights[: len(rows["train"])], layout)
         table = whole.table if symmetry is None else symmetry.table(whole)
-        sigma = sigma[table_columns(table).weight_offset].to(device)
+        sigma = sigma[table_columns(table).weight_offset.to(device)]
         may_flip = may_flip.to(device) if may_flip.any() else None
         return cls(weights, rows, layout, table.to(device), symmetry, may_flip, sigma)
 
