@@ -76,6 +76,12 @@ class Config:
             raise ValueError(
                 "zoo compare: samples must name at least one folder, got none; or give --reports or --continued"
             )
+        names = [Path(path).name for path in self.samples]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"zoo compare: samples must be folders of different names, got {twice[0]!r} more than once"
+            )
         if (self.train is None) != (not self.samples):
             got = f"--train {self.train} and {len(self.samples)} samples"
             raise ValueError(f"zoo compare: train must be given with samples, and samples with train, got {got}")
@@ -291,13 +297,14 @@ def sets_of(config: Config, scene: Scene, samples: list[Zoo], anchors: Anchors, 
     yield Set("held-out networks", "held-out", judged_by.held_out)
     untrained = states_of(zoo, "train", anchors.activation, untrained=True)[: config.count]
     if len(untrained) > 1:
-        yield Set("scratch", "scratch", aligned(zoo.rows(untrained).float()))
+        yield Set("untrained networks", "untrained networks", aligned(zoo.rows(untrained).float()))
     if config.model is not None:
         representation = load(config.model, scene.device)
         representation.layout.require_same(zoo.layout, f"zoo compare: model {config.model}")
         some = anchors.rows[: config.count]
         flat = (aligned_rows(zoo, some) if representation.aligned else zoo.rows(some)).float().to(scene.device)
-        yield Set("reconstructed", "reconstructed", aligned(representation.decode(representation.encode(flat)).cpu()))
+        made = representation.decode(representation.encode(flat)).cpu()
+        yield Set("reconstructed anchors", "reconstructed anchors", aligned(made))
     for one in samples:
         yield Set(one.path.name, one.path.name, aligned(one.rows(torch.arange(len(one))).float()))
     if config.baselines:

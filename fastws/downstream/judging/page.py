@@ -68,7 +68,7 @@ def body(results: dict[str, Any]) -> Iterator[str]:
 
 def novelty(results: dict[str, Any]) -> Iterator[str]:
     figure, (axis,) = pages.make_figure(height=5.0)
-    colours = {"held-out": "black", "scratch": "#bbbbbb", "reconstructed": "#117733"} | BASELINES
+    colours = {"held-out": "black", "untrained networks": "#bbbbbb", "reconstructed anchors": "#117733"} | BASELINES
     fixed = len(colours)
     for group in dict.fromkeys(one["group"] for one in results["sets"]):
         of_group = (one for one in results["sets"] if one["group"] == group)
