@@ -93,6 +93,15 @@ def test_hyperrep_lwln(experiment, tmp_path):
     assert "reconstructed" in experiment("tables").lwln(found)
 
 
+def test_hyperrep_probes(experiment, tmp_path):
+    module = experiment("hyperrep_probes")
+    module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
+    found = results(tmp_path)
+    assert {line["run"] for line in found["lines"]} == {"as trained", "aligned", "equivariant", "codes: aligned"}
+    assert {line["features"] for line in found["lines"] if line["run"] == "codes: aligned"} == {"embedding"}
+    assert "seeds, equivariant" in experiment("tables").embeddings(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")
