@@ -1,0 +1,1 @@
+"""Two networks, or a folder of them: aligned, merged, and told apart."""
