@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from running import keep_moments
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
@@ -22,6 +23,7 @@ from fastws.zoo.making import ranks
 from fastws.zoo.making.architectures import build, initialize
 from fastws.zoo.making.grids import PRESETS
 from fastws.zoo.making.make import MAY_CHANGE, Config, draw_recipes, make
+from fastws.zoo.survey.progress import find_unfinished
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 
@@ -164,6 +166,41 @@ def test_run_that_dies_at_any_moment_resumes_to_the_same_zoo(tmp_path):
     assert len(moments) > 30
     for moment in moments[::5]:
         assert_same(make(tiny(moment)), expected)
+
+
+def test_zoo_of_chosen_epochs_is_a_part_of_that_of_all(tmp_path):
+    whole = make(tiny(tmp_path / "whole", epochs=4))
+    with keep_moments(tmp_path / "zoo", tmp_path) as moments:
+        zoo = make(tiny(tmp_path / "zoo", epochs=4, keep_epochs=(4, 1)))
+    rows = [row for row, epoch in enumerate(whole.numbers("epoch")) if epoch in (1, 4)]
+    assert torch.equal(zoo.weights, whole.rows(rows)) and zoo.splits == whole.splits
+    assert zoo.properties.equals(whole.properties.take(rows).combine_chunks()) and not find_unfinished(zoo)
+    for moment in moments[::5]:
+        assert_same(make(tiny(moment, epochs=4, keep_epochs=(4, 1))), zoo)
+    with pytest.raises(ValueError, match=r"keep_epochs must be epochs in \[0, 2\], got \(3,\)"):
+        tiny(tmp_path / "other", keep_epochs=(3,))
+
+
+RESNET = {"architecture": "cifar-resnet8-b-half", "networks": 2, "epochs": 1, "limit": 40, "activations": ("relu",)}
+RESNET |= {"dropouts": (0.0,)}
+
+
+def test_networks_train_one_by_one_in_half_precision(tmp_path):
+    single = make(tiny(tmp_path / "single", **RESNET, keep_epochs=(1,)))
+    half = make(tiny(tmp_path / "half", **RESNET, keep_epochs=(1,), precision="bf16"))
+    difference = (half.weights - single.weights).norm() / single.weights.norm()
+    assert 0 < difference < 0.02
+    with pytest.raises(ValueError, match="precision must be fp32 and not compiled for digits-cnn, .* got bf16"):
+        make(tiny(tmp_path / "small", precision="bf16"))
+
+
+def test_networks_that_train_one_by_one_are_compiled_where_asked(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
+    plain = make(tiny(tmp_path / "plain", **RESNET))
+    assert not compiled
+    assert_same(make(tiny(tmp_path / "compiled", **RESNET, compile=True)), plain)
+    assert [type(network).__name__ for network in compiled] == ["CIFARResNet"] * 2
 
 
 def test_killed_command_resumes_to_the_same_zoo(tmp_path):
@@ -348,7 +385,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path):
         make(Config(out=str(path), preset="mnist-s-seed"))
     with pytest.raises(ValueError, match="batch_size must be at most 20, the images, got 32"):
         make(tiny(path, limit=20))
-    with pytest.raises(ValueError, match="resnet18 must have relu, no dropout"):
+    with pytest.raises(ValueError, match="resnet18 must have relu and no dropout"):
         make(tiny(path, architecture="resnet18"))
     with pytest.raises(ValueError, match="order must be seeded where networks train one by one: schedule"):
         make(tiny(path, schedule="one-cycle", optimizers=("momentum",), order="published"))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
+from fastws.ops.small_cnn_step import small_cnn_logits
+from fastws.small_cnn.table import layer_table
 from fastws.zoo.making.architectures import BIAS, INITS, build, initialize
 from fastws.zoo.making.grids import PRESETS
 from fastws.zoo.making.make import Config, draw_recipes
@@ -80,8 +82,30 @@ def test_architecture_errors():
         build("mlp", (1, 8, 8), dropout=1.0)
     with pytest.raises(ValueError, match="init must be one of uniform, .*, got 'zeros'"):
         initialize(build("mlp", (1, 8, 8)), "zeros", 0)
-    with pytest.raises(ValueError, match="resnet18 must have relu, no dropout and images of 3 channels, got tanh"):
+    with pytest.raises(ValueError, match="resnet18 must have relu and no dropout, got tanh and dropout 0.0"):
         build("resnet18", (3, 32, 32))
+
+
+def test_networks_that_train_one_by_one_take_images_of_any_channels():
+    sizes = {"cifar-resnet8-b-half": 19_954, "cifar-resnet8-b": 78_042, "cifar-resnet20-b": 272_474}
+    sizes |= {"mini-alexnet": 1_873_930, "resnet34": 21_282_122}
+    for name, expected in sizes.items():
+        with torch.device("meta"):
+            network = build(name, (3, 32, 32), activation="relu")
+            assert sum(parameter.numel() for parameter in network.parameters()) == expected, name
+            gray = build(name, (1, 28, 28), activation="relu", num_classes=7)
+            assert gray(torch.zeros(2, 1, 28, 28, device="meta")).shape == (2, 7), name
+    with pytest.raises(ValueError, match=r"mini-alexnet: images must be at least 14 x 14, got \[3, 13, 32\]"):
+        build("mini-alexnet", (3, 13, 32), activation="relu")
+
+
+def test_the_published_mlp_runs_side_by_side_under_its_names():
+    network = build("mlp-30-15", (1, 4, 4), dropout=0.2)
+    assert list(network.state_dict())[::2] == [f"module_list.{n}.weight" for n in (0, 2, 4)]
+    weights = parameters_to_vector(network.parameters())[None]
+    x, activation = torch.randn(5, 1, 4, 4), torch.zeros(1, dtype=torch.int32)  # tanh
+    logits = small_cnn_logits(weights, x, layer_table(network, (1, 4, 4)), activation)
+    torch.testing.assert_close(logits[0], network.eval()(x), rtol=1e-5, atol=1e-6)
 
 
 def test_resnet_has_the_published_init():

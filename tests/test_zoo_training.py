@@ -214,6 +214,7 @@ def test_resnet_trains_as_published():
     one = recipe(3, activation="relu", optimizer="momentum", lr=0.05, weight_decay=5e-4)
     network = plan.build()
     initialize(network, one.init, one.seed)
+    network.to(memory_format=torch.channels_last)  # other sums: after four such steps they are other weights
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, epochs=2, steps_per_epoch=2)
     for epoch in (1, 2):
@@ -221,7 +222,8 @@ def test_resnet_trains_as_published():
         torch.manual_seed(int(numpy.random.SeedSequence([3, epoch]).generate_state(1)[0]))
         network.train()
         for rows in order.split(16):
-            loss = cross_entropy(network(augment(x[rows], "crop-flip", data.black)), y[rows])
+            images = augment(x[rows], "crop-flip", data.black).contiguous(memory_format=torch.channels_last)
+            loss = cross_entropy(network(images), y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

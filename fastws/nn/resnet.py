@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
@@ -63,18 +63,21 @@ class ResNet(nn.Module):
         num_classes: Width of the output.
         stem: ``"cifar"`` is a 3 x 3 convolution without pooling, as in the model zoos; ``"imagenet"`` is 7 x 7 with
             stride 2 and max pooling.
+        channels: Of the images.
 
     Raises:
         ValueError: If there is no ResNet of this depth.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, stem: Literal["cifar", "imagenet"] = "cifar"):
+    def __init__(
+        self, depth: int, num_classes: int = 10, stem: Literal["cifar", "imagenet"] = "cifar", *, channels: int = 3
+    ):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"resnet: depth must be one of {list(BLOCKS)}, got {depth}")
         block = BasicBlock if depth < 50 else Bottleneck
         large = stem == "imagenet"
-        self.conv1 = nn.Conv2d(3, 64, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 64, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         inputs = 64
@@ -119,30 +122,36 @@ class CIFARResNet(nn.Module):
     """The ResNets for images ``[B, 3, 32, 32]`` (arXiv 1512.03385, section 4.2); gives logits ``[B, num_classes]``.
 
     Args:
-        depth: 20, 32, 44, 56 or 110.
+        depth: 20, 32, 44, 56 or 110 as published; 8 and 14 are smaller ones of the same family.
         option: Of the shortcuts where the width changes: ``"a"`` takes every other pixel and pads channels with zeros;
             ``"b"`` is a 1 x 1 convolution.
         num_classes: Width of the output.
+        width: Channels of the first stage, doubled by the second and the third.
+        channels: Of the images.
 
     Raises:
-        ValueError: If depth or option are not one of these.
+        ValueError: If depth or option are not one of these, or a width is not positive.
     """
 
-    def __init__(self, depth: int, option: Literal["a", "b"] = "a", num_classes: int = 10):
+    def __init__(
+        self, depth: int, option: Literal["a", "b"] = "a", num_classes: int = 10, *, width: int = 16, channels: int = 3
+    ):
         super().__init__()
+        if width < 1 or channels < 1:
+            raise ValueError(f"resnet: width and channels must be at least 1, got {width} and {channels}")
         if depth not in CIFAR_DEPTHS or option not in ("a", "b"):
             raise ValueError(
                 f"resnet: depth must be one of {CIFAR_DEPTHS} and option a or b, got {depth} and {option!r}"
             )
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        inputs = 16
-        for stage, width in enumerate((16, 32, 64)):
-            widths = [inputs] + [width] * ((depth - 2) // 6)
-            blocks = [CIFARBlock(before, width, option) for before in widths[:-1]]
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        inputs = width
+        for stage, outputs in enumerate((width, 2 * width, 4 * width)):
+            widths = [inputs] + [outputs] * ((depth - 2) // 6)
+            blocks = [CIFARBlock(before, outputs, option) for before in widths[:-1]]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            inputs = width
-        self.linear = nn.Linear(64, num_classes)
+            inputs = outputs
+        self.linear = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))

@@ -10,12 +10,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastws.nn.resnet import ResNet
+from fastws.nn.mini_alexnet import MiniAlexNet
+from fastws.nn.resnet import CIFARResNet, ResNet
 from fastws.zoo.making.transfer import TRANSFER
 
-Architecture = Literal[
-    "digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp", "res-cnn", "cnn-deep", "cnn-skip", "cnn-deep-skip", "resnet18"
-]
+SMALL = ("digits-cnn", "cnn-s", "cnn2", "cnn-l", "mlp", "mlp-30-15")
+LARGE: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {  # of images and number of classes; all have ReLU
+    "cifar-resnet8-b-half": lambda shape, classes: CIFARResNet(8, "b", classes, width=8, channels=shape[0]),
+    "cifar-resnet8-b": lambda shape, classes: CIFARResNet(8, "b", classes, channels=shape[0]),
+    "cifar-resnet20-b": lambda shape, classes: CIFARResNet(20, "b", classes, channels=shape[0]),
+    "resnet18": lambda shape, classes: ResNet(18, classes, channels=shape[0]),
+    "resnet34": lambda shape, classes: ResNet(34, classes, channels=shape[0]),
+    "resnet50": lambda shape, classes: ResNet(50, classes, channels=shape[0]),
+    "mini-alexnet": MiniAlexNet,
+}
+Architecture = Literal[*SMALL, *TRANSFER, *LARGE]
 Activation = Literal["tanh", "relu", "sigmoid", "gelu"]
 Init = Literal["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
 
@@ -33,6 +42,7 @@ INITS: dict[str, Callable[..., Tensor]] = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "xavier_normal": nn.init.xavier_normal_,
 }
+WIDTHS = {"digits-cnn": (16,), "mlp": (20, 20), "mlp-30-15": (30, 15)}  # of hidden dense layers, where not one of 20
 BIAS = 0.01  # every bias at the start (arXiv 2209.14764)
 
 
@@ -49,6 +59,18 @@ class Chain(nn.Module):
         return x
 
 
+class FlatChain(Chain):
+    """A chain of dense layers, of which the first sees all pixels; its names do not count the flattening."""
+
+    def __init__(self, layers: list[nn.Module]):
+        nn.Module.__init__(self)
+        self.flatten = nn.Flatten()  # registered first, for tables are made in this order
+        self.module_list = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.flatten(x))
+
+
 def build(
     name: Architecture,
     image_shape: tuple[int, int, int],
@@ -60,11 +82,12 @@ def build(
     """Builds a network.
 
     ``cnn-s`` is the published CNN of 2,464 weights for images [1, 28, 28], ``cnn2`` its wider sibling, ``cnn-l`` the
-    CNN of 10,853 weights for images [3, 32, 32]; ``digits-cnn`` has 1,486 weights for [1, 8, 8]. All of them, and
-    ``mlp`` (two hidden layers of 20), take other image sizes too: the first dense layer follows. ``resnet18`` is that
-    of the published ResNet zoos, with ReLU and without dropout. ``res-cnn``, ``cnn-deep``, ``cnn-skip`` and
-    ``cnn-deep-skip`` are what arXiv 2209.14733 transfers ``cnn-s`` to, see ``fastws.zoo.making.transfer``; they know no
-    dropout.
+    CNN of 10,853 weights for images [3, 32, 32]; ``digits-cnn`` has 1,486 weights for [1, 8, 8]. All of them, ``mlp``
+    (two hidden layers of 20) and ``mlp-30-15`` (the published MLP) take other image sizes too: the first dense layer
+    follows. ``res-cnn``, ``cnn-deep``, ``cnn-skip`` and ``cnn-deep-skip`` are what arXiv 2209.14733 transfers ``cnn-s``
+    to, see ``fastws.zoo.making.transfer``; they know no dropout. Those of ``LARGE`` have ReLU and no dropout:
+    ``resnet18`` is that of the published ResNet zoos, ``mini-alexnet`` the published small AlexNet, and the
+    ``cifar-resnet`` are those of arXiv 1512.03385 with 1 x 1 shortcuts, also of half the width.
 
     Args:
         name: The architecture.
@@ -82,22 +105,21 @@ def build(
         raise ValueError(f"build: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"build: dropout must be in [0, 1), got {dropout}")
-    if name == "resnet18":
-        if (activation, dropout, image_shape[0]) != ("relu", 0.0, 3):
-            got = f"{activation}, dropout {dropout} and {image_shape[0]} channels"
-            raise ValueError(f"build: resnet18 must have relu, no dropout and images of 3 channels, got {got}")
-        return ResNet(18, num_classes)
+    if name in LARGE:
+        if (activation, dropout) != ("relu", 0.0):
+            raise ValueError(f"build: {name} must have relu and no dropout, got {activation} and dropout {dropout}")
+        return LARGE[name](image_shape, num_classes)
     if name in TRANSFER:
         if dropout:
             raise ValueError(f"build: {name} must have no dropout, got {dropout}")
         return TRANSFER[name](image_shape, num_classes, ACTIVATIONS[activation])
-    layers = [*hidden_layers(name, image_shape, activation, dropout), nn.Flatten()]
-    features = count_features(name, layers, image_shape)
-    for _ in range(2 if name == "mlp" else 1):
-        width = 16 if name == "digits-cnn" else 20
-        layers += [nn.Linear(features, width), *activate(name, activation, dropout)]
+    hidden = hidden_layers(name, image_shape, activation, dropout)
+    features, dense = count_features(name, hidden, image_shape), []
+    for width in WIDTHS.get(name, (20,)):
+        dense += [nn.Linear(features, width), *activate(name, activation, dropout)]
         features = width
-    return Chain([*layers, nn.Linear(features, num_classes)])
+    dense.append(nn.Linear(features, num_classes))
+    return FlatChain(dense) if name == "mlp-30-15" else Chain([*hidden, nn.Flatten(), *dense])
 
 
 def hidden_layers(name: str, image_shape: tuple[int, int, int], activation: str, dropout: float) -> list[nn.Module]:
@@ -107,7 +129,7 @@ def hidden_layers(name: str, image_shape: tuple[int, int, int], activation: str,
         return [first, *activate(name, activation, dropout), second, *activate(name, activation, dropout)]
     if name == "cnn-l":
         sizes, kernels, pooled = [channels, 16, 32, 15], [3, 3, 3], 3
-    elif name == "mlp":
+    elif name.startswith("mlp"):
         sizes, kernels, pooled = [], [], 0
     else:
         sizes, kernels, pooled = [channels, *((8, 6, 4) if name == "cnn-s" else (6, 9, 6))], [5, 5, 2], 2

@@ -37,6 +37,9 @@ class OneByOne:
     def _train_one(self, recipe: Recipe, state: Tensor, order: Tensor, epoch: int) -> tuple[float, float]:
         x, y = self.data.train
         network = self._load(recipe, state[0]).train()
+        if self.plan.compile:
+            network.compile()  # once for all networks of an architecture
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16")
         steps = self.plan.num_steps(len(y))
         optimizer = self._optimizer(recipe, network, state, (epoch - 1) * steps)
         loss = correct = torch.zeros((), device=x.device)
@@ -48,8 +51,11 @@ class OneByOne:
                     group["lr"], momentum = self._schedule(recipe, step, steps * self.plan.epochs)
                     if "momentum" in group and recipe.optimizer == "momentum":
                         group["momentum"] = momentum
-                logits = network(augment(x[rows], self.plan.augment, self.data.black))
-                batch_loss = cross_entropy(logits, y[rows])
+                images = augment(x[rows], self.plan.augment, self.data.black)
+                images = images.contiguous(memory_format=torch.channels_last)
+                with autocast:
+                    logits = network(images)
+                batch_loss = cross_entropy(logits.float(), y[rows])
                 optimizer.zero_grad()
                 batch_loss.backward()
                 optimizer.step()
@@ -69,7 +75,8 @@ class OneByOne:
         with torch.device("meta"):  # no initial weights are drawn
             network = self.plan.build(recipe.activation, recipe.dropout)
         network.load_state_dict(self.layout.unflatten(flat.clone()), assign=True)
-        return network.to(self.data.train.x.device)
+        # steps of small ResNets take two thirds of the time on a CPU, and half precision on a GPU wants it so
+        return network.to(self.data.train.x.device, memory_format=torch.channels_last)
 
     def _optimizer(self, recipe: Recipe, network: nn.Module, state: Tensor, steps: int) -> torch.optim.Optimizer:
         options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}

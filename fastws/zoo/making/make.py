@@ -47,7 +47,7 @@ class Config:
     fastws zoo make --out zoos/mnist --preset mnist-s-seed --data mnist --explain
 
     A preset gives a value to every option that is None; --explain prints them all. Under torchrun every process
-    trains its share of the networks.
+    trains its share of the networks; more processes than GPUs share them, which pays for small networks.
     """
 
     out: str  # folder of the zoo to write
@@ -70,6 +70,7 @@ class Config:
     architecture: Architecture | None = None  # of the networks: small ones train side by side, others one by one
     networks: int | None = None  # to train; fewer than the preset has are its first ones
     epochs: int | None = None  # the zoo holds one state more per network, that of the start
+    keep_epochs: tuple[int, ...] = ()  # whose states the zoo holds, 0 for those of the start; by default all
     batch_size: int | None = None  # images per step; the last one of an epoch has what is left
     sampling: Literal["random", "grid", "grid-random-seeds"] | None = None  # random recipes, or all seed by seed
     activations: tuple[Activation, ...] | None = None  # choices of a recipe for the activation
@@ -86,6 +87,8 @@ class Config:
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored weights
     device: Literal["cpu", "cuda"] = "cpu"  # that networks are trained on
+    precision: Literal["fp32", "bf16"] = "fp32"  # of products in training, where networks train one by one
+    compile: bool = False  # pass networks that train one by one through torch.compile
     threads: int = 0  # processor cores to use; 0: all
     wave: int = 1024  # networks that advance epoch by epoch together
 
@@ -100,6 +103,8 @@ class Config:
         if not all(0 <= epoch <= self.epochs for epoch in self.regularise_at):
             what = f"epochs in [0, {self.epochs}], got {self.regularise_at}"
             raise ValueError(f"zoo make: regularise_at must be {what}")
+        if not all(0 <= epoch <= self.epochs for epoch in self.keep_epochs):
+            raise ValueError(f"zoo make: keep_epochs must be epochs in [0, {self.epochs}], got {self.keep_epochs}")
         for name in ("networks", "batch_size", "wave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -165,7 +170,8 @@ def prepare(config: Config) -> Job:
     images = load(config.data, config.limit, transform=transform, validation=config.validation)
     if len(images.train_y) < config.batch_size:
         raise ValueError(f"batch_size must be at most {len(images.train_y)}, the images, got {config.batch_size}")
-    common = {name: getattr(config, name) for name in ("schedule", "augment", "order", "train_metrics")}
+    common = ("schedule", "augment", "order", "train_metrics", "precision", "compile")
+    common = {name: getattr(config, name) for name in common}
     shape = tuple(images.train_x.shape[1:])
     plan = Plan(config.architecture, shape, images.num_classes, config.batch_size, config.epochs, **common)
     for activation, dropout in product(config.activations, config.dropouts):
@@ -177,6 +183,9 @@ def prepare(config: Config) -> Job:
         one_by_one = str(error)
         if config.order == "published":
             raise ValueError(f"zoo make: order must be seeded where networks train one by one: {error}") from error
+    if not one_by_one and (config.precision != "fp32" or config.compile):
+        what = f"fp32 and not compiled for {config.architecture}, whose networks train side by side"
+        raise ValueError(f"zoo make: precision must be {what}, got {config.precision}, compile {config.compile}")
     recipes, start = (draw_recipes(config), None) if config.start is None else beginning.networks(config, plan)
     return Job(plan, TrainingData.of(images, ranks.device(config.device)), recipes, one_by_one, start)
 
@@ -200,7 +209,7 @@ def make(config: Config, regularise: Regularise | None = None) -> Zoo:
         raise ValueError(f"zoo make: regularise must be {what}")
     for begun in (path, *ranks.begun_parts(path)):
         check_config(begun, config)
-    ranks.check(path, place, config.networks * (config.epochs + 1))
+    ranks.check(path, place, config.networks * len(kept_epochs(config)))
     if place.world > 1 and ranks.finished(path, place):
         ranks.remove_joined(path, place)
         return Zoo.open(path)
@@ -222,7 +231,7 @@ def make_part(config: Config, job: Job, path: Path, regularise: Regularise | Non
         return wave
 
     with open_writer(config, job, path) as writer, workers(config, job) as pool:
-        train(config, job, writer, pool, make_wave)
+        train(config, job, writer, pool, make_wave, kept_epochs(config))
         remove(path / RESUME)
     return Zoo.open(path)
 
@@ -238,8 +247,15 @@ def open_writer(config: Config, job: Job, path: Path) -> ZooWriter:
     return ZooWriter(path, Layout.from_checkpoint(network), symmetry, provenance, DTYPES[config.dtype], models=models)
 
 
-def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callable[[Sequence[Recipe]], Wave]) -> None:
-    """Trains the networks of a job, wave after wave, and keeps every epoch; goes on where a stopped run was.
+def train(
+    config,
+    job: Job,
+    writer: ZooWriter,
+    pool: Executor,
+    make_wave: Callable[[Sequence[Recipe]], Wave],
+    kept: Sequence[int],
+) -> None:
+    """Trains the networks of a job, wave after wave, and keeps their states; goes on where a stopped run was.
 
     Args:
         config: Has ``epochs`` and ``wave``.
@@ -247,10 +263,11 @@ def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callab
         writer: Where the weights of each epoch go.
         pool: Each of its threads trains a group of networks.
         make_wave: The networks of some recipes, before their first epoch.
+        kept: The epochs whose states go to the writer, ascending; networks are measured after these only.
     """
     networks, states = len(job.recipes), config.epochs + 1
     first, epoch, tensors = read_resume(writer.path)
-    if not tensors and writer.submitted >= networks * states:
+    if not tensors and writer.submitted >= networks * len(kept):
         return  # a finished zoo
     size = 1 if job.one_by_one else config.wave
     if first not in range(0, networks, size):
@@ -265,15 +282,23 @@ def train(config, job: Job, writer: ZooWriter, pool: Executor, make_wave: Callab
             wave.go_on(writer.path / RESUME, epoch, **tensors)
         while wave.epoch < config.epochs:
             bar.set_postfix(networks=f"{begin + len(wave.recipes)}/{networks}", epoch=wave.epoch + 1, refresh=False)
-            properties = wave.advance(pool, bar.update)
-            # a run that died between append and write_resume has added these states already
-            if writer.submitted < begin * states + (wave.epoch + 1) * len(wave.recipes):
-                writer.append(wave.state[0], properties)
+            keeps = wave.epoch + 1 in kept
+            properties = wave.advance(pool, bar.update, measure=keeps)
+            found = {"first": begin, "epoch": wave.epoch}
+            if keeps:
+                # a run that died between append and write_resume has added these states already
+                kept_before = len([epoch for epoch in kept if epoch <= wave.epoch])
+                if writer.submitted < begin * len(kept) + kept_before * len(wave.recipes):
+                    writer.append(wave.state[0], properties)
+                found["median_test_accuracy"] = float(properties["test_accuracy"].median())
             write_resume(writer.path, begin, wave)
-            accuracy = float(properties["test_accuracy"].median())
-            found = {"first": begin, "epoch": wave.epoch, "median_test_accuracy": accuracy, "dropped": writer.dropped}
-            log.append(writer.path, found)
+            log.append(writer.path, found | {"dropped": writer.dropped})
     bar.close()
+
+
+def kept_epochs(config: Config) -> list[int]:
+    """The epochs whose states a zoo holds."""
+    return sorted(set(config.keep_epochs)) or list(range(config.epochs + 1))
 
 
 def check_config(path: Path, config, command: str = "zoo make", may_change: Sequence[str] = MAY_CHANGE) -> None:
@@ -317,7 +342,7 @@ def run(config: Config, regularise: Regularise | None = None) -> None:
     zoo = make(config, regularise)
     if ranks.place().rank > 0:
         return
-    last = zoo.numbers("epoch") == config.epochs
+    last = zoo.numbers("epoch") == kept_epochs(config)[-1]
     accuracy = torch.from_numpy(zoo.numbers("test_accuracy")[last])
     print(f"{zoo.path}: {len(zoo):,} states of {config.networks:,} networks, {zoo.dropped} left out as not finite")
     if len(accuracy):

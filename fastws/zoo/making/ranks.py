@@ -40,8 +40,8 @@ def place() -> Place:
 
 
 def device(kind: str) -> str:
-    """The GPU of this process, or the processor."""
-    return kind if kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', 0)}"
+    """The GPU of this process, which it shares where there are more processes than GPUs, or the processor."""
+    return kind if kind == "cpu" else f"{kind}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def folder(path: Path, place: Place) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastws.data.images import Images
 from fastws.small_cnn.table import layer_table
-from fastws.zoo.making.architectures import Activation, Architecture, Init, build
+from fastws.zoo.making.architectures import SMALL, Activation, Architecture, Init, build
 from fastws.zoo.making.given import make_network
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     augment: Augment = "none"
     order: Order = "seeded"
     train_metrics: TrainMetrics = "evaluated"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
 
     def build(self, activation: Activation = "relu", dropout: float = 0.0) -> nn.Module:
         if ":" in self.architecture:  # a function of the user's, which fixes both
@@ -67,8 +69,7 @@ class Plan(NamedTuple):
         for name, plain in (("schedule", "constant"), ("augment", "none")):
             if getattr(self, name) != plain:
                 raise ValueError(f"{name} {getattr(self, name)!r} changes from step to step")
-        dropout = 0.0 if self.architecture.startswith("resnet") else 0.5
-        return layer_table(self.build(dropout=dropout), self.image_shape)
+        return layer_table(self.build(dropout=0.5 if self.architecture in SMALL else 0.0), self.image_shape)
 
     def num_steps(self, num_images: int) -> int:
         """Updates in an epoch; the last one has the images that are left."""

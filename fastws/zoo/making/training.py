@@ -168,12 +168,15 @@ class Wave:
         except RuntimeError as error:
             raise ValueError(f"{path}: orders must be states of generators, got {error}") from error
 
-    def advance(self, pool: Executor, done: Callable[[int], object] = lambda count: None) -> dict[str, object]:
+    def advance(
+        self, pool: Executor, done: Callable[[int], object] = lambda count: None, *, measure: bool = True
+    ) -> dict[str, object]:
         """Trains one more epoch; returns the properties of all networks at its end, one column each.
 
         Args:
             pool: Each of its threads trains a group of networks.
             done: Called with the number of networks in each group that is ready.
+            measure: Whether networks are; else all losses and accuracies are nan.
         """
         names = [f"{part}_{what}" for part in ("train", *self.data.evaluated()) for what in ("loss", "accuracy")]
         measured = torch.empty(len(names), len(self.recipes))
@@ -183,7 +186,7 @@ class Wave:
 
         def train(members: list[int]) -> Tensor:
             of_group = state[:, members]
-            measures = self._advance_group(members, of_group)
+            measures = self._advance_group(members, of_group, measure)
             state[:, members] = of_group
             return measures
 
@@ -192,7 +195,7 @@ class Wave:
             done(len(members))
         return self._describe(dict(zip(names, measured, strict=True)))
 
-    def _advance_group(self, members: list[int], state: Tensor) -> Tensor:
+    def _advance_group(self, members: list[int], state: Tensor, measure: bool) -> Tensor:
         """Trains the networks of a group, unless these are the initial weights; measures ``[2 * parts, G]``."""
         running = None
         if self.epoch > 0:
@@ -200,6 +203,8 @@ class Wave:
             running = self.trainer.train_epoch(members, state, orders, self.epoch)
         if self.regularise is not None and self.epoch in self.regularise_at:
             state[0], running = self.regularise(state[0]), None  # minibatches know nothing of these weights
+        if not measure:
+            return torch.full((2 + 2 * len(self.data.evaluated()), len(members)), torch.nan)
         if running is None or self.plan.train_metrics == "evaluated":
             running = self.trainer.measure(members, state[0], self.data.train)
         measures = [*running]

@@ -37,5 +37,7 @@ def count_wanted(zoo: Zoo) -> int:
     # a sample keeps the configuration of the zoo that it was drawn from
     if "sampled" in zoo.provenance or not isinstance(config, Mapping):
         return 0
-    counts = [config.get("networks"), config.get("epochs")]
-    return counts[0] * (counts[1] + 1) if all(type(count) is int for count in counts) else 0
+    counts, kept = [config.get("networks"), config.get("epochs")], config.get("keep_epochs")
+    if not all(type(count) is int for count in counts):
+        return 0
+    return counts[0] * (len(set(kept)) if kept and isinstance(kept, list) else counts[1] + 1)
