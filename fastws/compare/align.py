@@ -1,0 +1,142 @@
+"""Networks written anew in the coordinates of one of them: the same functions, weights that can be averaged."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from fastws.compare.align_files import begun, model_paths, places_of, record_of
+from fastws.compare.aligning import Aligned, aligned, aligned_to_mean
+from fastws.compare.modules import Checkpoint, Network, Words, require_network
+from fastws.compare.running import Checked, same_function
+from fastws.files.atomic import write_json
+from fastws.files.rewrite import rewrite_file, rewritten_folder
+from fastws.runs.begun import plain
+from fastws.symmetry.symmetry import Symmetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Words):
+    """Writes networks in the coordinates of another one: the same functions, files named and sharded as they came.
+
+    fastws align other.safetensors --to base.safetensors --architecture cifar-resnet20-a --out aligned
+    fastws align finetuned-llama --to base-llama --out aligned-llama
+
+    The order and the signs of units are matched by weights (Git Re-Basin, arXiv 2209.04836), so that what comes out can
+    be averaged with the base by any tool. Nothing is written before its outputs were compared with those of the
+    network as it came.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]  # checkpoints, Hugging Face folders, or folders full
+    out: str  # folder to write: the only model's folder itself, else a file or folder in it for each model
+
+    to: str | None = None  # checkpoint whose coordinates are taken; by default those that fit the mean of all models
+    signs: bool = True  # units of odd activations may change their sign too
+    restarts: int = 1  # runs of the matching, which visit groups in other orders; each network keeps its best
+
+    def __post_init__(self):
+        if self.restarts < 1:
+            raise ValueError(f"align: restarts must be at least 1, got {self.restarts}")
+        if not self.models:
+            raise ValueError("align: models must be given before the options, got none; fastws align MODEL --to BASE")
+
+
+def run(config: Config) -> None:
+    for place, report in align(config).items():
+        print(f"{place}: {sentence(report)}")
+        for line in report["unmatched"]:
+            print(f"  took no part: {line}")
+        if report["left_out"]:
+            print(f"  not written, for they hold weights of before: {', '.join(report['left_out'])}")
+
+
+def align(config: Config) -> dict[str, dict[str, Any]]:
+    """Aligns checkpoints, checks their functions, and writes them; what the command of this name does.
+
+    A model that was written by the same command before is left as it is, so that a run that was stopped goes on.
+
+    Returns:
+        What was found of each model, by the place where it was written.
+
+    Raises:
+        ValueError: If a model is quantised, does not fit its module, or is of another architecture than the base; if
+            its function would change.
+        OSError: If a file cannot be read or written.
+    """
+    places = places_of("align", model_paths("align", config.models, config.to), Path(config.out))
+    done = {path: begun("align", config, place, path.is_dir()) for path, place in places.items()}
+    waiting = [path for path, report in done.items() if report is None]
+    if config.to is None and waiting:
+        waiting = [*places]  # a mean is that of all
+        if len(waiting) < 2:
+            raise ValueError(f"align: --to must be given where there is one model, got none beside {waiting[0]}")
+    base = None if config.to is None else open_whole(config.to)
+    models = [open_whole(path) for path in waiting] if base is None else []
+    if models:
+        network = require_network(models[0], config)
+        symmetry = Symmetry.trace(network.module, network.inputs)
+        together = aligned_to_mean([model.state for model in models], symmetry, **options_of(config))
+    for number, path in enumerate(tqdm(waiting, desc="align", unit=" networks")):
+        if base is None:
+            model, found = models[number], together[number]
+        else:
+            model = open_whole(path)
+            network = require_network(model, config)
+            symmetry = Symmetry.trace(network.module, network.inputs)
+            found = aligned(base.state, model.state, symmetry, **options_of(config))
+        checked = check_function(model, network, found)
+        done[path] = write(config, model, found, checked, places[path])
+    return {str(places[path]): report for path, report in done.items()}
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    return {"restarts": config.restarts, "signs": config.signs}
+
+
+def open_whole(path: str | Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(path)
+    checkpoint.require_whole()
+    return checkpoint
+
+
+def check_function(model: Checkpoint, network: Network, found: Aligned) -> Checked:
+    """Compares the outputs of a network before and after.
+
+    Raises:
+        ValueError: If they differ by more than rounding explains.
+    """
+    checked = same_function(network, model.state, found.state)
+    if not checked.holds(found.exact):
+        raise ValueError(
+            f"{model.path}: outputs must stay what they are, got relative error {checked.error:.1e} of {network.name} "
+            "after alignment; nothing was written"
+        )
+    return checked
+
+
+def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, place: Path) -> dict[str, Any]:
+    folder = model.path.is_dir()
+    report = {"model": str(model.path), "to": config.to or "the mean of all models"}
+    report |= {"raw": found.raw._asdict(), "aligned": found.permuted._asdict(), "moved": found.moved}
+    report |= {"error": checked.error, "exact": found.exact, "unmatched": found.unmatched, "left_out": []}
+    record, fields = record_of(place, folder), {"config": plain(config), "report": report}
+    if not folder:
+        write_json(record, fields)  # before its file, so that no file is without
+        rewrite_file(model.path, place, found.state)
+        return report
+    with rewritten_folder(model.path, place, found.state) as (new, report["left_out"]):
+        write_json(record_of(new, folder), fields)
+    return report
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """What happened to a model."""
+    before, after = report["raw"], report["aligned"]
+    cosines = f"cosine {before['cosine']:.3f}, now {after['cosine']:.3f}"
+    distances = f"distance {before['relative']:.3f}, now {after['relative']:.3f}"
+    return (
+        f"aligned to {report['to']}: {cosines}; {distances}; {report['moved']:.0%} of the units moved; "
+        f"outputs are the same to {report['error']:.0e}"
+    )
