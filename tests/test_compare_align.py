@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared import moved, network, save
 from safetensors.torch import load_file, save_file
 
 import fastws.compare.align
@@ -13,29 +14,9 @@ from fastws.compare.align import Config, align
 from fastws.compare.aligning import Aligned, Distance
 from fastws.files.checkpoints import load_checkpoint
 from fastws.files.safetensors import read_description
-from fastws.layout.layout import Layout
-from fastws.symmetry.symmetry import Symmetry
-from fastws.zoo.making.architectures import build, initialize
+from fastws.zoo.making.architectures import build
 
 CONFIG = partial(Config, architecture="digits-cnn", activation="relu")
-
-
-def network(seed=0, classes=10, activation="relu"):
-    module = build("digits-cnn", (1, 8, 8), num_classes=classes, activation=activation)
-    initialize(module, "kaiming_uniform", seed)
-    return module.eval()
-
-
-def moved(module, seed=1, flips=False):
-    """The state of the same function with its units in another order."""
-    symmetry, layout = Symmetry.trace(module, torch.randn(1, 1, 8, 8)), Layout.from_checkpoint(module)
-    flat = symmetry.permute(layout.flatten(module), symmetry.random(1, seed, flips=flips)[0], layout)
-    return layout.unflatten(flat, like=module)
-
-
-def save(state, path):
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, path)
-    return str(path)
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """How good many networks are: all of them at once on the same images."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastws.runs.threads import map_on_threads
 from fastws.zoo.making.measuring import (
     ALONE,
     SIDE_BY_SIDE,
@@ -77,20 +77,13 @@ def measure(
         done = tally(logits, part, images=ALONE if layers is None else SIDE_BY_SIDE, summed=True)
         return done.loss.cpu(), done.accuracy.cpu(), done.predictions.to(dtype).cpu(), done.summed.cpu()
 
-    # threads compute groups side by side, each by kernels of one thread
-    before = torch.get_num_threads()
-    threads = 1 if weights.is_cuda else min(before, max(1, len(groups)))
-    bar = tqdm(total=len(weights), desc="evaluate", unit=" networks", disable=not progress)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(before // threads,)) as pool:
-            for members, (loss, accuracy, predictions, summed) in zip(groups, pool.map(run, groups), strict=True):
-                found.loss[members], found.accuracy[members] = loss, accuracy
-                found.predictions[members] = predictions
-                found.mean_logits.add_(summed)
-                bar.update(len(members))
-    finally:
-        torch.set_num_threads(before)
-        bar.close()
+    done = map_on_threads(run, groups, 1 if weights.is_cuda else None)
+    with tqdm(total=len(weights), desc="evaluate", unit=" networks", disable=not progress) as bar:
+        for members, (loss, accuracy, predictions, summed) in zip(groups, done, strict=True):
+            found.loss[members], found.accuracy[members] = loss, accuracy
+            found.predictions[members] = predictions
+            found.mean_logits.add_(summed)
+            bar.update(len(members))
     found.mean_logits.div_(max(1, len(weights)))
     return found
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -39,7 +40,8 @@ def make_network(
     return network, inputs
 
 
-def find_function(name: str) -> object:
+def find_function(name: str, option: str = "architecture") -> Callable[[], object]:
+    """The function that ``module:function`` names, given as an option; its module may lie in the current folder."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a command that is installed does not look there by itself
@@ -47,9 +49,9 @@ def find_function(name: str) -> object:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         what = f"module:function of a module in {os.getcwd()} or an installed one"
-        raise ValueError(f"architecture: function must be given as {what}, got {name!r}: {error}") from error
+        raise ValueError(f"{option}: function must be given as {what}, got {name!r}: {error}") from error
     if not callable(found):
-        raise ValueError(f"architecture: {name} must be a function, got {type(found).__name__}")
+        raise ValueError(f"{option}: {name} must be a function, got {type(found).__name__}")
     return found
 
 

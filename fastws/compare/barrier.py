@@ -1,0 +1,148 @@
+"""The loss barrier between two networks: on the line between them, as they are and after alignment."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from sys import stderr
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastws import pages
+from fastws.compare import barrier_page
+from fastws.compare.align import check_function, open_whole
+from fastws.compare.aligning import Aligned, aligned
+from fastws.compare.evaluating import Data, Examples, load_examples
+from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
+from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
+from fastws.files.atomic import write_file, write_json
+from fastws.runs.begun import begin
+from fastws.runs.stages import stage
+from fastws.symmetry.symmetry import Symmetry
+from fastws.zoo.making.recipes import Part
+
+Parts = Literal["test", "train", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Words, Data):
+    """Measures the loss barrier between two networks, as they are and after alignment.
+
+    fastws barrier a.safetensors b.safetensors --architecture cifar-resnet20-a --data cifar10 --out runs/barrier
+    fastws barrier a.pt b.pt --architecture own_networks:small --data own_networks:text
+
+    Networks at equally spaced points of the line between both are evaluated. The barrier is how far the largest loss
+    lies above the line between the losses of the ends (Git Re-Basin, arXiv 2209.04836): near 0, both lie in one
+    basin and can be averaged. Statistics of batch norms are averaged with the weights (stored), or computed anew
+    (reset); of layers without one they are set to the mean of both ends (repaired, REPAIR, arXiv 2211.08403).
+
+    A function given as data returns training inputs and targets, and those for testing; targets are classes [n], or
+    [n, length] for each position of a sequence, -100 where none counts.
+    """
+
+    a: Annotated[str, tyro.conf.Positional]  # checkpoint or Hugging Face folder whose coordinates are taken
+    b: Annotated[str, tyro.conf.Positional]  # checkpoint or Hugging Face folder that is aligned
+
+    points: int = 25  # networks on the line, both ends included
+    parts: Parts = "test"  # of the data on which networks are evaluated
+    signs: bool = True  # units of odd activations may change their sign too
+    restarts: int = 1  # runs of the matching, which visit groups in other orders; the best is kept
+    json: bool = False  # prints all numbers as JSON in place of the table
+    out: str | None = None  # folder for report.html and results.json, in which a stopped run goes on
+
+    def __post_init__(self):
+        if self.points < 3:
+            raise ValueError(f"barrier: points must be at least 3, got {self.points}")
+        for name in ("restarts", "statistics"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"barrier: {name} must be at least 1, got {getattr(self, name)}")
+
+
+def run(config: Config) -> None:
+    if config.out is not None:
+        pages.require_matplotlib("barrier")
+    with redirect_stdout(stderr) if config.json else nullcontext():
+        results = barrier(config)
+    if config.json:
+        print(json.dumps(results, indent=2))
+        return
+    for row in lines_of(results):
+        print(row)
+    if config.out is not None:
+        print(f"report: {Path(config.out) / 'report.html'}")
+
+
+def barrier(config: Config) -> dict[str, Any]:
+    """Evaluates the networks between two, before and after alignment; what the command of this name does.
+
+    Returns:
+        ``curves``: of each alignment, treatment of statistics and part of the data the losses (nats) and accuracies
+        along the line, and the barriers; ``cosine`` of both networks before and after; numbers of images.
+
+    Raises:
+        ValueError: If the networks are of two architectures, or do not fit their module or the data.
+        OSError: If a file cannot be read or written.
+    """
+    examples = load_examples("barrier", config)
+    ends = [open_whole(path) for path in (config.a, config.b)]
+    network = network_of(ends, config, examples)
+    folder = None if config.out is None else Path(config.out)
+    if folder is not None:
+        begin("barrier", folder, config, may_change=("json", "out"))
+    moved = align_pair(ends, network, config)
+    x = examples.calibration(config.statistics)
+    results = {"a": config.a, "b": config.b, "data": examples.name, "module": network.name, "points": config.points}
+    results |= {"images": {"test": len(examples.test.x), "train": len(examples.train.x), "statistics": len(x)}}
+    results |= {"cosine": {"as they are": moved.raw.cosine, "aligned": moved.permuted.cosine}, "curves": []}
+    for alignment, state in (("as they are", ends[1].state), ("aligned", moved.state)):
+        mixer = Mixer(network, [ends[0].state, state], x)
+        for statistics in statistics_of(network, x):
+            for part in ("test", "train") if config.parts == "both" else (config.parts,):
+                found = {"alignment": alignment, "statistics": statistics, "part": part}
+                work = partial(curve, mixer, config, found, getattr(examples, part))
+                name = "-".join(found.values()).replace(" ", "_")
+                results["curves"].append(work() if folder is None else stage(folder, name, work)["result"])
+    if folder is not None:
+        write_json(folder / "results.json", results)
+        title = f"{Path(config.a).name} to {Path(config.b).name}"
+        write_file(folder / "report.html", pages.document(title, barrier_page.body(results)).encode())
+    return results
+
+
+def network_of(ends: Sequence[Checkpoint], config: Config, examples: Examples) -> Network:
+    """The module of all networks, for inputs of the shape of the data."""
+    if config.image_shape is None and examples.test.x.dim() == 4:
+        config = replace(config, image_shape=tuple(examples.test.x.shape[1:]))
+    network = require_network(ends[0], config)
+    for end in ends[1:]:
+        require_fit(end, network)
+    return network
+
+
+def align_pair(ends: Sequence[Checkpoint], network: Network, config: Config) -> Aligned:
+    symmetry = Symmetry.trace(network.module, network.inputs)
+    moved = aligned(ends[0].state, ends[1].state, symmetry, restarts=config.restarts, signs=config.signs)
+    check_function(ends[1], network, moved)
+    return moved
+
+
+def curve(mixer: Mixer, config: Config, found: dict[str, str], part: Part) -> dict[str, Any]:
+    """Loss and accuracy along the line, and the barriers."""
+    options = {"precision": config.precision, "name": ", ".join(found.values())}
+    scores = line(mixer, config.points, found["statistics"], part, **options)
+    loss, accuracy = (list(values) for values in zip(*scores, strict=True))
+    return found | {"barrier": barrier_of(scores)._asdict(), "loss": loss, "accuracy": accuracy}
+
+
+def lines_of(results: dict[str, Any]) -> Iterator[str]:
+    """The table of the command line."""
+    images, cosine = results["images"], results["cosine"]
+    yield f"{results['points']} networks from {results['a']} to {results['b']}"
+    yield f"{results['data']}: {images['test']:,} test and {images['train']:,} training inputs"
+    yield f"cosine {cosine['as they are']:.3f}, aligned {cosine['aligned']:.3f}"
+    yield " ".join(f"{name:>{width}}" for name, width in barrier_page.COLUMNS)
+    for row in map(barrier_page.cells, results["curves"]):
+        yield " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, barrier_page.COLUMNS, strict=True))
