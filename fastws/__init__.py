@@ -32,6 +32,7 @@ LATER = {
     "permute": "fastws.ops.permute",
     "random_permutations": "fastws.ops.permute",
     "random_subset": "fastws.ops.random_subset",
+    "same": "fastws.compare.same",
     "small_cnn_logits": "fastws.ops.small_cnn_step",
     "small_cnn_step": "fastws.ops.small_cnn_step",
     "token_views": "fastws.ops.token_views",
