@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared import moved, network, save
+from compared import moved, network, save, train
 from safetensors.torch import load_file, save_file
 
-import fastws.compare.align
 from fastws.compare.align import Config, align
-from fastws.compare.aligning import Aligned, Distance
+from fastws.compare.aligning import Aligned, Aligner
+from fastws.compare.states import Distance
 from fastws.files.checkpoints import load_checkpoint
 from fastws.files.safetensors import read_description
 from fastws.zoo.making.architectures import build
@@ -114,6 +114,19 @@ def test_folder_of_models_without_the_base(pair, tmp_path):
     assert [Path(place).name for place in done] == ["other.safetensors"]
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_by_activations(activation, tmp_path):
+    module = train(network(activation=activation), steps=60)
+    base = save(module.state_dict(), tmp_path / "base.safetensors")
+    other = save(moved(module, flips=True), tmp_path / "other.safetensors")
+    options = {"architecture": "digits-cnn", "activation": activation, "by": "activations"}
+    config = Config(models=(other,), to=base, data="digits", statistics=300, out=str(tmp_path / "out"), **options)
+    ((place, report),) = align(config).items()
+    assert report["aligned"]["cosine"] > 0.99  # units that are dead on these images may lie in any order
+    with pytest.raises(ValueError, match="--data must be given to match by activations"):
+        align(Config(models=(other,), to=base, out=str(tmp_path / "none"), **options))
+
+
 # --- begin, resume, refuse
 
 
@@ -142,11 +155,11 @@ def test_what_a_killed_run_left_is_written_anew(tmp_path):
 def test_nothing_is_written_if_the_function_changed(pair, tmp_path, monkeypatch):
     base, other = pair
 
-    def wrong(base, state, symmetry, **options):
+    def wrong(aligner, base, state):
         changed = dict(state) | {"module_list.0.weight": state["module_list.0.weight"].flip(0)}
         return Aligned(changed, Distance(0, 1), Distance(0, 1), 1.0, [], True)
 
-    monkeypatch.setattr(fastws.compare.align, "aligned", wrong)
+    monkeypatch.setattr(Aligner, "pair", wrong)
     with pytest.raises(ValueError, match="outputs must stay what they are, got relative error .*; nothing was written"):
         align(CONFIG(models=(other,), to=base, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Networks written anew in the coordinates of one of them: the same functions, weights that can be averaged."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,37 +9,34 @@ import tyro
 from tqdm import tqdm
 
 from fastws.compare.align_files import begun, model_paths, places_of, record_of
-from fastws.compare.aligning import Aligned, aligned, aligned_to_mean
+from fastws.compare.aligning import Aligned, Aligner, Matching
+from fastws.compare.evaluating import Data, load_examples, with_images
 from fastws.compare.modules import Checkpoint, Network, Words, require_network
 from fastws.compare.running import Checked, same_function
 from fastws.files.atomic import write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
 from fastws.runs.begun import plain
-from fastws.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Words):
+class Config(Words, Matching, Data):
     """Writes networks in the coordinates of another one: the same functions, files named and sharded as they came.
 
     fastws align other.safetensors --to base.safetensors --architecture cifar-resnet20-a --out aligned
     fastws align finetuned-llama --to base-llama --out aligned-llama
 
-    The order and the signs of units are matched by weights (Git Re-Basin, arXiv 2209.04836), so that what comes out can
-    be averaged with the base by any tool. Nothing is written before its outputs were compared with those of the
-    network as it came.
+    The order and the signs of units are matched by weights or by activations (Git Re-Basin, arXiv 2209.04836), so that
+    what comes out can be averaged with the base by any tool. Nothing is written before its outputs were compared with
+    those of the network as it came.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]  # checkpoints, Hugging Face folders, or folders full
     out: str  # folder to write: the only model's folder itself, else a file or folder in it for each model
 
     to: str | None = None  # checkpoint whose coordinates are taken; by default those that fit the mean of all models
-    signs: bool = True  # units of odd activations may change their sign too
-    restarts: int = 1  # runs of the matching, which visit groups in other orders; each network keeps its best
 
     def __post_init__(self):
-        if self.restarts < 1:
-            raise ValueError(f"align: restarts must be at least 1, got {self.restarts}")
+        super().__post_init__()
         if not self.models:
             raise ValueError("align: models must be given before the options, got none; fastws align MODEL --to BASE")
 
@@ -72,27 +70,32 @@ def align(config: Config) -> dict[str, dict[str, Any]]:
         waiting = [*places]  # a mean is that of all
         if len(waiting) < 2:
             raise ValueError(f"align: --to must be given where there is one model, got none beside {waiting[0]}")
-    base = None if config.to is None else open_whole(config.to)
-    models = [open_whole(path) for path in waiting] if base is None else []
-    if models:
-        network = require_network(models[0], config)
-        symmetry = Symmetry.trace(network.module, network.inputs)
-        together = aligned_to_mean([model.state for model in models], symmetry, **options_of(config))
-    for number, path in enumerate(tqdm(waiting, desc="align", unit=" networks")):
-        if base is None:
-            model, found = models[number], together[number]
-        else:
-            model = open_whole(path)
-            network = require_network(model, config)
-            symmetry = Symmetry.trace(network.module, network.inputs)
-            found = aligned(base.state, model.state, symmetry, **options_of(config))
-        checked = check_function(model, network, found)
-        done[path] = write(config, model, found, checked, places[path])
+    done |= dict(aligned_models(config, waiting, places)) if waiting else {}
     return {str(places[path]): report for path, report in done.items()}
 
 
-def options_of(config: Config) -> dict[str, Any]:
-    return {"restarts": config.restarts, "signs": config.signs}
+def aligned_models(
+    config: Config, paths: Sequence[Path], places: Mapping[Path, Path]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Aligns, checks and writes one model after the other; gives their reports."""
+    examples = load_examples("align", config) if config.data is not None else None
+    x = None if examples is None else examples.calibration(config.statistics)
+    words = with_images(config, examples)
+    if config.to is None:
+        models = [open_whole(path) for path in paths]
+        networks = [require_network(model, words) for model in models]
+        results = Aligner(networks[0], config, x).together([model.state for model in models])
+    else:
+        base = open_whole(config.to)
+    for number, path in enumerate(tqdm(paths, desc="align", unit=" networks")):
+        if config.to is None:
+            model, network, found = models[number], networks[number], results[number]
+        else:
+            model = open_whole(path)
+            network = require_network(model, words)
+            found = Aligner(network, config, x).pair(base.state, model.state)
+        checked = check_function(model, network, found)
+        yield path, write(config, model, found, checked, places[path])
 
 
 def open_whole(path: str | Path) -> Checkpoint:
@@ -119,7 +122,7 @@ def check_function(model: Checkpoint, network: Network, found: Aligned) -> Check
 def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, place: Path) -> dict[str, Any]:
     folder = model.path.is_dir()
     report = {"model": str(model.path), "to": config.to or "the mean of all models"}
-    report |= {"raw": found.raw._asdict(), "aligned": found.permuted._asdict(), "moved": found.moved}
+    report |= {"raw": found.raw._asdict(), "aligned": found.aligned._asdict(), "moved": found.moved}
     report |= {"error": checked.error, "exact": found.exact, "unmatched": found.unmatched, "left_out": []}
     record, fields = record_of(place, folder), {"config": plain(config), "report": report}
     if not folder:

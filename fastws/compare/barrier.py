@@ -1,9 +1,9 @@
 """The loss barrier between two networks: on the line between them, as they are and after alignment."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from sys import stderr
@@ -14,21 +14,20 @@ import tyro
 from fastws import pages
 from fastws.compare import barrier_page
 from fastws.compare.align import check_function, open_whole
-from fastws.compare.aligning import Aligned, aligned
-from fastws.compare.evaluating import Data, Examples, load_examples
+from fastws.compare.aligning import Aligner, Matching
+from fastws.compare.evaluating import Data, Precision, load_examples, with_images
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
-from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
+from fastws.compare.modules import Words, require_fit, require_network
 from fastws.files.atomic import write_file, write_json
 from fastws.runs.begun import begin
 from fastws.runs.stages import stage
-from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.making.recipes import Part
 
 Parts = Literal["test", "train", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Words, Data):
+class Config(Words, Matching, Data):
     """Measures the loss barrier between two networks, as they are and after alignment.
 
     fastws barrier a.safetensors b.safetensors --architecture cifar-resnet20-a --data cifar10 --out runs/barrier
@@ -48,17 +47,14 @@ class Config(Words, Data):
 
     points: int = 25  # networks on the line, both ends included
     parts: Parts = "test"  # of the data on which networks are evaluated
-    signs: bool = True  # units of odd activations may change their sign too
-    restarts: int = 1  # runs of the matching, which visit groups in other orders; the best is kept
+    precision: Precision = "fp32"  # of what is computed; bf16 is faster where processors have it
     json: bool = False  # prints all numbers as JSON in place of the table
     out: str | None = None  # folder for report.html and results.json, in which a stopped run goes on
 
     def __post_init__(self):
+        super().__post_init__()
         if self.points < 3:
             raise ValueError(f"barrier: points must be at least 3, got {self.points}")
-        for name in ("restarts", "statistics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"barrier: {name} must be at least 1, got {getattr(self, name)}")
 
 
 def run(config: Config) -> None:
@@ -88,15 +84,17 @@ def barrier(config: Config) -> dict[str, Any]:
     """
     examples = load_examples("barrier", config)
     ends = [open_whole(path) for path in (config.a, config.b)]
-    network = network_of(ends, config, examples)
+    network = require_network(ends[0], with_images(config, examples))
+    require_fit(ends[1], network)
     folder = None if config.out is None else Path(config.out)
     if folder is not None:
         begin("barrier", folder, config, may_change=("json", "out"))
-    moved = align_pair(ends, network, config)
     x = examples.calibration(config.statistics)
+    moved = Aligner(network, config, x).pair(*(end.state for end in ends))
+    check_function(ends[1], network, moved)
     results = {"a": config.a, "b": config.b, "data": examples.name, "module": network.name, "points": config.points}
     results |= {"images": {"test": len(examples.test.x), "train": len(examples.train.x), "statistics": len(x)}}
-    results |= {"cosine": {"as they are": moved.raw.cosine, "aligned": moved.permuted.cosine}, "curves": []}
+    results |= {"cosine": {"as they are": moved.raw.cosine, "aligned": moved.aligned.cosine}, "curves": []}
     for alignment, state in (("as they are", ends[1].state), ("aligned", moved.state)):
         mixer = Mixer(network, [ends[0].state, state], x)
         for statistics in statistics_of(network, x):
@@ -110,23 +108,6 @@ def barrier(config: Config) -> dict[str, Any]:
         title = f"{Path(config.a).name} to {Path(config.b).name}"
         write_file(folder / "report.html", pages.document(title, barrier_page.body(results)).encode())
     return results
-
-
-def network_of(ends: Sequence[Checkpoint], config: Config, examples: Examples) -> Network:
-    """The module of all networks, for inputs of the shape of the data."""
-    if config.image_shape is None and examples.test.x.dim() == 4:
-        config = replace(config, image_shape=tuple(examples.test.x.shape[1:]))
-    network = require_network(ends[0], config)
-    for end in ends[1:]:
-        require_fit(end, network)
-    return network
-
-
-def align_pair(ends: Sequence[Checkpoint], network: Network, config: Config) -> Aligned:
-    symmetry = Symmetry.trace(network.module, network.inputs)
-    moved = aligned(ends[0].state, ends[1].state, symmetry, restarts=config.restarts, signs=config.signs)
-    check_function(ends[1], network, moved)
-    return moved
 
 
 def curve(mixer: Mixer, config: Config, found: dict[str, str], part: Part) -> dict[str, Any]:

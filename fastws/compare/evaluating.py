@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from fastws.compare.modules import Network
+from fastws.compare.modules import Network, Words
 from fastws.data.images import Transform, load
 from fastws.runs.threads import map_on_threads
 from fastws.small_cnn.table import ACTIVATIONS, layer_table
@@ -22,6 +22,8 @@ from fastws.zoo.making.recipes import Part
 IGNORED = -100  # a target that does not count
 GROUP = 16  # small networks of one call: what the widest vectors hold
 Load = Callable[[nn.Module], None]  # puts weights into a module
+Precision = Literal["fp32", "bf16"]
+Said = TypeVar("Said", bound=Words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,12 @@ class Data:
     std: tuple[float, ...] = ()  # of pixels in [0, 1], per channel or one for all; by default that of training images
     limit: int | None = None  # most images of each part, evenly spaced; by default all
     statistics: int = 5000  # training images at most on which statistics are computed anew, evenly spaced
-    precision: Literal["fp32", "bf16"] = "fp32"  # of what is computed; bf16 is faster where processors have it
+
+    def __post_init__(self):
+        for name, least in (("limit", 1), ("statistics", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data: {name} must be at least {least}, got {value}")
 
 
 class Examples(NamedTuple):
@@ -83,8 +90,15 @@ def load_examples(command: str, data: Data) -> Examples:
     return Examples(Part(*parts[:2]), Part(*parts[2:]), data.data)
 
 
+def with_images(words: Said, examples: Examples | None) -> Said:
+    """What a user said of a module, which takes images of the shape of the data unless another one is said."""
+    if words.image_shape is not None or examples is None or examples.test.x.dim() != 4:
+        return words
+    return replace(words, image_shape=tuple(examples.test.x.shape[1:]))
+
+
 def measure(
-    network: Network, loads: Sequence[Load], part: Part, *, precision: str = "fp32", name: str = "evaluate"
+    network: Network, loads: Sequence[Load], part: Part, *, precision: Precision = "fp32", name: str = "evaluate"
 ) -> list[Scores]:
     """Loss and accuracy of many networks of one module on the same data.
 
@@ -139,7 +153,7 @@ def table_of(network: Network, part: Part) -> tuple[Tensor | None, int]:
 
 
 @torch.no_grad()
-def score(module: nn.Module, part: Part, precision: str = "fp32") -> Scores:
+def score(module: nn.Module, part: Part, precision: Precision = "fp32") -> Scores:
     """Mean cross-entropy and accuracy of one module in eval mode; the first of its outputs are the logits."""
     loss = right = count = 0.0
     for logits, y in logits_of(module, part, precision):
@@ -150,7 +164,7 @@ def score(module: nn.Module, part: Part, precision: str = "fp32") -> Scores:
     return Scores(loss / count, right / count)
 
 
-def logits_of(module: nn.Module, part: Part, precision: str) -> Iterator[tuple[Tensor, Tensor]]:
+def logits_of(module: nn.Module, part: Part, precision: Precision) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits ``[n, num_classes]`` and targets ``[n]``, batch by batch; positions of sequences are samples."""
     for x, y in zip(part.x.split(ALONE), part.y.split(ALONE), strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastws.compare.aligning import State
-from fastws.compare.evaluating import Load, Scores, measure
+from fastws.compare.evaluating import Load, Precision, Scores, measure
 from fastws.compare.modules import Network
 from fastws.compare.repair import between, layers_to_repair, moments_of, repair
 from fastws.compare.running import load_state
+from fastws.compare.states import State
 from fastws.zoo.making.measuring import condition_batch_norm, norms_of
 from fastws.zoo.making.recipes import Part
 
@@ -85,7 +85,9 @@ class Mixer:
             self.moments.append(moments_of(load_state(module, state), names, self.x))
 
 
-def line(mixer: Mixer, points: int, statistics: Statistics, part: Part, precision: str, name: str) -> list[Scores]:
+def line(
+    mixer: Mixer, points: int, statistics: Statistics, part: Part, precision: Precision, name: str
+) -> list[Scores]:
     """Loss and accuracy at equally spaced points of the line between two networks, both ends included.
 
     Args:
