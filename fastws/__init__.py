@@ -12,6 +12,7 @@ from fastws.version import __version__
 LATER = {
     "AliasTable": "fastws.ops.weighted_sample",
     "Erasing": "fastws.ops.token_views",
+    "Group": "fastws.group",
     "Layout": "fastws.layout",
     "Noise": "fastws.ops.token_views",
     "Symmetry": "fastws.symmetry",

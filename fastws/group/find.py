@@ -1,0 +1,79 @@
+"""All lines of a module: looked for in every group of its symmetry."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastws.group.finding import find_linear
+from fastws.group.function import Function
+from fastws.group.lines import Linear, Matrices
+from fastws.group.places import across, find_pieces, inside
+from fastws.symmetry.symmetry import Symmetry
+
+
+def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tuple[list, list[str]]:
+    """The lines that hold, and sentences about what does not or could not be tried."""
+    offsets = {
+        f"{name}.running_var".removeprefix("."): part.eps
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm)
+    }
+    lines: list[Linear] = []
+    failed: list[str] = []
+    for group, pieces in enumerate(find_pieces(symmetry)):
+        if pieces is None:
+            failed.append(
+                f"lines of {symmetry.names[group]}: not looked for, because its units lie in parts of an axis"
+            )
+            continue
+        for space in (across(symmetry, group, pieces), *inside(symmetry, group, pieces)):
+            if len(space.places) > 1 and space.positions > 0:
+                found, failures = find_linear(function, space, offsets)
+                lines += found
+                failed += failures
+    return numbered(without_smaller(symmetry, lines)), failed
+
+
+def without_smaller(symmetry: Symmetry, lines: list[Linear]) -> list[Linear]:
+    """Lines without those all of whose changes a line with more freedom can make too."""
+    alike = defaultdict(list)
+    for line in lines:
+        alike[line.group, frozenset((part.place.name, part.power > 0) for part in line.parts)].append(line)
+    kept = []
+    for some in alike.values():
+        larger: list[tuple[Linear, dict[str, Tensor]]] = []
+        for line in sorted(some, key=freedom, reverse=True):
+            touched = touched_by(symmetry, line)
+            if not any(all((mine <= theirs[key]).all() for key, mine in touched.items()) for _, theirs in larger):
+                larger.append((line, touched))
+        kept += [line for line, _ in larger]
+    order = {id(line): number for number, line in enumerate(lines)}
+    return sorted(kept, key=lambda line: order[id(line)])
+
+
+def freedom(line: Linear) -> int:
+    """How many numbers an element of a line has."""
+    return line.units * line.positions ** (2 if isinstance(line, Matrices) else 1)
+
+
+def touched_by(symmetry: Symmetry, line: Linear) -> dict[tuple[str, bool], Tensor]:
+    """Of each tensor and direction which entries a line changes."""
+    touched: dict[tuple[str, bool], Tensor] = {}
+    for place, power, _ in line.parts:
+        before = touched.get((place.name, power > 0), torch.zeros(symmetry.shapes[place.name]))
+        touched[place.name, power > 0] = place.put(before, torch.ones_like(place.get(before)))
+    return touched
+
+
+def numbered(lines: list[Linear]) -> list[Linear]:
+    """Lines with names of their own: a number is put behind a name that an earlier line of the same kind has."""
+    seen: Counter[str] = Counter()
+    result = []
+    for line in lines:
+        seen[line.key] += 1
+        count = seen[line.key]
+        result.append(line if count == 1 else replace(line, name=f"{line.name} ({count})"))
+    return result

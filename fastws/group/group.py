@@ -1,0 +1,189 @@
+"""The whole group: everything that may be done to the weights of an architecture without changing its function."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastws.files.names import plain_names
+from fastws.group.find import find_lines
+from fastws.group.function import Function, State
+from fastws.group.lines import Element, Move
+from fastws.symmetry.copies import Inputs, example_of
+from fastws.symmetry.symmetry import Symmetry
+
+
+class Group:
+    """Permutations, signs, scales, matrices and rotations that leave the function of every checkpoint as it is.
+
+    ``Group.trace`` is the way to get one. It holds a ``Symmetry``, the permutations of whole units, and *lines*: kinds
+    of changes of the weights, each found by what it does to the outputs and tried on random weights in float64. An
+    *element* is a tuple of moves, which are done one after the other: ``Move(line, value)``, where ``line`` is the key
+    of a line, ``"P"`` for the permutations, whose value is a row of ``symmetry``. ``()`` changes nothing.
+
+    Attributes:
+        symmetry: The permutations of whole units.
+        lines: All others, each verified.
+        failed: Sentences that say what was tried and does not hold, or could not be tried.
+        permutes: Whether the permutations take part.
+    """
+
+    def __init__(self, symmetry: Symmetry, lines: Iterable = (), failed: Iterable[str] = (), permutes: bool = True):
+        self.symmetry, self.lines, self.failed, self.permutes = symmetry, tuple(lines), list(failed), permutes
+        self.by_key = {line.key: line for line in self.lines}
+
+    @classmethod
+    def trace(
+        cls, module: nn.Module, example_inputs: Inputs, *more: Inputs, lines: Iterable[str] | None = None
+    ) -> "Group":
+        """Finds the whole group of a module, and checks every line of it.
+
+        Args:
+            module: Any module; it is not changed. A small one of the same architecture is quicker.
+            example_inputs: The arguments of its forward, as ``Symmetry.trace`` takes them.
+            more: Further examples.
+            lines: Ids of lines to keep (``"P"`` are the permutations); by default all.
+
+        Raises:
+            ValueError: As ``Symmetry.trace`` does.
+
+        Example:
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> print(fastws.Group.trace(mlp, torch.randn(1, 4)).describe())
+            permutations (P): 8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1
+            positive scales (S+) of 8 units: 0.weight, 0.bias against 2.weight
+        """
+        symmetry = Symmetry.trace(module, example_inputs, *more)
+        examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
+        try:
+            function = Function(module, examples)
+        except ValueError as error:
+            return cls(symmetry, (), [str(error)])
+        found, failed = find_lines(module, symmetry, function)
+        group = cls(symmetry, found, failed)
+        return group if lines is None else group.only(*lines)
+
+    def only(self, *ids: str) -> "Group":
+        """The same group with some lines alone, by their ids; ``"P"`` are the permutations.
+
+        Raises ValueError for an id that no line has.
+        """
+        known = {"P", *(line.id for line in self.lines)}
+        strange = sorted(set(ids) - known)
+        if strange:
+            raise ValueError(f"group: lines must be of {', '.join(sorted(known))}, got {strange[0]}")
+        return Group(self.symmetry, [line for line in self.lines if line.id in ids], self.failed, "P" in ids)
+
+    def without(self, *ids: str) -> "Group":
+        """The same group without some lines, by their ids; those that no line has are passed over."""
+        kept = [line for line in self.lines if line.id not in ids]
+        return Group(self.symmetry, kept, self.failed, self.permutes and "P" not in ids)
+
+    def discrete(self) -> "Group":
+        """The permutations and signs alone, which round nothing in any precision."""
+        lines = [line.discrete() for line in self.lines]
+        return Group(self.symmetry, [line for line in lines if line is not None], self.failed, self.permutes)
+
+    # --- elements
+
+    def random(self, seed: int = 0) -> Element:
+        """A random element: one move of every line. Continuous values are well conditioned: factors in [0.5, 2]."""
+        generator = Generator().manual_seed(seed)
+        moves = [Move(line.key, line.random(generator)) for line in self.lines]
+        if self.permutes and self.symmetry.sizes:
+            moves.append(Move("P", self.symmetry.random(1, seed, flips=True)[0]))
+        return tuple(moves)
+
+    def compose(self, first: Element, second: Element) -> Element:
+        """The element that does what ``first`` and then ``second`` do."""
+        return (*first, *second)
+
+    def inverse(self, element: Element) -> Element:
+        """The element that undoes ``element``."""
+        return tuple(Move(key, self._invert(key, value)) for key, value in reversed(element))
+
+    def _invert(self, key: str, value: Tensor) -> Tensor:
+        return self.symmetry.inverse(value) if key == "P" else self._line(key).invert(value)
+
+    def _line(self, key: str):
+        if key not in self.by_key:
+            raise ValueError(f"group: moves must be of the lines of this group, got {key}")
+        return self.by_key[key]
+
+    def apply(self, element: Element, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves a checkpoint: other weights, the same function.
+
+        Args:
+            element: Of this group.
+            state: A state dict. Of tied tensors one or all names may be there.
+
+        Returns:
+            The same names, shapes, dtypes and devices. All is computed in float64 and rounded once, at the end; tensors
+            that nothing moves are handed on.
+
+        Raises:
+            ValueError: If a tensor of the architecture is missing or has another shape, or a line is not of the group.
+        """
+        names = {name: self._plain(plain) for name, plain in plain_names(state).items()}
+        given = self._given(names, state)
+        moved = self.act(element, given)
+        cast = {n: x if x is given[n] else x.to(given[n].device, given[n].dtype) for n, x in moved.items()}
+        return {name: cast.get(names[name], tensor) for name, tensor in state.items()}
+
+    def _plain(self, name: str) -> str:
+        return self.symmetry.aliases.get(name, name)
+
+    def _given(self, names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shapes = {name: shape for name, shape in self.symmetry.shapes.items() if name not in self.symmetry.aliases}
+        given: dict[str, Tensor] = {}
+        for name, plain in names.items():
+            if plain not in shapes:
+                continue
+            if tuple(state[name].shape) != shapes[plain]:
+                raise ValueError(f"group: {name} must be {list(shapes[plain])}, got {list(state[name].shape)}")
+            if plain in given and not torch.equal(given[plain], state[name]):
+                raise ValueError(f"group: {name} must hold the numbers of {plain}, to which it is tied, got others")
+            given.setdefault(plain, state[name].detach())
+        missing = sorted(shapes.keys() - given.keys())
+        if missing:
+            raise ValueError(f"group: state must hold {missing[0]} {list(shapes[missing[0]])}, got no such tensor")
+        return given
+
+    def act(self, element: Element, state: State) -> dict[str, Tensor]:
+        """Moves tensors by the names of ``symmetry`` without aliases; what changes becomes float64."""
+        state = dict(state)
+        for key, value in element:
+            if key == "P":
+                state |= self.symmetry.permute_state(state, value)
+            else:
+                state |= self._line(key).act(state, value)
+        return state
+
+    def verify(
+        self, module: nn.Module, inputs: Inputs, element: Element | None = None, trials: int = 2, seed: int = 0
+    ) -> float:
+        """The largest change that elements make in the outputs of a module, relative to the largest output.
+
+        Args:
+            module: The module that was traced, or one of the same architecture; it is not changed.
+            inputs: The arguments of its forward, as ``trace`` takes them.
+            element: What to try; by default random elements.
+            trials: How many sets of random weights, in float64.
+            seed: Of weights and elements.
+
+        Raises:
+            ValueError: If the module does not run in float64.
+        """
+        function = Function(module, [example_of(module, inputs)], trials, seed)
+        elements = [self.random(seed + trial) for trial in range(trials)] if element is None else [element]
+        return max(function.error(lambda state, chosen=chosen: self.act(chosen, state)) for chosen in elements)
+
+    def describe(self) -> str:
+        """One line per line of the group: what moves, how, and where."""
+        moved = [
+            f"permutations (P): {text}" for text in self.symmetry.describe().splitlines()[: len(self.symmetry.sizes)]
+        ]
+        return "\n".join([*(moved if self.permutes else ()), *(line.describe() for line in self.lines), *self.failed])
+
+    def __repr__(self) -> str:
+        return f"Group({len(self.symmetry.sizes)} groups of permutations, {len(self.lines)} lines)"

@@ -1,0 +1,108 @@
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from group_networks import GPT, TOKENS, Gated, Llama, mlp, resnet8
+from torch import nn
+
+import fastws
+from fastws.symmetry.verify import randomise
+
+IMAGE = torch.linspace(-1, 1, 3 * 64).sin().view(1, 3, 8, 8)
+X = torch.linspace(-1, 1, 8).view(2, 4)
+CASES = {
+    "relu": (mlp(), X, {"S+": 2}),
+    "gelu": (mlp(nn.GELU), X, {}),
+    "silu": (mlp(nn.SiLU), X, {}),
+    "elu": (mlp(nn.ELU), X, {}),
+    "gated": (Gated(), X, {"G": 1}),
+    "gated by relu": (Gated(F.relu), X, {"G": 1, "S+": 1}),
+    "clamped": (Gated(clamped=True), X, {}),
+    "low rank": (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5, bias=False)), X, {"L": 1}),
+    "gpt": (GPT(layers=1), TOKENS, {"N1": 3, "A2": 1, "A3": 1}),
+    "tied": (GPT(layers=1, tied=True), TOKENS, {"N1": 2, "A2": 1, "A3": 1}),
+    "llama": (Llama(), TOKENS, {"N1": 3, "A2": 1, "A4": 1, "G": 1}),
+    "interleaved": (Llama(rotary="interleaved"), TOKENS, {"N1": 3, "A2": 1, "A4": 1, "G": 1}),
+    "resnet": (resnet8(), IMAGE, {"B1": 18, "B3": 6}),
+}
+GROUPS = {}
+
+
+def traced(name):
+    if name not in GROUPS:
+        module, inputs, _ = CASES[name]
+        GROUPS[name] = fastws.Group.trace(module, inputs)
+    return GROUPS[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_lines_of_each_network_are_found_and_no_others(name):
+    module, inputs, expected = CASES[name]
+    group = traced(name)
+    assert Counter(line.id for line in group.lines) == expected
+    assert group.verify(module, inputs) < 1e-9
+    for line in group.lines:
+        assert group.only(line.id).verify(module, inputs, trials=1) < 1e-9
+        assert f"({line.id})" in group.describe()
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "low rank", "gpt", "llama", "resnet"])
+def test_an_element_moves_a_checkpoint_keeps_its_function_and_can_be_undone(name):
+    module, inputs, _ = CASES[name]
+    group, moved = traced(name), copy.deepcopy(module).double().eval()
+    with torch.no_grad():
+        randomise(moved, 5)
+    state = copy.deepcopy(moved).state_dict()
+    first, second = group.random(1), group.random(2)
+    element = group.compose(first, second)
+    changed = group.apply(element, state)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    before = moved(inputs)
+    moved.load_state_dict(changed)
+    assert (moved(inputs) - before).abs().max() < 1e-9 * before.abs().max()
+    for key in {part.place.name for line in group.lines for part in line.parts}:
+        assert not torch.allclose(changed[key], state[key])
+    back = group.apply(group.inverse(element), changed)
+    assert back.keys() == state.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(back[key], tensor, rtol=1e-8, atol=1e-8)
+
+
+def test_what_is_discrete_rounds_nothing_in_half_precision():
+    group = traced("gated").discrete()
+    state = {name: tensor.bfloat16() for name, tensor in CASES["gated"][0].state_dict().items()}
+    moved = group.apply(group.random(3), state)
+    assert {line.id for line in group.lines} == {"G"}
+    for name, tensor in state.items():
+        assert moved[name].dtype == torch.bfloat16
+        assert torch.equal(moved[name].abs().flatten().sort()[0], tensor.abs().flatten().sort()[0])
+    assert not torch.equal(moved["up.weight"], state["up.weight"])
+
+
+def test_lines_can_be_chosen_and_switched_off():
+    group = traced("llama")
+    assert {line.id for line in group.without("N1", "P").lines} == {"A2", "A4", "G"}
+    assert {move.line for move in group.only("P").random()} == {"P"}
+    with pytest.raises(ValueError, match="group: lines must be of A2, A4, G, N1.*, P, got XY"):
+        group.only("XY")
+
+
+def test_states_that_do_not_fit_are_refused():
+    group, state = traced("relu"), CASES["relu"][0].state_dict()
+    with pytest.raises(ValueError, match=r"group: 0.bias must be \[8\], got \[3\]"):
+        group.apply((), state | {"0.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"group: state must hold 0.bias \[8\], got no such tensor"):
+        group.apply((), {name: tensor for name, tensor in state.items() if name != "0.bias"})
+    with pytest.raises(ValueError, match="group: moves must be of the lines of this group, got S:x"):
+        group.apply((("S:x", torch.ones(8)),), state)
+
+
+def test_tied_tensors_move_as_one():
+    module, inputs, _ = CASES["tied"]
+    group = traced("tied")
+    moved = group.apply(group.random(), module.state_dict())
+    assert torch.equal(moved["head.weight"], moved["tokens.weight"])
+    with pytest.raises(ValueError, match="must hold the numbers of tokens.weight, to which it is tied"):
+        group.apply((), module.state_dict() | {"head.weight": torch.zeros(20, 16)})
