@@ -29,6 +29,8 @@ LATER = {
     "layerwise_mse": "fastws.ops.layerwise_mse",
     "masked_mse": "fastws.ops.masked_mse",
     "matched_distance": "fastws.ops.matched_distance",
+    "match": "fastws.matching.match",
+    "merge": "fastws.compare.merging",
     "nt_xent": "fastws.ops.nt_xent",
     "permute": "fastws.ops.permute",
     "random_permutations": "fastws.ops.permute",

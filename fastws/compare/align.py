@@ -1,6 +1,6 @@
 """Networks written anew in the coordinates of one of them: the same functions, weights that can be averaged."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,36 +64,36 @@ def align(config: Config) -> dict[str, dict[str, Any]]:
         OSError: If a file cannot be read or written.
     """
     places = places_of("align", model_paths("align", config.models, config.to), Path(config.out))
-    done = {path: begun("align", config, place, path.is_dir()) for path, place in places.items()}
-    waiting = [path for path, report in done.items() if report is None]
-    if config.to is None and waiting:
-        waiting = [*places]  # a mean is that of all
-        if len(waiting) < 2:
-            raise ValueError(f"align: --to must be given where there is one model, got none beside {waiting[0]}")
-    done |= dict(aligned_models(config, waiting, places)) if waiting else {}
-    return {str(places[path]): report for path, report in done.items()}
+    # what a mean is of decides where each model goes; to a base, each goes for itself
+    may_change = ("out",) if config.to is None else ("out", "models")
+    done = {}
+    for path, place in places.items():
+        report = begun("align", config, place, path.is_dir(), may_change=may_change)
+        done |= {} if report is None else {path: report}
+    if config.to is None and len(places) < 2:
+        raise ValueError(f"align: --to must be given where there is one model, got none beside {config.models[0]}")
+    if len(done) < len(places):
+        done |= dict(aligned_models(config, places, done))
+    return {str(place): done[path] for path, place in places.items()}
 
 
 def aligned_models(
-    config: Config, paths: Sequence[Path], places: Mapping[Path, Path]
+    config: Config, places: Mapping[Path, Path], done: Collection[Path]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Aligns, checks and writes one model after the other; gives their reports."""
     examples = load_examples("align", config) if config.data is not None else None
-    x = None if examples is None else examples.calibration(config.statistics)
-    words = with_images(config, examples)
+    x = None if examples is None else examples.calibrating(config.statistics).x
+    words, together = with_images(config, examples), {}
     if config.to is None:
-        models = [open_whole(path) for path in paths]
-        networks = [require_network(model, words) for model in models]
-        results = Aligner(networks[0], config, x).together([model.state for model in models])
-    else:
-        base = open_whole(config.to)
-    for number, path in enumerate(tqdm(paths, desc="align", unit=" networks")):
-        if config.to is None:
-            model, network, found = models[number], networks[number], results[number]
-        else:
-            model = open_whole(path)
-            network = require_network(model, words)
-            found = Aligner(network, config, x).pair(base.state, model.state)
+        models = {path: open_whole(path) for path in places}
+        network = require_network(next(iter(models.values())), words)
+        results = Aligner(network, config, x).together([model.state for model in models.values()])
+        together = dict(zip(places, results, strict=True))
+    base = None if config.to is None else open_whole(config.to)
+    for path in tqdm([path for path in places if path not in done], desc="align", unit=" networks"):
+        model = open_whole(path)
+        network = require_network(model, words)
+        found = together[path] if base is None else Aligner(network, config, x).pair(base.state, model.state)
         checked = check_function(model, network, found)
         yield path, write(config, model, found, checked, places[path])
 

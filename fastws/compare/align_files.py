@@ -1,6 +1,6 @@
 """Where aligned networks are written, and what is kept of how."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,19 @@ def places_of(command: str, paths: Sequence[Path], out: Path) -> dict[Path, Path
     return places
 
 
-def record_of(place: Path, folder: bool) -> Path:
-    return place / RECORD if folder else place.with_name(f"{place.name}.{RECORD}")
+def record_of(place: Path, folder: bool, name: str = RECORD) -> Path:
+    return place / name if folder else place.with_name(f"{place.name}.{name}")
 
 
-def begun(command: str, config: Any, place: Path, folder: bool) -> dict[str, Any] | None:
+def begun(
+    command: str, config: Any, place: Path, folder: bool, *, name: str = RECORD, may_change: Collection[str] = ("out",)
+) -> dict[str, Any] | None:
     """The report of a model that was written by the same command before; None if it was not.
 
     Raises:
         ValueError: If something else is there.
     """
-    record = record_of(place, folder)
+    record = record_of(place, folder, name)
     if not record.is_file():
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise FileExistsError(f"{command}: {place} must be new, got one that is there; give another --out")
@@ -74,5 +76,5 @@ def begun(command: str, config: Any, place: Path, folder: bool) -> dict[str, Any
     done = json.read(record)
     if not isinstance(done, dict) or not isinstance(done.get("report"), dict):
         raise ValueError(f"{record}: file must be what fastws {command} wrote, got another one; give another --out")
-    require_same(command, place, config, done.get("config"), may_change=("models", "out"))
+    require_same(command, place, config, done.get("config"), may_change)
     return done["report"] if folder or place.is_file() else None

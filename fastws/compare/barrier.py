@@ -89,7 +89,7 @@ def barrier(config: Config) -> dict[str, Any]:
     folder = None if config.out is None else Path(config.out)
     if folder is not None:
         begin("barrier", folder, config, may_change=("json", "out"))
-    x = examples.calibration(config.statistics)
+    x = examples.calibrating(config.statistics).x
     moved = Aligner(network, config, x).pair(*(end.state for end in ends))
     check_function(ends[1], network, moved)
     results = {"a": config.a, "b": config.b, "data": examples.name, "module": network.name, "points": config.points}

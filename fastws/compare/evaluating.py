@@ -50,10 +50,11 @@ class Examples(NamedTuple):
     test: Part
     name: str
 
-    def calibration(self, count: int) -> Tensor:
-        """Training inputs, evenly spaced."""
-        x = self.train.x
-        return x[torch.linspace(0, len(x) - 1, min(count, len(x))).long()]
+    def calibrating(self, count: int) -> Part:
+        """Training inputs and their targets, evenly spaced."""
+        size = len(self.train.x)
+        rows = torch.linspace(0, size - 1, min(count, size)).long()
+        return Part(self.train.x[rows], self.train.y[rows])
 
 
 class Scores(NamedTuple):

@@ -60,7 +60,7 @@ def distance(base: State, other: State, left_out: Mapping[str, str]) -> Distance
         statistic = name.endswith(("running_mean", "running_var"))
         if statistic or name in left_out or name not in base or not tensor.is_floating_point():
             continue
-        x, y = base[name].double(), tensor.double()
+        x, y = base[name].detach().double(), tensor.detach().double()
         inner += float((x * y).sum())
         ours, theirs = ours + float(x.square().sum()), theirs + float(y.square().sum())
         apart += float((x - y).square().sum())
