@@ -61,28 +61,47 @@ def generator(seed=0):
 # --- samplers
 
 
-def test_reference_kde_is_the_released_loop():
-    """sklearn's KernelDensity, dimension by dimension, with the seed that the released code gives it every time."""
+@pytest.mark.parametrize("width", [1, 4, 12])
+def test_reference_kde_is_the_released_loop(width):
+    """sklearn's KernelDensity, part by part, with the seed that the released code gives it every time."""
     neighbors = pytest.importorskip("sklearn.neighbors")
-    anchors = torch.randn(50, 7, dtype=torch.float64)
-    columns = []
-    for column in anchors.numpy().T:
-        density = neighbors.KernelDensity(kernel="gaussian", bandwidth=0.002).fit(column[:, None])
-        columns.append(density.sample(20, random_state=42)[:, 0])
-    drawn = generators.kde_reference(anchors, 20, 0.002)
-    assert numpy.array_equal(drawn.points.numpy(), numpy.stack(columns, 1))
-    nearest = torch.cdist(drawn.points, anchors).min(1)
-    assert nearest.values.max() < 0.002 * 7**0.5 * 4 and torch.equal(nearest.indices, drawn.anchors[:, 0])
+    anchors = torch.randn(50, 12, dtype=torch.float64)
+    parts = []
+    for part in anchors.numpy().reshape(50, -1, width).transpose(1, 0, 2):
+        density = neighbors.KernelDensity(kernel="gaussian", bandwidth=0.2).fit(part)
+        parts.append(density.sample(20, random_state=42))
+    expected = numpy.concatenate(parts, 1)
+    drawn = generators.kde_reference(anchors, 20, 0.2, width=width)
+    numpy.testing.assert_allclose(drawn.points.numpy(), expected, rtol=0, atol=1e-15)
+    single = generators.kde_reference(anchors.float(), 20, 0.2, width=width)
+    numpy.testing.assert_allclose(single.points.numpy(), expected, rtol=0, atol=3e-7)
 
 
-def test_independent_kde_mixes_anchors():
-    """Every dimension has the spread of the anchors, and samples are as far from anchors as these from each other."""
+@pytest.mark.parametrize("width", [1, 8, 64])
+def test_independent_kde_mixes_anchors(width):
+    """Every dimension has the spread of the anchors; parts come from anchors of their own, and each part from one."""
     anchors = torch.randn(300, 64, dtype=torch.float64)
-    points = generators.kde(anchors, 2000, 0.1, generator()).points
+    drawn = generators.kde(anchors, 2000, 0.1, generator(), width=width)
+    points = drawn.points
     torch.testing.assert_close(points.std(0), (anchors.var(0) + 0.01).sqrt(), rtol=0.1, atol=0)
     torch.testing.assert_close(points.mean(0), anchors.mean(0), rtol=0, atol=0.15)
+    exact = generators.kde(anchors, 100, 0.0, generator(), width=width).points.view(100, -1, width)
+    known = anchors.view(300, -1, width)
+    matches = (exact[:, None] == known).all(-1)  # [100, 300, parts]
+    assert (matches.sum(1) == 1).all()
+    chosen = matches.int().argmax(1)
+    if width == 64:
+        assert torch.equal(chosen, generators.kde(anchors, 100, 0.0, generator(), width=width).anchors)
+    else:
+        assert drawn.anchors.eq(-1).all() and (chosen[:, 0] == chosen[:, 1]).double().mean() < 0.05
     apart = torch.cdist(anchors, anchors).fill_diagonal_(torch.inf).min(1).values.median()
-    assert 0.9 < torch.cdist(points, anchors).min(1).values.median() / apart < 1.1
+    novel = torch.cdist(points, anchors).min(1).values.median() / apart
+    assert 0.9 < novel < 1.1 if width < 64 else novel < 0.2
+
+
+def test_prior_knows_nothing_of_anchors():
+    points = generators.prior(torch.full((3, 50), 7.0), 400, 10.0, generator()).points
+    assert abs(points.mean()) < 0.5 and 9.5 < points.std() < 10.5
 
 
 def test_averages_and_noise_say_what_they_are_made_of():
@@ -183,7 +202,7 @@ def test_gan_learns_where_points_are():
 # --- samples are zoos
 
 
-@pytest.mark.parametrize("method", ["direct", "uniform", "neighbour", "kde", "noise", "average", "pca"])
+@pytest.mark.parametrize("method", ["direct", "uniform", "prior", "neighbour", "kde", "noise", "average", "pca"])
 @pytest.mark.parametrize("model", [None, "ae", "sane"])
 def test_every_method_makes_a_zoo(zoo, models, tmp_path, method, model):
     made = sample.sample(config(zoo, tmp_path / "a", method=method, model=models.get(model), epochs=(1, 2)))
@@ -238,9 +257,69 @@ def test_what_cannot_be_sampled_is_said_before_anything_is_written(zoo, models, 
     made = sample.sample(config(zoo, tmp_path / "once", method="average"))
     with pytest.raises(ValueError, match="out must be a new folder"):
         sample.sample(config(zoo, made.path, method="average"))
+    refused("density must be dimension or joint where networks have no codes of tokens", density="token")
+    refused("density must be dimension or joint", density="token", model=models["ae"])
+    refused("condition must be left out for .*, whose networks have no batch norm", condition=20)
+    with pytest.raises(ValueError, match="candidates must be at least 6, the count, got 5"):
+        config(zoo, tmp_path / "out", method="kde", candidates=5)
+    with pytest.raises(ValueError, match="rounds must be 1 without candidates and for methods direct, uniform, prior"):
+        config(zoo, tmp_path / "out", method="prior", candidates=8, rounds=2)
     junk = tmp_path / "junk.pt"
     torch.save({"extra": {"layout": 3}}, junk)
     refused("model must be a checkpoint of fastws train ae or train sane, got .*junk.pt", model=str(junk))
+
+
+# --- candidates
+
+
+@pytest.mark.parametrize("mode", ["independent", "reference"])
+@pytest.mark.parametrize("density", ["dimension", "token", "joint"])
+def test_densities_of_tokens(zoo, models, tmp_path, mode, density):
+    options = {"method": "kde", "model": models["sane"], "mode": mode, "density": density}
+    made = sample.sample(config(zoo, tmp_path / "made", **options))
+    assert len(made) == 6 and made.provenance["sampled"]["bandwidth"] == generators.TOKEN_BANDWIDTH
+    known = [bool(name) for name in made.properties["anchors"].to_pylist()]
+    assert all(known) == (mode == "reference" or density == "joint") and any(known) == all(known)
+    representation = load(models["sane"])
+    anchors = sample.choose_anchors(sample.Choice(), zoo)
+    codes = representation.encode(anchors.read(zoo, anchors.rows))
+    width = {"dimension": 1, "token": codes.shape[2], "joint": codes.shape[1] * codes.shape[2]}[density]
+    draw = generators.kde_reference if mode == "reference" else generators.kde
+    drawn = draw(codes.flatten(1), 6, 0.2, *([] if mode == "reference" else [generator()]), width=width)
+    torch.testing.assert_close(made.weights, representation.decode(drawn.points.view(6, *codes.shape[1:])))
+
+
+def test_the_best_candidates_are_kept(zoo, tmp_path):
+    options = {"method": "noise", "noise": 0.5, "aligned": False}
+    whole = sample.sample(
+        sample.Config(zoo=str(zoo.path), out=str(tmp_path / "all"), count=20, device="cpu", **options)
+    )
+    best = sample.sample(config(zoo, tmp_path / "best", candidates=20, **options))
+    evaluate.evaluate(evaluate.Config(zoo=str(whole.path), device="cpu"))
+    accuracy = numpy.sort(Zoo.open(whole.path).numbers("val_accuracy"))[::-1]
+    numpy.testing.assert_allclose(best.numbers("candidate_val_accuracy"), accuracy[:6], atol=1e-6)
+    assert all(any(torch.equal(row, other) for other in whole.weights) for row in best.weights)
+    trained = sample.sample(config(zoo, tmp_path / "train", candidates=20, judged_on="train", **options))
+    assert "candidate_train_accuracy" in trained.properties.column_names
+
+
+def test_rounds_draw_from_what_was_kept(zoo, tmp_path):
+    options = {"method": "kde", "density": "joint", "bandwidth": 0.1, "candidates": 12, "aligned": False}
+    one = sample.sample(config(zoo, tmp_path / "one", **options))
+    three = sample.sample(config(zoo, tmp_path / "three", rounds=3, **options))
+    names = {name for name in one.properties["anchors"].to_pylist()}
+    assert {name for name in three.properties["anchors"].to_pylist()} <= names  # names of networks, not of samples
+    accuracy = three.numbers("candidate_val_accuracy")
+    assert (numpy.diff(accuracy) <= 0).all() and accuracy.mean() >= one.numbers("candidate_val_accuracy").mean() - 0.1
+
+
+def test_the_released_bootstrap_does_not_select_in_its_last_round(zoo, tmp_path):
+    """It returns the first samples of the last round, whatever their accuracy."""
+    options = {"method": "kde", "density": "joint", "mode": "reference", "bandwidth": 0.1, "aligned": False}
+    made = sample.sample(config(zoo, tmp_path / "made", candidates=12, rounds=2, **options))
+    first = sample.sample(config(zoo, tmp_path / "first", candidates=12, **options))
+    expected = generators.kde_reference(first.weights, 12, 0.1, width=zoo.layout.num_weights).points[:6]
+    torch.testing.assert_close(made.weights, expected)
 
 
 # --- evaluation

@@ -65,7 +65,7 @@ def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) 
         raise ValueError(f"tokens of {layout.token_size} in {positions} positions for a model of {config}")
 
 
-def suit(encoder: Encoder, zoo: Zoo) -> Encoder:
+def suit(encoder: Encoder, zoo: Zoo, where: str = "embed") -> Encoder:
     """The encoder for the networks of a zoo, which may be of another architecture than those it was trained on.
 
     Then their layers are standardised by the moments of the zoo's own training split, if those of the encoder were.
@@ -79,7 +79,7 @@ def suit(encoder: Encoder, zoo: Zoo) -> Encoder:
     needed, known = tuple((layout.positions.amax(0) + 1).tolist()), encoder.model.config.max_positions
     if any(map(operator.gt, needed, known)):
         what = f"at most {known} tokens, layers and output units, for which the model has positions, got {needed}"
-        raise ValueError(f"embed: zoo {zoo.path} must have {what}")
+        raise ValueError(f"{where}: zoo {zoo.path} must have {what}")
     mean, std = torch.zeros(len(layout.table)), torch.ones(len(layout.table))
     if not ((encoder.scale == 1).all() and (encoder.shift == 0).all()):
         rows = zoo.split("train") if len(zoo.split("train")) else torch.arange(len(zoo))
@@ -108,7 +108,38 @@ def encode(encoder: Encoder, weights: Tensor, *, halo: int | None, batch_size: i
         )  # fmt: skip
         parts.append(encoder.model.encode(values, positions).float())
     z = torch.cat(parts).view(len(weights), len(starts) * window, -1)
-    return z[:, place.to(device)]
+    return stitch(z, place)
+
+
+@torch.no_grad()
+def decode(
+    encoder: Encoder, z: Tensor, *, halo: int | None, like: Tensor | None = None, batch_size: int = 64
+) -> Tensor:
+    """Networks of token embeddings: ``[B, N, E]`` to flat weights ``[B, P]`` float32, in the windows of ``encode``.
+
+    Args:
+        encoder: From ``load_encoder``.
+        z: Embeddings of all tokens.
+        halo: Tokens that the decoder sees on both sides of a chunk; None decodes each network in one pass.
+        like: Networks ``[P]`` or ``[B, P]`` that give what has no token, as norm layers that tokens leave out; zeros
+            without it.
+        batch_size: Windows per forward pass.
+    """
+    layout, device = encoder.layout, z.device
+    starts, window, place = chunk(layout.num_tokens, encoder.model.config.window, halo)
+    tokens = windows_of(starts, window).to(device)
+    network = torch.arange(len(z), device=device).repeat_interleave(len(starts))
+    number = torch.arange(len(starts), device=device).repeat(len(z))
+    rows, positions = z.flatten(0, 1), layout.positions.to(device)
+    parts = []
+    for some, which in zip(network.split(batch_size), number.split(batch_size), strict=True):
+        chosen = (some[:, None] * layout.num_tokens + tokens[which]).flatten()
+        windows = rows.index_select(0, chosen).view(len(some), window, -1)
+        parts.append(encoder.model.decode(windows, positions[tokens[which]]).float())
+    values = stitch(torch.cat(parts).view(len(z), len(starts) * window, -1), place)
+    layer = layout.positions[:, 1].to(device).long()
+    values.sub_(encoder.shift[layer, None]).div_(encoder.scale[layer, None])
+    return layout.detokenize(values, like=values.new_zeros(layout.num_weights) if like is None else like.float())
 
 
 def average(encoder: Encoder, z: Tensor, pool: Pool) -> Tensor:
@@ -134,6 +165,16 @@ def pool_shape(encoder: Encoder, pool: Pool) -> tuple[int, int]:
     latent, layers = encoder.model.config.latent, len(encoder.layout.positions[:, 1].unique())
     vectors = {"mean": 1, "layers": layers, "tokens": encoder.layout.num_tokens, "spread": layers}
     return vectors[pool], 1 if pool == "spread" else latent
+
+
+def windows_of(starts: Tensor, window: int) -> Tensor:
+    """The tokens of each window, int64 ``[C, W]``."""
+    return starts[:, None] + torch.arange(window)
+
+
+def stitch(windows: Tensor, place: Tensor) -> Tensor:
+    """Sequences ``[B, N, ..]`` of the windows that ``chunk`` cuts, ``[B, C * W, ..]``, without their halos."""
+    return windows.index_select(1, place.to(windows.device))
 
 
 def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, Tensor]:

@@ -97,6 +97,7 @@ def job_of(
     limit: int | None = None,
     device: str | None = None,
     architecture: str | None = None,
+    where: str = "zoo evaluate",
 ) -> Job:
     """Architecture and images of a zoo that ``zoo make`` made, or that was sampled from one, or what is said of it.
 
@@ -116,18 +117,18 @@ def job_of(
         if own is not None and (own.image_shape, own.num_classes) != (job.plan.image_shape, job.plan.num_classes):
             what = f"images {own.image_shape} of {own.num_classes} classes"
             raise ValueError(
-                f"zoo evaluate: data must have {what}, as {zoo.path} was made for, "
+                f"{where}: data must have {what}, as {zoo.path} was made for, "
                 f"got {job.plan.image_shape} and {job.plan.num_classes} in {data}"
             )
     with torch.device("meta"):
         network = job.plan.build()
         if architecture is not None:
-            Layout.from_checkpoint(network).require_same(zoo.layout, f"zoo evaluate: zoo {zoo.path}")
+            Layout.from_checkpoint(network).require_same(zoo.layout, f"{where}: zoo {zoo.path}")
     weights = sum(tensor.numel() for tensor in network.state_dict().values() if tensor.is_floating_point())
     if weights != zoo.layout.num_weights:
         images = f"{job.plan.image_shape} of {job.plan.num_classes} classes"
         raise ValueError(
-            f"zoo evaluate: data must be for networks of {zoo.layout.num_weights} weights, those of {zoo.path}, "
+            f"{where}: data must be for networks of {zoo.layout.num_weights} weights, those of {zoo.path}, "
             f"got images {images}, which take {weights}, in {data or made.data}"
         )
     return job
@@ -142,17 +143,17 @@ def measure_zoo(
     return measure(weights, job.plan, names, part, condition=condition)
 
 
-def conditioning_images(zoo: Zoo, job: Job, count: int) -> Tensor:
+def conditioning_images(zoo: Zoo, job: Job, count: int, where: str = "zoo evaluate") -> Tensor:
     """Training images, evenly spaced, for the running statistics of batch norms.
 
     Raises:
         ValueError: If the networks have none, or there are not so many images.
     """
     if not norms_of(job.plan.build()):
-        raise ValueError(f"zoo evaluate: condition must be left out for {zoo.path}, whose networks have no batch norm")
+        raise ValueError(f"{where}: condition must be left out for {zoo.path}, whose networks have no batch norm")
     x = job.data.train.x
     if count > len(x):
-        raise ValueError(f"zoo evaluate: condition must be at most {len(x)}, the training images, got {count}")
+        raise ValueError(f"{where}: condition must be at most {len(x)}, the training images, got {count}")
     return x[torch.linspace(0, len(x) - 1, count).long().to(x.device)]
 
 

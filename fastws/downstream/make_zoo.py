@@ -31,4 +31,9 @@ def regularisation(config: Config) -> Callable[[Tensor], Tensor] | None:
     if representation.aligned and not (isinstance(sampled, dict) and sampled.get("aligned")):
         what = "sampled from aligned networks, as regularise learned them"
         raise ValueError(f"zoo make: start must be {what}, got {zoo.path}, whose networks are in any order")
-    return lambda weights: representation.decode(representation.encode(weights.to(config.device))).to(weights)
+
+    def regularise(weights: Tensor) -> Tensor:
+        own = weights.to(config.device)
+        return representation.decode(representation.encode(own), like=own).to(weights)
+
+    return regularise

@@ -99,3 +99,12 @@ def logits_of(
         for network in networks:
             condition_batch_norm(network, condition)
     return one_by_one(networks)
+
+
+def condition_norms(weights: Tensor, plan: Plan, activations: Sequence[str], images: Tensor) -> Tensor:
+    """Networks ``[G, P]`` whose batch norms have statistics computed anew on images ``[n, C, H, W]``: ``[G, P]``."""
+    found = []
+    for network in load_networks(weights, plan, activations):
+        condition_batch_norm(network, images)
+        found.append(torch.cat([x.flatten() for x in network.state_dict().values() if x.is_floating_point()]))
+    return torch.stack(found)

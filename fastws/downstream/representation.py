@@ -1,21 +1,23 @@
 """A learned representation of networks, whatever learned it: weights to codes, and codes to weights.
 
 ``load`` reads the checkpoint of any trainer. What embeds, predicts or samples knows no more of a representation than
-this: its layout, whether its networks were aligned, and the four functions below.
+this: its layout, whether its networks were aligned, and the functions below.
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 import fastws
-from fastws.downstream.encoder import Encoder, chunk, default_halo, encode, load_encoder
+from fastws.downstream.encoder import Encoder, decode, default_halo, encode, load_encoder, suit
+from fastws.downstream.sampling.generators import BANDWIDTH, TOKEN_BANDWIDTH
 from fastws.files.checkpoints import load_plain
 from fastws.files.limits import DAMAGED
 from fastws.layout.layout import Layout
 from fastws.nn.hyper_representation import HyperRepresentation, HyperRepresentationConfig
+from fastws.zoo.format.zoo import Zoo
 
 BATCH = 256  # networks at once
 
@@ -25,16 +27,26 @@ class Representation(Protocol):
 
     layout: Layout
     aligned: bool  # whether it was trained on networks in the order of an alignment
+    bandwidth: float  # of the published kernel density of its codes
 
     def encode(self, flat: Tensor) -> Tensor:
         """Codes of networks ``[B, P]``."""
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Networks ``[B, P]`` of codes, in float32."""
+    def decode(self, codes: Tensor, like: Tensor | None = None) -> Tensor:
+        """Networks ``[B, P]`` of codes, in float32; ``like``, ``[P]`` or ``[B, P]``, gives what has no code."""
+
+    def suit(self, zoo: Zoo, where: str) -> Self:
+        """The representation for the networks of a zoo.
+
+        Raises:
+            ValueError: If they are of an architecture that it cannot represent.
+        """
 
 
 class WholeNetworks:
     """An autoencoder of whole networks: one code ``[E]`` for each."""
+
+    bandwidth = BANDWIDTH
 
     def __init__(self, model: HyperRepresentation, layout: Layout, aligned: bool):
         self.model, self.layout, self.aligned = model.eval(), layout, aligned
@@ -44,12 +56,18 @@ class WholeNetworks:
         return torch.cat([self.model.encode(part.float()) for part in flat.split(BATCH)])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, like: Tensor | None = None) -> Tensor:
         return torch.cat([self.model.decode(part) for part in codes.split(BATCH)])
+
+    def suit(self, zoo: Zoo, where: str) -> "WholeNetworks":
+        self.layout.require_same(zoo.layout, f"{where}: zoo {zoo.path}")
+        return self
 
 
 class Tokens:
-    """A SANE: a code ``[N, E]`` for each network, one row per token."""
+    """A SANE: a code ``[N, E]`` for each network, one row per token; windows have a halo on both sides."""
+
+    bandwidth = TOKEN_BANDWIDTH
 
     def __init__(self, encoder: Encoder, aligned: bool):
         self.encoder, self.layout, self.aligned = encoder, encoder.layout, aligned
@@ -58,22 +76,16 @@ class Tokens:
     def encode(self, flat: Tensor) -> Tensor:
         return torch.cat([encode(self.encoder, part, halo=self.halo) for part in flat.split(BATCH)])
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Windows with a halo on both sides, of which only what is inside is kept; all windows of a part at once."""
-        model, layout, device = self.encoder.model, self.layout, codes.device
-        starts, window, place = chunk(layout.num_tokens, model.config.window, self.halo)
-        tokens = (starts[:, None] + torch.arange(window)).flatten().to(device)
-        positions = layout.positions.to(device)[tokens].view(len(starts), window, 3)
-        parts = []
-        for part in codes.split(BATCH):
-            windows = part[:, tokens].view(len(part), len(starts), window, -1)
-            values = model.decode(windows, positions).flatten(1, 2)[:, place.to(device)].float()
-            layer = layout.positions[:, 1].to(device).long()
-            scale, shift = self.encoder.scale[layer], self.encoder.shift[layer]
-            values = (values - shift[:, None]) / scale[:, None]
-            parts.append(layout.detokenize(values, like=torch.zeros(len(part), layout.num_weights, device=device)))
-        return torch.cat(parts)
+    def decode(self, codes: Tensor, like: Tensor | None = None) -> Tensor:
+        parts = codes.split(BATCH)
+        given = like.split(BATCH) if like is not None and like.dim() == 2 else [like] * len(parts)
+        return torch.cat(
+            [decode(self.encoder, part, halo=self.halo, like=one) for part, one in zip(parts, given, strict=True)]
+        )
+
+    def suit(self, zoo: Zoo, where: str) -> "Tokens":
+        encoder = suit(self.encoder, zoo, where)
+        return self if encoder is self.encoder else Tokens(encoder, self.aligned)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Representation:

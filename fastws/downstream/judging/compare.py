@@ -25,8 +25,7 @@ from fastws.downstream.judging.statistics import tabulate
 from fastws.downstream.judging.verdict import Evidence, evidence, verdict
 from fastws.downstream.populations import Measured, measure
 from fastws.downstream.representation import load
-from fastws.downstream.sampling.sample import BY, Anchors, choose_anchors
-from fastws.downstream.sampling.sample import Config as SampleConfig
+from fastws.downstream.sampling.anchors import BY, Anchors, Choice, choose_anchors
 from fastws.files.atomic import write_file, write_json, write_tensors
 from fastws.files.json import read as read_json
 from fastws.files.safetensors import open_tensors
@@ -199,10 +198,7 @@ def judge_samples(config: Config, tensors: dict[str, Tensor]) -> dict:
     samples = [Zoo.open(path) for path in config.samples]
     for one in samples:
         zoo.layout.require_same(one.layout, f"zoo compare: samples {one.path}")
-    picked = SampleConfig(
-        zoo=config.train, out=config.out, method="direct", epochs=config.epochs, best=config.best, aligned=True
-    )
-    anchors = choose_anchors(picked, zoo, None)
+    anchors = choose_anchors(Choice(epochs=config.epochs, best=config.best, aligned=True), zoo)
     for one in samples:
         require_activation(one, zoo, anchors.activation)
     scene, rows = set_scene(config, zoo, anchors)
@@ -299,11 +295,10 @@ def sets_of(config: Config, scene: Scene, samples: list[Zoo], anchors: Anchors, 
     if len(untrained) > 1:
         yield Set("untrained networks", "untrained networks", aligned(zoo.rows(untrained).float()))
     if config.model is not None:
-        representation = load(config.model, scene.device)
-        representation.layout.require_same(zoo.layout, f"zoo compare: model {config.model}")
+        representation = load(config.model, scene.device).suit(zoo, "zoo compare")
         some = anchors.rows[: config.count]
         flat = (aligned_rows(zoo, some) if representation.aligned else zoo.rows(some)).float().to(scene.device)
-        made = representation.decode(representation.encode(flat)).cpu()
+        made = representation.decode(representation.encode(flat), like=flat).cpu()
         yield Set("reconstructed anchors", "reconstructed anchors", aligned(made))
     for one in samples:
         yield Set(one.path.name, one.path.name, aligned(one.rows(torch.arange(len(one))).float()))

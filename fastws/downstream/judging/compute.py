@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastws.downstream.encoder import chunk
 from fastws.downstream.evaluate import job_of
-from fastws.downstream.representation import WholeNetworks, load
+from fastws.downstream.representation import Tokens, WholeNetworks, load
 from fastws.downstream.sampling import flow as flows
 from fastws.files.checkpoints import load_plain
 from fastws.zoo.format.manifest import MANIFEST
@@ -56,6 +57,9 @@ def parts_of(zoo: Zoo) -> dict[str, float | None]:
     parts = {"zoo": 0.0, "train": 0.0, "sample": 0.0, "evaluate": forward * len(job.data.val.y) if evaluated else 0.0}
     if isinstance(sampled, dict):
         learned, drawn = cost_of_sampling(zoo, sampled)
+        if sampled.get("candidates"):
+            judged = job.data.train if sampled["judged_on"] == "train" else job.data.val
+            parts["evaluate"] = forward * len(judged.y) * sampled["candidates"] * sampled["rounds"] / sampled["count"]
         return parts | {"zoo": config.networks * epochs, "train": learned, "sample": drawn, "finetune": 0.0}
     if config.start is not None and (Path(config.start) / MANIFEST).is_file():
         begun = parts_of(Zoo.open(config.start))
@@ -75,14 +79,17 @@ def cost_of_sampling(zoo: Zoo, sampled: dict[str, Any]) -> tuple[float | None, f
     if sampled.get("model") is not None:
         if not Path(sampled["model"]).is_file():
             return None, None
-        representation, state = load(sampled["model"]), load_plain(sampled["model"])
-        if not isinstance(representation, WholeNetworks) or "config" not in state:
+        representation, state = load(sampled["model"]).suit(zoo, "zoo compare"), load_plain(sampled["model"])
+        if "config" not in state:
             return None, None
-        model = representation.model
-        forward = flops(model, torch.zeros(1, weights))
-        learned = state["step"] * state["config"]["batch_size"] * VIEWS * TRAINING * forward
-        code = model.encode(torch.zeros(1, weights))
-        drawn, size = flops(model.decode, code), code.shape[1]
+        seen = state["step"] * state["config"]["batch_size"] * VIEWS * TRAINING
+        if isinstance(representation, WholeNetworks):
+            model = representation.model
+            learned = seen * flops(model, torch.zeros(1, weights))
+            code = model.encode(torch.zeros(1, weights))
+            drawn, size = flops(model.decode, code), code.shape[1]
+        else:
+            learned, drawn, size = cost_of_tokens(representation, seen)
     if method in LEARNED:
         few, many = sorted((len(Zoo.open(source).split("train")), size))
         learned += 6 * many * few**2 + 20 * few**3  # a thin singular value decomposition
@@ -91,7 +98,18 @@ def cost_of_sampling(zoo: Zoo, sampled: dict[str, Any]) -> tuple[float | None, f
         if method == "flow":
             flow_learned, flow_drawn = cost_of_flow(sampled, few - 1, components)
             learned, drawn = learned + flow_learned, drawn + flow_drawn
-    return learned, drawn
+    # candidates that are not kept cost as much as those that are
+    return learned, drawn * max(1, sampled.get("candidates", 0) / sampled["count"]) * sampled.get("rounds", 1)
+
+
+def cost_of_tokens(representation: Tokens, windows: int) -> tuple[float, float, int]:
+    """Operations to train on so many windows and to decode a network, and the size of its codes."""
+    model, layout = representation.encoder.model, representation.layout
+    config = model.config
+    starts, window, _ = chunk(layout.num_tokens, config.window, representation.halo)
+    trained = flops(model, torch.zeros(1, config.window, config.token_size), layout.positions[: config.window][None])
+    decoded = flops(model.decode, torch.zeros(1, window, config.latent), layout.positions[:window][None])
+    return windows * trained, len(starts) * decoded, layout.num_tokens * config.latent
 
 
 def cost_of_flow(sampled: dict[str, Any], most: int, components: int) -> tuple[float, float]:

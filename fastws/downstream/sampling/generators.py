@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 REFERENCE_SEED = 42  # of the released sampler of KDE
 BANDWIDTH = 0.002  # of the published KDE, in units of codes that a tanh bounds
+TOKEN_BANDWIDTH = 0.2  # of the published KDE of SANE's tokens
 MANIFOLD = 3  # dimensions of the plane in which neighbours are looked for
 
 
@@ -48,33 +49,49 @@ def uniform(anchors: Tensor, count: int, generator: torch.Generator) -> Drawn:
     return Drawn(2 * points - 1, nobody(count))
 
 
-def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generator) -> Drawn:
-    """Every dimension from an anchor of its own, plus noise: ``z[s, j] = anchors[i[s, j], j] + bandwidth * normal``.
+def prior(anchors: Tensor, count: int, std: float, generator: torch.Generator) -> Drawn:
+    """Normal around zero, whatever the anchors are: GAUSS of arXiv 2406.09997."""
+    return Drawn(std * normals((count, anchors.shape[1]), anchors, generator), nobody(count))
 
-    That is sampling a Gaussian kernel density of each dimension, as arXiv 2209.14733 describes it.
+
+def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generator, *, width: int = 1) -> Drawn:
+    """Every part j from an anchor of its own, plus noise: ``z[s, j] = anchors[i[s, j], j] + bandwidth * normal``.
+
+    That is sampling a Gaussian kernel density of each part: of each dimension, as arXiv 2209.14733 describes it, of
+    each token (arXiv 2406.09997, equation 7), or of whole points.
+
+    Args:
+        anchors: ``[n, d]``.
+        count: Points to draw.
+        bandwidth: Standard deviation of the noise.
+        generator: Of the random numbers.
+        width: Consecutive entries that make a part; d is a multiple of it.
     """
     size = anchors.shape[1]
+    parts = size // width
     # 32 bits where they suffice: their draws take a tenth of the time, and one selection of a flat vector a third
     dtype = torch.int32 if anchors.numel() < 2**31 else torch.int64
     options = {"generator": generator, "device": generator.device, "dtype": dtype}
-    chosen = torch.randint(len(anchors), (count, size), **options)
-    chosen.mul_(size).add_(torch.arange(size, dtype=dtype, device=chosen.device))
-    points = anchors.flatten().index_select(0, chosen.flatten()).view(count, size)
-    return Drawn(points.add_(normals((count, size), anchors, generator), alpha=bandwidth), nobody(count))
+    chosen = torch.randint(len(anchors), (count, parts), **options)
+    anchor = chosen[:, :1].long().cpu() if parts == 1 else nobody(count)
+    chosen.mul_(parts).add_(torch.arange(parts, dtype=dtype, device=chosen.device))
+    table = anchors.flatten() if width == 1 else anchors.reshape(-1, width)
+    points = table.index_select(0, chosen.flatten()).view(count, size)
+    return Drawn(points.add_(normals((count, size), anchors, generator), alpha=bandwidth), anchor)
 
 
-def kde_reference(anchors: Tensor, count: int, bandwidth: float) -> Drawn:
-    """What the released code draws: one anchor and one number of noise for all dimensions of a sample.
+def kde_reference(anchors: Tensor, count: int, bandwidth: float, *, width: int = 1) -> Drawn:
+    """What the released code draws: one anchor, and the same noise for all parts of a sample.
 
-    It samples each dimension's density with the same seed, so that a "sample" is an anchor that is shifted along the
-    diagonal. Bit for bit what ``sklearn.neighbors.KernelDensity.sample(random_state=42)`` gives, dimension by
-    dimension.
+    It samples the density of each part with the same seed, so that a "sample" is an anchor that is shifted: by one
+    number where parts are dimensions, by one vector where they are tokens. Bit for bit what
+    ``sklearn.neighbors.KernelDensity.sample(random_state=42)`` gives, part by part; ``width`` is that of ``kde``.
     """
     random = numpy.random.RandomState(REFERENCE_SEED)
     chosen = torch.from_numpy((random.uniform(0, 1, size=count) * len(anchors)).astype(numpy.int64))
-    noise = torch.from_numpy(random.normal(numpy.zeros((count, 1)), 1.0))
-    points = anchors[chosen.to(anchors.device)].double() + bandwidth * noise.to(anchors.device)
-    return Drawn(points.to(anchors.dtype), chosen[:, None])
+    noise = torch.from_numpy(random.normal(numpy.zeros((count, 1, width)), bandwidth)).to(anchors.device)
+    points = anchors[chosen.to(anchors.device)].double().view(count, -1, width) + noise
+    return Drawn(points.flatten(1).to(anchors.dtype), chosen[:, None])
 
 
 def noisy(anchors: Tensor, count: int, scale: Tensor, generator: torch.Generator) -> Drawn:

@@ -4,41 +4,44 @@ A sampler draws new points from a cloud of anchors (see ``generators``). With ``
 are decoded to networks; without, they are the weights themselves, which is the baseline that a model has to beat.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
-import pyarrow
-import pyarrow.compute
 import torch
 from torch import Tensor
 
 from fastws.devices import find_device
 from fastws.downstream.evaluate import job_of
-from fastws.downstream.judging.statistics import selection_optimism
 from fastws.downstream.representation import Representation, load
 from fastws.downstream.sampling import flow as flows
 from fastws.downstream.sampling import generators
+from fastws.downstream.sampling.anchors import Anchors, Choice, choose_anchors
 from fastws.downstream.sampling.behaviour import classification, teach
 from fastws.downstream.sampling.generators import BANDWIDTH, Components, Drawn
+from fastws.downstream.sampling.judged import Bench, set_up
+from fastws.layout.layout import Layout
 from fastws.layout.spread import weight_std
 from fastws.version import __version__
-from fastws.zoo.align import ALIGNMENT, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
 
-Method = Literal["direct", "uniform", "neighbour", "kde", "gan", "noise", "average", "pca", "flow"]
-BY = ("val_accuracy", "test_accuracy")  # what ranks anchors, the first that is known
+Method = Literal["direct", "uniform", "prior", "neighbour", "kde", "gan", "noise", "average", "pca", "flow"]
+ALOOF = ("direct", "uniform", "prior")  # methods that draw nothing new from anchors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Samples new networks and writes them as a zoo.
 
-    fastws sample --model runs/ae/checkpoint.pt --zoo zoos/mnist --out zoos/kde30 --method kde --best 0.3 --count 500
+    fastws sample --model runs/sane/checkpoint.pt --zoo zoos/cnn --out zoos/sub --method kde --candidates 500
     fastws sample --zoo zoos/mnist --out zoos/pca64 --method pca --components 64
+
+    With --candidates more networks are drawn than are kept, and with --rounds what is kept are the anchors of another
+    draw. The zoo may be of another architecture than a SANE was trained on: then its own networks are the anchors.
     """
 
     zoo: str  # folder of the zoo whose networks are the anchors
@@ -54,7 +57,9 @@ class Config:
     aligned: bool | None = None  # anchors in the order of zoo align; by default as the model was trained, else if there
 
     mode: Literal["independent", "reference"] = "independent"  # kde: as the paper describes it, or as it was released
-    bandwidth: float = BANDWIDTH  # kde: std of the noise
+    density: Literal["dimension", "token", "joint"] = "dimension"  # kde: what of a code has an anchor of its own
+    bandwidth: float | None = None  # kde: std of the noise; as published, 0.2 for codes of tokens, else 0.002
+    prior_std: float = 10.0  # prior: std of codes, which are normal around zero, whatever the anchors are
     noise: float = 0.2  # noise: std, in units of the std of a layer's weights, or of a code's entry
     together: int = 2  # average: anchors of each mean
     components: int = 64  # pca, flow, gan: leading principal components; 0: all
@@ -62,33 +67,44 @@ class Config:
     temperature: float = 1.0  # pca, flow: factor of the noise that samples begin from
     behaviour: int = 0  # pca of weights: steps in which it learns that its samples classify training images right
 
+    condition: int = (
+        0  # training images on which statistics of batch norms are computed anew; 0: as drawn or of anchors
+    )
+    candidates: int = 0  # networks drawn, of which the most accurate are kept; 0: as many as are kept
+    judged_on: Literal["val", "train"] = "val"  # images that candidates are judged on
+    rounds: int = 1  # draws of candidates, each from what the one before kept (bootstrapping)
+    data: str | None = None  # images for candidates and batch norms, where the zoo does not say its own
+    architecture: str | None = None  # of networks read from files: a name of zoo make, or a function as module:function
+
     seed: int = 0  # of everything random
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
     def __post_init__(self):
-        for name in ("count", "together"):
+        for name in ("count", "together", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sample: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("bandwidth", "noise", "temperature", "components", "behaviour"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"sample: {name} must be at least 0, got {getattr(self, name)}")
+        for name in ("bandwidth", "prior_std", "noise", "temperature", "components", "behaviour", "condition"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"sample: {name} must be a number from 0 on, got {getattr(self, name)}")
         if self.behaviour and (self.method != "pca" or self.model is not None):
             raise ValueError(
                 f"sample: behaviour must be left out but for method pca without a model, got {self.behaviour}"
             )
         if not 0 < self.best <= 1:
             raise ValueError(f"sample: best must be in (0, 1], got {self.best}")
+        if self.candidates and self.candidates < self.count:
+            raise ValueError(f"sample: candidates must be at least {self.count}, the count, got {self.candidates}")
+        if self.rounds > 1 and (not self.candidates or self.method in ALOOF):
+            what = f"1 without candidates and for methods {', '.join(ALOOF)}"
+            raise ValueError(f"sample: rounds must be {what}, got {self.rounds}")
+        if self.architecture is not None and self.data is None:
+            raise ValueError("sample: data must be given with architecture, got none; give --data")
+        if self.condition == 1:
+            raise ValueError("sample: condition must be 0, or at least 2 images, got 1")
 
-
-class Anchors(NamedTuple):
-    """The networks that samples are made from."""
-
-    rows: Tensor  # of the zoo, int64
-    held_out: Tensor  # rows of the validation split, by the same choice of states
-    names: list[str]  # model and epoch of each
-    activation: str | None
-    aligned: bool
-    said: str  # which ones these are, in words
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.epochs, self.best, self.by, self.activation, self.aligned)
 
 
 def run(config: Config) -> None:
@@ -110,159 +126,163 @@ def sample(config: Config) -> Zoo:
         raise ValueError(f"sample: out must be a new folder, got the zoo {out}; give another, or remove it")
     device = find_device(config.device)
     zoo = Zoo.open(config.zoo)
-    representation = None if config.model is None else load(config.model, device)
-    if representation is not None:
-        representation.layout.require_same(zoo.layout, f"sample: zoo {zoo.path}")
-    anchors = choose_anchors(config, zoo, representation)
-    drawn, made_by = draw(config, zoo, representation, anchors, device)
-    weights = drawn.points if representation is None else representation.decode(drawn.points)
-    number = range(len(weights))
+    representation = None if config.model is None else load(config.model, device).suit(zoo, "sample")
+    anchors = choose_anchors(config.choice, zoo, representation)
+    made = make(config, zoo, representation, anchors, set_up(config, zoo, anchors.activation, device), device)
+    number = range(len(made.weights))
     properties = {
         "model": [f"{config.method}-{n:06}" for n in number],
-        "epoch": numpy.zeros(len(weights), dtype=numpy.int32),
-        "seed": numpy.full(len(weights), config.seed, dtype=numpy.int64),
-        "method": [config.method] * len(weights),
-        "space": ["weights" if representation is None else "codes"] * len(weights),
-        "anchors": [" ".join(anchors.names[i] for i in chosen if i >= 0) for chosen in drawn.anchors.tolist()],
+        "epoch": numpy.zeros(len(number), dtype=numpy.int32),
+        "seed": numpy.full(len(number), config.seed, dtype=numpy.int64),
+        "method": [config.method] * len(number),
+        "space": ["weights" if representation is None else "codes"] * len(number),
+        "anchors": made.anchors,
     }
+    if made.accuracy is not None:
+        properties[f"candidate_{config.judged_on}_accuracy"] = made.accuracy.numpy()
     if anchors.activation is not None:
-        properties["activation"] = [anchors.activation] * len(weights)
-    sampled = asdict(config) | {"from": anchors.said, "aligned": anchors.aligned} | made_by
+        properties["activation"] = [anchors.activation] * len(number)
+    sampled = asdict(config) | {"from": anchors.said, "aligned": anchors.aligned} | made.told
     provenance = {"made_by": f"fastws {__version__}", "config": zoo.provenance.get("config"), "sampled": sampled}
     splits = {"train": properties["model"], "val": [], "test": []}
     with ZooWriter(out, zoo.layout, zoo.symmetry, provenance, splits=splits) as writer:
-        writer.append(weights.float().cpu(), properties)
+        writer.append(made.weights.float().cpu(), properties)
     return Zoo.open(out)
 
 
-def draw(
-    config: Config, zoo: Zoo, representation: Representation | None, anchors: Anchors, device: torch.device
-) -> tuple[Drawn, dict[str, float]]:
-    """New points, codes where there is a representation, else weights, and what a sampler says that was trained."""
+class Made(NamedTuple):
+    """New networks."""
 
-    def points_of(rows: Tensor) -> Tensor:
-        flat = (aligned_rows(zoo, rows) if anchors.aligned else zoo.rows(rows)).float().to(device)
+    weights: Tensor  # [count, P], on the device
+    anchors: list[str]  # names of those that each was made of
+    accuracy: Tensor | None  # by which they were chosen among candidates, [count] float64
+    told: dict[str, Any]  # what a sampler says that was trained
+
+
+def make(
+    config: Config,
+    zoo: Zoo,
+    representation: Representation | None,
+    anchors: Anchors,
+    bench: Bench,
+    device: torch.device,
+) -> Made:
+    """Draws networks, as many rounds as are asked for, and writes nothing."""
+
+    def points_of(flat: Tensor) -> Tensor:
         return flat if representation is None else representation.encode(flat)
 
-    codes = points_of(anchors.rows)
-    shape, cloud = codes.shape[1:], codes.flatten(1)
+    flat, names = anchors.read(zoo, anchors.rows).to(device), anchors.names
+    codes = points_of(flat)
     generator = torch.Generator(device).manual_seed(config.seed)
-    count, method, made_by = config.count, config.method, {}
+    count = max(config.count, config.candidates)
+
+    def held_out() -> Tensor:
+        return points_of(anchors.read(zoo, anchors.held_out).to(device)) if len(anchors.held_out) else codes[:0]
+
+    for number in range(config.rounds):
+        drawn, told = draw(config, zoo, representation, codes, count, generator, anchors.activation, held_out)
+        own = drawn.points.unflatten(1, codes.shape[1:])
+        rest = rest_of(flat, drawn.anchors)
+        weights = own.clone() if representation is None else representation.decode(own, like=rest)
+        weights = bench.condition(hold_variances(weights, flat, zoo.layout))
+        names = [" ".join(dict.fromkeys(names[i] for i in chosen if i >= 0)) for chosen in drawn.anchors.tolist()]
+        if not config.candidates:
+            return Made(weights, names, None, told)
+        accuracy = bench.accuracy(weights)
+        kept = accuracy.argsort(descending=True, stable=True)[: config.count]
+        if config.mode == "reference" and number and number == config.rounds - 1:
+            kept = torch.arange(config.count)  # the released code forgets to sort its last round
+        flat, codes, names = weights[kept.to(device)], own[kept.to(device)], [names[i] for i in kept.tolist()]
+    return Made(flat, names, accuracy[kept], told)
+
+
+def rest_of(flat: Tensor, anchors: Tensor) -> Tensor:
+    """What samples take from anchors where their codes say nothing: the mean of theirs, or of all; ``[count, P]``."""
+    mean, known = flat.mean(0), (anchors[:, 0] >= 0).tolist()
+    own = zip(anchors.clamp(min=0).to(flat.device), known, strict=True)
+    return torch.stack([flat[chosen].mean(0) if made_of else mean for chosen, made_of in own])
+
+
+def hold_variances(weights: Tensor, flat: Tensor, layout: Layout) -> Tensor:
+    """Samples whose running variances are not below the least of the anchors', which no variance of theirs was."""
+    for entry in layout.entries:
+        if entry.name.endswith("running_var") and entry.offset >= 0:
+            place = slice(entry.offset, entry.offset + entry.numel)
+            weights[:, place] = torch.maximum(weights[:, place], flat[:, place].amin(0))
+    return weights
+
+
+def draw(
+    config: Config,
+    zoo: Zoo,
+    representation: Representation | None,
+    codes: Tensor,
+    count: int,
+    generator: torch.Generator,
+    activation: str | None,
+    held_out: Callable[[], Tensor],
+) -> tuple[Drawn, dict[str, Any]]:
+    """New points ``[count, d]`` around anchors ``[n, ..]``, and what a sampler says that was trained."""
+    cloud, method = codes.flatten(1), config.method
     if method == "direct":
-        drawn = generators.direct(cloud, count)
-    elif method == "uniform":
-        drawn = generators.uniform(cloud, count, generator)
-    elif method == "neighbour":
-        drawn = generators.neighbour(cloud, count, generator)
-    elif method == "kde" and config.mode == "reference":
-        drawn = generators.kde_reference(cloud, count, config.bandwidth)
-    elif method == "kde":
-        drawn = generators.kde(cloud, count, config.bandwidth, generator)
-    elif method == "noise":
-        drawn = generators.noisy(cloud, count, config.noise * spread(zoo, representation, cloud), generator)
-    elif method == "average":
-        drawn = generators.average(cloud, count, config.together, generator)
-    elif method == "pca":
+        return generators.direct(cloud, count), {}
+    if method == "uniform":
+        return generators.uniform(cloud, count, generator), {}
+    if method == "prior":
+        return generators.prior(cloud, count, config.prior_std, generator), {}
+    if method == "neighbour":
+        return generators.neighbour(cloud, count, generator), {}
+    if method == "kde":
+        return density(config, representation, codes, count, generator)
+    if method == "noise":
+        scale = weight_std(cloud, zoo.layout) if representation is None else cloud.std(0, correction=0)
+        return generators.noisy(cloud, count, config.noise * scale, generator), {}
+    if method == "average":
+        return generators.average(cloud, count, config.together, generator), {}
+    if method == "pca":
         space = Components.of(cloud, config.components)
         if config.behaviour:
-            space = taught(config, zoo, anchors, space, generator)
-        drawn = generators.gaussian(space, count, config.temperature, generator)
-    elif method == "gan":
-        drawn = generators.gan(cloud, count, generator, components=config.components)
+            space = taught(config, zoo, activation, space, generator)
+        return generators.gaussian(space, count, config.temperature, generator), {}
+    if method == "gan":
+        return generators.gan(cloud, count, generator, components=config.components), {}
+    if config.flow == "deepweightflow":
+        trained = flows.train_deepweightflow(cloud, generator)
     else:
-        if config.flow == "deepweightflow":
-            trained = flows.train_deepweightflow(cloud, generator)
-        else:
-            held_out = points_of(anchors.held_out).flatten(1) if len(anchors.held_out) else cloud[:0]
-            trained = flows.train_flow(Components.of(cloud, config.components), cloud, held_out, generator)
-        made_by |= {"steps": trained.steps, "kept": trained.kept, "loss": trained.loss}
-        drawn = flows.follow(trained, count, config.temperature, generator)
-    return Drawn(drawn.points.unflatten(1, shape), drawn.anchors), made_by
+        space = Components.of(cloud, config.components)
+        trained = flows.train_flow(space, cloud, held_out().flatten(1), generator)
+    told = {"steps": trained.steps, "kept": trained.kept, "loss": trained.loss}
+    return flows.follow(trained, count, config.temperature, generator), told
 
 
-def taught(config: Config, zoo: Zoo, anchors: Anchors, space: Components, generator: torch.Generator) -> Components:
+def density(
+    config: Config, representation: Representation | None, codes: Tensor, count: int, generator: torch.Generator
+) -> tuple[Drawn, dict[str, Any]]:
+    """Samples of a kernel density of each dimension, each token, or whole codes."""
+    if config.density == "token" and codes.dim() < 3:
+        raise ValueError("sample: density must be dimension or joint where networks have no codes of tokens, got token")
+    cloud = codes.flatten(1)
+    width = {"dimension": 1, "token": codes.shape[-1], "joint": cloud.shape[1]}[config.density]
+    bandwidth = config.bandwidth
+    if bandwidth is None:
+        bandwidth = BANDWIDTH if representation is None else representation.bandwidth
+    if config.mode == "reference":
+        drawn = generators.kde_reference(cloud, count, bandwidth, width=width)
+    else:
+        drawn = generators.kde(cloud, count, bandwidth, generator, width=width)
+    return drawn, {"bandwidth": bandwidth}
+
+
+def taught(
+    config: Config, zoo: Zoo, activation: str | None, space: Components, generator: torch.Generator
+) -> Components:
     """The Gaussian after it was trained on the images that the zoo's networks were trained on."""
     job = job_of(zoo, device=str(generator.device))
-    if anchors.activation is None:
+    if activation is None:
         raise ValueError(f"sample: behaviour must be left out for {zoo.path}, which does not say its activations")
     try:
-        gradient = classification(job.plan, job.data.train, anchors.activation, generator)
+        gradient = classification(job.plan, job.data.train, activation, generator)
     except ValueError as error:
         raise ValueError(f"sample: behaviour must be left out for networks of {zoo.path}: {error}") from error
     return teach(space, gradient, config.behaviour, generator)
-
-
-def spread(zoo: Zoo, representation: Representation | None, cloud: Tensor) -> Tensor:
-    """The standard deviation of each entry of a code, or of each weight's layer over all anchors, ``[d]``."""
-    return weight_std(cloud, zoo.layout) if representation is None else cloud.std(0, correction=0)
-
-
-def choose_anchors(config: Config, zoo: Zoo, representation: Representation | None) -> Anchors:
-    """The states to sample from: of the training split, of one activation, the best of them."""
-    properties, known = zoo.properties, zoo.properties.column_names
-    train, held_out = (states(config, zoo, split) for split in ("train", "val"))
-    said = [f"{zoo.path}"]
-    activation = None
-    if "activation" in known:
-        column = properties["activation"].cast("string")
-        here = column.take(pyarrow.array(train.numpy()))
-        counts = {entry["values"]: entry["counts"] for entry in pyarrow.compute.value_counts(here).to_pylist()}
-        activation = config.activation or max(sorted(filter(None, counts)), key=counts.get, default=None)
-        keep = torch.tensor([name == activation for name in column.to_pylist()], dtype=torch.bool)
-        train, held_out = train[keep[train]], held_out[keep[held_out]]
-        said.append(f"activation {activation}")
-    elif config.activation is not None:
-        raise ValueError(f"sample: activation must be left out for {zoo.path}, which does not know any")
-    if len(train) and config.best < 1:
-        by = config.by or next((name for name in BY if name in known), None)
-        if by is None or by not in known:
-            what = f"one of {', '.join(known)}, got {by or 'none of ' + ' and '.join(BY)}"
-            raise ValueError(f"sample: by must be a property of {zoo.path} to take the best by, {what}")
-        values = torch.from_numpy(zoo.numbers(by))[train]
-        finite = values.isfinite()
-        if not finite.any():
-            raise ValueError(f"sample: by must be a property that anchors have, got {by} without any finite value")
-        bound = values[finite].quantile(1 - config.best)
-        train = train[finite & (values >= bound)]
-        said.append(f"best {config.best:.0%} by {by}{overstated(zoo, by, config.best, values[finite])}")
-    if not len(train):
-        what = f"states of the train split with {', '.join(said[1:]) or 'these epochs'}"
-        raise ValueError(f"sample: zoo must hold {what}, got none in {zoo.path}")
-    aligned = config.aligned
-    if aligned is None:
-        aligned = (zoo.path / ALIGNMENT).is_file() if representation is None else representation.aligned
-    said.append(f"{len(train)} anchors{', aligned' if aligned else ''}")
-    models = properties["model"].cast("string").to_pylist()
-    epochs = zoo.numbers("epoch") if "epoch" in known else numpy.zeros(len(zoo))
-    names = [f"{models[row]}@{epochs[row]:g}" for row in train.tolist()]
-    return Anchors(train, held_out, names, activation, aligned, ", ".join(said))
-
-
-def overstated(zoo: Zoo, by: str, best: float, values: Tensor) -> str:
-    """How much the accuracies that the best were chosen by overstate theirs, in words; "" where images are unknown."""
-    made = zoo.provenance.get("config")
-    images = made.get("validation") if isinstance(made, dict) and by == "val_accuracy" else None
-    mean = values.double().mean().item()
-    if not isinstance(images, int) or images < 1 or not 0 < mean < 1 or len(values) < 2:
-        return ""
-    between = max(0.0, values.double().var().item() - mean * (1 - mean) / images) ** 0.5
-    points = 100 * selection_optimism(best, mean, images, between)
-    return f" (which overstates theirs by about {points:.1f} points)"
-
-
-def states(config: Config, zoo: Zoo, split: str) -> Tensor:
-    """Rows of a split: those of the epochs that were asked for, or the last one of each network."""
-    rows = zoo.split(split)
-    if "epoch" not in zoo.properties.column_names:
-        if config.epochs is not None:
-            raise ValueError(f"sample: epochs must be left out for {zoo.path}, which does not know them")
-        return rows
-    epoch = torch.from_numpy(zoo.numbers("epoch"))
-    if config.epochs is not None:
-        return rows[(epoch[rows] >= config.epochs[0]) & (epoch[rows] <= config.epochs[1])]
-    models = zoo.properties["model"].cast("string").to_pylist()
-    last: dict[str, int] = {}
-    for row in rows.tolist():
-        if models[row] not in last or epoch[row] >= epoch[last[models[row]]]:
-            last[models[row]] = row
-    return torch.tensor(sorted(last.values()), dtype=torch.int64)
