@@ -18,6 +18,7 @@ LATER = {
     "Symmetry": "fastws.symmetry",
     "Tokens": "fastws.tokens",
     "Zoo": "fastws.zoo",
+    "attention": "fastws.ops.attention",
     "complement": "fastws.ops.random_subset",
     "coordinate_mlp": "fastws.ops.coordinate_mlp",
     "detokenize": "fastws.ops.tokenize",

@@ -49,6 +49,13 @@ def examples() -> dict[str, dict]:
     flat = {"prediction": rand(2, 160), "target": rand(2, 160), "offsets": segments}
     flat |= {"sigma": rand(3).abs(), "share": rand(3), "clip": 4.0}
     cases |= {
+        "attention": {"qkv": rand(2, 5, 18), "heads": 2},
+        "attention_backward": {
+            "grad": rand(2, 5, 6),
+            "qkv": rand(2, 5, 18),
+            "logsumexp": rand(2, 2, 5) + 9,
+            "heads": 2,
+        },
         "masked_mse": tokens | {"normalize": 2},
         "masked_mse_backward": {"grad": one} | tokens | {"divisor": one},
         "layerwise_mse": flat,

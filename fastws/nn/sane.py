@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastws.files.checkpoints import load_plain
+from fastws.ops.attention import attention
 
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile, DDP and a trainer put before a name
 
@@ -79,9 +79,7 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = rearrange(self.c_attn(x), "b w (three h d) -> three b h w d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(query, key, value)
-        return self.c_proj(rearrange(x, "b h w d -> b w (h d)"))
+        return self.c_proj(attention(self.c_attn(x), self.heads))
 
 
 class MLP(nn.Module):

@@ -1,0 +1,55 @@
+"""fastws.attention, forward and backward, against torch's fused attention and its reference, eager and compiled.
+
+Predicted for 64 windows of 256 tokens in 8 heads of 8 entries in fp32, with vectors of 8 numbers: each of 33.6 M
+similarities takes 16 fused multiply-adds forward and 40 backward, and an exponential of about a dozen operations each
+time. At two operations a cycle that is (16 + 12 + 40 + 14) / 2 / 8 = 5.1 cycles, at 3 GHz 58 ms, if all of them were
+issued without a gap; at two thirds of that 87 ms. Bytes (100 MB) do not matter. Torch's kernel multiplies such thin
+matrices at some GFLOP/s.
+
+Run: fastws bench attention
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastws.benchmarks.harness import DEVICE, Case, Options, operator_case
+from fastws.ops.attention import attention_reference, merge, split
+
+CASES = {  # B, W, H, d, dtype
+    "heads of 8": (32, 256, 8, 8, torch.float32),
+    "heads of 16": (64, 50, 4, 16, torch.float32),
+    "heads of 32": (16, 256, 8, 32, torch.float32),
+    "heads of 8 bf16": (32, 256, 8, 8, torch.bfloat16),
+    "heads of 32 bf16": (16, 256, 8, 32, torch.bfloat16),
+    "heads of 64 bf16": (8, 256, 8, 64, torch.bfloat16),
+}
+
+
+def fused(qkv, heads):
+    return merge(scaled_dot_product_attention(*split(qkv, heads)))
+
+
+def check(actual, reference, qkv, heads):
+    expected = reference(qkv.double(), heads)
+    tolerance = 2e-2 if qkv.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=tolerance, atol=tolerance)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for name, (B, W, H, d, dtype) in options.pick(CASES).items():
+
+        def make_args(B=B, W=W, H=H, d=d, dtype=dtype):
+            return torch.randn(B, W, 3 * H * d, device=DEVICE, dtype=dtype).requires_grad_(), H
+
+        yield operator_case(
+            "attention",
+            name,
+            attention_reference,
+            check,
+            make_args,
+            lambda qkv, heads: 4 * qkv.nbytes,  # read, written as a third and read again as a gradient, twice
+            {"torch": fused},
+            gradients=True,
+        )
