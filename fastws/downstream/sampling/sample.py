@@ -67,9 +67,7 @@ class Config:
     temperature: float = 1.0  # pca, flow: factor of the noise that samples begin from
     behaviour: int = 0  # pca of weights: steps in which it learns that its samples classify training images right
 
-    condition: int = (
-        0  # training images on which statistics of batch norms are computed anew; 0: as drawn or of anchors
-    )
+    condition: int = 0  # training images from which batch norms get new statistics; 0: as drawn, or of anchors
     candidates: int = 0  # networks drawn, of which the most accurate are kept; 0: as many as are kept
     judged_on: Literal["val", "train"] = "val"  # images that candidates are judged on
     rounds: int = 1  # draws of candidates, each from what the one before kept (bootstrapping)
