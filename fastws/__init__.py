@@ -28,6 +28,7 @@ LATER = {
     "layer_statistics": "fastws.ops.layer_statistics",
     "layer_table": "fastws.small_cnn",
     "layerwise_mse": "fastws.ops.layerwise_mse",
+    "lineage": "fastws.compare.lineage",
     "masked_mse": "fastws.ops.masked_mse",
     "matched_distance": "fastws.ops.matched_distance",
     "match": "fastws.matching.match",

@@ -157,7 +157,7 @@ def test_probabilities():
     logs = [math.log(p) for p in (0.001, 0.02, 0.04, 0.9)]
     assert discoveries(logs, 0.05) == [True, True, False, False]
     assert log_empirical(0.5, [1.0] * 19) is None
-    assert log_empirical(0.5, [1.0] * 199) == pytest.approx(math.log(1 / 200))
+    assert log_empirical(0.5, [1.0] * 1999) == pytest.approx(math.log(1 / 2000))
     null = numpy.exp(numpy.random.default_rng(0).normal(0, 0.1, 50))
     assert log_empirical(float(numpy.exp(-0.3)), null) == pytest.approx(stats.norm.logcdf(-3), abs=1.5)
 

@@ -21,7 +21,7 @@ ENTRIES = 2048  # of each of them
 FEWEST = 4  # units that make a family
 LEAST_NULL = 20  # pairs of strangers below which no error rate is told
 FARTHEST = 10.0  # standard deviations, beyond which no tail is believed to be that of a normal distribution
-ENOUGH_NULL = 100  # above which it is counted; below, it is that of a normal distribution of log distances
+ENOUGH_NULL = 1000  # from which on it is counted, for fewer cannot show 0.001; below, log distances are normal
 TERMS = 64  # of a tail, whose terms fall at least as fast as 1 / k!
 
 
@@ -133,8 +133,8 @@ def log_fisher(logs: Sequence[float]) -> float:
 def log_empirical(distance: float, null: Sequence[float]) -> float | None:
     """Of strangers that are at least as close, from distances of pairs of strangers.
 
-    Counted, ``(1 + closer) / (1 + pairs)``, where there are at least 100 pairs; else the tail of a normal distribution
-    of log distances. None where there are fewer than 20.
+    Counted, ``(1 + closer) / (1 + pairs)``, where there are at least 1,000 pairs; else the tail of a normal
+    distribution of log distances. None where there are fewer than 20.
     """
     if len(null) < LEAST_NULL:
         return None

@@ -1,20 +1,23 @@
 """Networks of one architecture, moved to the coordinates of one of them, where a module says what may be moved."""
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastws.compare.modules import Checkpoint, Network
+from fastws.compare.modules import Checkpoint, Network, Words, find_network
 from fastws.layout.layout import Layout
 from fastws.matching.match import match
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.readers.checkpoints import find_checkpoints
 
 MOST_NULL = 32  # networks of a folder of strangers: 496 pairs
+IN_MEMORY = 2**28  # weights of all networks that are matched together; more lie in a temporary file
+LARGEST = 2**28  # weights of a network that is matched without being asked for by --architecture
 
 
 class Mover:
@@ -28,9 +31,11 @@ class Mover:
     """
 
     def __init__(self, network: Network, layout: Layout):
-        self.symmetry, self.layout = Symmetry.trace(network.module, network.inputs), layout
+        self.network, self.layout = network, layout
+        self.symmetry = Symmetry.trace(network.module, network.inputs)
         self.symmetry.require_same(layout)
-        self.scope = "permutations and signs" if any(self.symmetry.flips) else "permutations"
+        self.flips = any(self.symmetry.flips)
+        self.scope = "permutations and signs" if self.flips else "permutations"
         stay = len(self.symmetry.unpermuted)
         what = f"{stay} kinds of axes of {network.name} were not permuted; Symmetry.trace lists them"
         self.notes = [what] if stay else []
@@ -44,14 +49,31 @@ class Mover:
 
     def match(self, flat: Tensor, base: Tensor) -> Tensor:
         """Networks ``[M, P]`` in the coordinates of ``base`` ``[P]`` or ``[M, P]``; their functions stay."""
-        rows = match(flat, base, self.symmetry, self.layout, flips=any(self.symmetry.flips))
+        rows = match(flat, base, self.symmetry, self.layout, flips=self.flips)
         return self.symmetry.permute(flat, rows, self.layout)
 
     def move(self, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A network in the coordinates of another, in its own dtypes: elements are exact."""
-        flat = self.match(self.flatten(state)[None], self.flatten(base))[0]
+        """A network in the coordinates of another, in its own dtypes, without rounding."""
+        return self.unflatten(self.match(self.flatten(state)[None], self.flatten(base))[0], state)
+
+    def unflatten(self, flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         moved = self.layout.unflatten(flat)
-        return {name: moved[name].to(state[name].dtype) for name in moved if name in state}
+        return {name: moved[name].to(like[name].dtype) for name in moved if name in like}
+
+    def move_all(self, states: Sequence[Mapping[str, Tensor]], base: int) -> list[dict[str, Tensor]]:
+        """Networks in the coordinates of one of them."""
+        goal = self.flatten(states[base])
+        size = len(states) * len(goal)
+        with tempfile.TemporaryDirectory() as folder:
+            if size > IN_MEMORY:  # which stays readable without its name
+                path = str(Path(folder, "moved"))
+                flat = torch.from_file(path, shared=True, size=size, dtype=goal.dtype).view(len(states), -1)
+            else:
+                flat = torch.empty(len(states), len(goal), dtype=goal.dtype)
+        for numbers in torch.arange(len(states)).split(max(1, IN_MEMORY // 16 // len(goal))):
+            part = torch.stack([self.flatten(states[number]) for number in numbers.tolist()])
+            flat[numbers] = self.match(part, goal)
+        return [self.unflatten(row, state) for row, state in zip(flat, states, strict=True)]
 
     def distances(self, flat: Tensor, base: Tensor) -> Tensor:
         """``||a - b|| / (||a|| ||b||)**0.5`` of weights without running statistics, float64 ``[M]``."""
@@ -64,6 +86,14 @@ class Mover:
             theirs += b.square().sum(1)
         return (gap / (ours * theirs).sqrt()).sqrt()
 
+    def null(self, states: Sequence[Mapping[str, Tensor]], pairs: Sequence[tuple[int, int]]) -> Iterator[float]:
+        """Distances of matched pairs of strangers."""
+        step = max(1, IN_MEMORY // 16 // self.layout.num_weights)
+        for begin in range(0, len(pairs), step):
+            sides = zip(*pairs[begin : begin + step], strict=True)
+            flat, base = (torch.stack([self.flatten(states[number]) for number in side]) for side in sides)
+            yield from self.distances(self.match(flat, base), base).tolist()
+
     def strangers(self, folder: str | os.PathLike, pair: Sequence[Checkpoint], progress: bool = False) -> list[float]:
         """Distances of all pairs of unrelated networks, and of each of them to the two that are asked about.
 
@@ -71,19 +101,37 @@ class Mover:
             FileNotFoundError: If there is no such folder.
             ValueError: If no checkpoint in it is of the architecture.
         """
-        rows = []
+        states = []
         for path in find_checkpoints(Path(folder)).files[:MOST_NULL]:
             checkpoint = Checkpoint.open(path)
             if checkpoint.layout.fingerprint == self.layout.fingerprint:
-                rows.append(self.flatten(checkpoint.state))
-        if not rows:
+                states.append(checkpoint.state)
+        if not states:
             what = "null must be a folder of unrelated networks of the architecture"
             raise ValueError(f"same: {what}, got none in {folder}; leave --null out")
-        flat = torch.stack(rows)
-        own = torch.stack([self.flatten(checkpoint.state) for checkpoint in pair])
-        everyone = torch.cat([own, flat])
-        found = []
-        # from the first stranger on: the pair itself is no part of its own null
-        for number in tqdm(range(2, len(everyone)), desc="strangers", disable=not progress, leave=False):
-            found += self.distances(self.match(everyone[:number], everyone[number]), everyone[number]).tolist()
-        return found
+        states += [checkpoint.state for checkpoint in pair]
+        # the two that are asked about are no pair of their own null
+        pairs = [(one, other) for other in range(len(states) - 2) for one in (*range(other), -2, -1)]
+        bar = tqdm(self.null(states, pairs), "strangers", len(pairs), disable=not progress, leave=False, unit=" pairs")
+        return list(bar)
+
+
+def find_mover(checkpoint: Checkpoint, words: Words) -> tuple[Mover | None, str]:
+    """What moves a network; or None and why there is none.
+
+    Raises:
+        ValueError: If the module that the user named is not to be had or does not fit.
+    """
+    asked = words.architecture is not None
+    if not asked and checkpoint.layout.num_weights > LARGEST:
+        size = f"{checkpoint.layout.num_weights:,} weights"
+        return None, f"permutations were not looked at, because {size} are many: give --architecture to match them"
+    try:
+        network = find_network(checkpoint, words)
+    except ValueError as error:
+        if asked:
+            raise
+        return None, f"permutations were not looked at: {error}"
+    if network is None:
+        return None, "permutations were not looked at, because no module is known: give --architecture"
+    return Mover(network, checkpoint.layout), ""

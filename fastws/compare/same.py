@@ -13,14 +13,13 @@ from torch import Tensor
 from fastws.compare.changes import find_changes, summarise
 from fastws.compare.differences import Difference, coarser, compare_tensors, rounding, total
 from fastws.compare.kinship import ENOUGH_NULL, LEAST_NULL, agreement, find_families, in_words, log_empirical
-from fastws.compare.modules import Checkpoint, Network, Words, find_network
-from fastws.compare.moving import Mover
+from fastws.compare.modules import Checkpoint, Words
+from fastws.compare.moving import Mover, find_mover
 from fastws.compare.paired import Paired, pair, why_not
 from fastws.compare.verdict import Same, lines_of, say_related
 from fastws.terminal import shorten
 
 EXACT = 4.0  # times the rounding of the coarser dtype: what may be left between two orders of one network
-NOT_LOOKED = "permutations were not looked at, because no module is known: give --architecture"
 FEW_ROWS = 16  # of a tensor that has grown, below which it is a new head
 
 
@@ -58,7 +57,8 @@ class Question(NamedTuple):
     b: Checkpoint
     paired: Paired
     weights: list[Difference]
-    network: Network | None
+    mover: Mover | None
+    why_none: str
     null: str | os.PathLike | None
     progress: bool
 
@@ -107,9 +107,11 @@ def same(
         raise ValueError(f"{where} must be finite, got {bad.nonfinite} NaN or infinite numbers; mend the checkpoint")
     if equal:
         return Same("same numbers", f"same numbers: {tell_cast(found, paired)}")
-    network = find_network(one, words or Words()) if whole else None
+    mover, why = (
+        find_mover(one, words or Words()) if whole else (None, "permutations were not looked at: shapes differ")
+    )
     weights = [x for x in found if x.name in paired.weights]
-    return judge(Question(one, two, paired, weights, network, null, progress))
+    return judge(Question(one, two, paired, weights, mover, why, null, progress))
 
 
 def judge(asked: Question) -> Same:
@@ -120,8 +122,8 @@ def judge(asked: Question) -> Same:
     result = Same("stranger", "", log_p=agreed.log_p, distances={"raw": raw.distance}, agreement=agreed)
     result.notes += tell_grown(asked.paired)
     found = asked.weights
-    if asked.network is None:
-        result.notes.append(NOT_LOOKED)
+    if asked.mover is None:
+        result.notes.append(asked.why_none)
     else:
         pairs, found = match_both(asked, result)
     if result.verdict == "same network":
@@ -136,7 +138,7 @@ def judge(asked: Question) -> Same:
 
 def match_both(asked: Question, result: Same) -> tuple[Mapping[str, tuple[Tensor, Tensor]], list[Difference]]:
     """Looks at b in the coordinates of a; the pairs of tensors and their differences where they are closer."""
-    paired, mover = asked.paired, Mover(asked.network, asked.a.layout)
+    paired, mover = asked.paired, asked.mover
     everything = paired.weights | paired.statistics
     moved = mover.move(*({name: tensors[side] for name, tensors in everything.items()} for side in (1, 0)))
     aligned = {name: (tensor, moved[name]) for name, (tensor, _) in paired.weights.items()}
