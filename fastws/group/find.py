@@ -10,7 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastws.group.finding import find_linear
 from fastws.group.function import Function
 from fastws.group.lines import Linear, Matrices
-from fastws.group.places import across, find_pieces, inside
+from fastws.group.places import Space, across, find_pieces, inside
+from fastws.group.shifts import find_carried, find_free
+from fastws.group.streams import find_rotation
 from fastws.symmetry.symmetry import Symmetry
 
 
@@ -21,7 +23,7 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
         for name, part in module.named_modules()
         if isinstance(part, _BatchNorm)
     }
-    lines: list[Linear] = []
+    lines: list = []
     failed: list[str] = []
     for group, pieces in enumerate(find_pieces(symmetry)):
         if pieces is None:
@@ -34,15 +36,41 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
                 found, failures = find_linear(function, space, offsets)
                 lines += found
                 failed += failures
+        for search in (beside, streams):
+            found, failures = search(function, symmetry, across(symmetry, group, pieces), lines)
+            lines += found
+            failed += failures
     return numbered(without_smaller(symmetry, lines)), failed
+
+
+def streams(function: Function, symmetry: Symmetry, space: Space, lines: list) -> tuple[list, list[str]]:
+    """Rotations of a group whose units no matrix moves."""
+    mine = [line for line in lines if line.group == space.group and isinstance(line, Linear) and line.units == 1]
+    if any(isinstance(line, Matrices) for line in mine):
+        return [], []
+    return find_rotation(function, space, mine)
+
+
+def beside(function: Function, symmetry: Symmetry, space: Space, lines: list) -> tuple[list, list[str]]:
+    """What may be added to biases of a group."""
+    free = find_free(function, space, symmetry.shapes)
+    taken = {place.name for line in free for place in line.places}
+    for line in lines:
+        if line.group == space.group:
+            carried = find_carried(function, line, symmetry.shapes)
+            free += [line for line in carried if not taken & {line.places[0].name}]
+    return free, []
 
 
 def without_smaller(symmetry: Symmetry, lines: list[Linear]) -> list[Linear]:
     """Lines without those all of whose changes a line with more freedom can make too."""
     alike = defaultdict(list)
+    others = [line for line in lines if not isinstance(line, Linear)]
     for line in lines:
+        if not isinstance(line, Linear):
+            continue
         alike[line.group, frozenset((part.place.name, part.power > 0) for part in line.parts)].append(line)
-    kept = []
+    kept = others
     for some in alike.values():
         larger: list[tuple[Linear, dict[str, Tensor]]] = []
         for line in sorted(some, key=freedom, reverse=True):

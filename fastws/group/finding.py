@@ -152,7 +152,7 @@ def find_linear(function: Function, space: Space, offsets: Mapping[str, float]) 
 
 def largest(function: Function, space: Space, parts: tuple[Part, ...]) -> Linear | None:
     """The largest of positive scales, scales and matrices that leaves the outputs as they are."""
-    if parts[0].power < 0:
+    if next((part.power for part in parts if not is_column(part.place)), parts[0].power) < 0:
         parts = tuple(part._replace(power=-part.power) for part in parts)
     fields = (parts[0].place.name, space.group, space.units, space.positions, parts)
     positive = Scales(name_of(parts, False), *fields)

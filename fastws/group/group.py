@@ -6,9 +6,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastws.files.names import plain_names
+from fastws.group.balance import balance
 from fastws.group.find import find_lines
 from fastws.group.function import Function, State
-from fastws.group.lines import Element, Move
+from fastws.group.lines import Element, Matrices, Move, Pairs, Scales
+from fastws.group.shifts import Shift
+from fastws.group.streams import Rotation
+from fastws.layout.roles import infer_roles
 from fastws.symmetry.copies import Inputs, example_of
 from fastws.symmetry.symmetry import Symmetry
 
@@ -30,7 +34,10 @@ class Group:
 
     def __init__(self, symmetry: Symmetry, lines: Iterable = (), failed: Iterable[str] = (), permutes: bool = True):
         self.symmetry, self.lines, self.failed, self.permutes = symmetry, tuple(lines), list(failed), permutes
-        self.by_key = {line.key: line for line in self.lines}
+        folds = {fold.line.key: fold.line for line in self.lines if isinstance(line, Rotation) for fold in line.folds}
+        self.by_key = folds | {line.key: line for line in self.lines}
+        roles = infer_roles(symmetry.shapes)
+        self.statistics = frozenset(name for name, role in roles.items() if role == "norm statistic")
 
     @classmethod
     def trace(
@@ -158,6 +165,42 @@ class Group:
             else:
                 state |= self._line(key).act(state, value)
         return state
+
+    def canonical(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Element]:
+        """A checkpoint with all that is continuous in a form that does not depend on how it was before.
+
+        Gains beside a stream that can be rotated are folded into its readers, what writes into it is centred, free
+        biases are 0, and scales, pairs and matrices are where the sum of squares of the weights is least; that leaves
+        permutations, signs, phases and orthogonal matrices.
+
+        Args:
+            state: A state dict, as ``apply`` takes it.
+
+        Returns:
+            The checkpoint, float64 by the names of ``symmetry`` without aliases, and the element that made it.
+
+        Raises:
+            ValueError: As ``apply`` does, or if a gain that must be folded is 0.
+        """
+        names = {name: self._plain(plain) for name, plain in plain_names(state).items()}
+        work = {name: tensor.double() for name, tensor in self._given(names, state).items()}
+        moves: list[Move] = []
+
+        def move(line, value: Tensor) -> None:
+            work.update(line.act(work, value))
+            moves.append(Move(line.key, value))
+
+        folded = set()
+        for rotation in (line for line in self.lines if isinstance(line, Rotation)):
+            for fold in rotation.folds:
+                folded.add(fold.line.key)
+                move(fold.line, fold.value(work))
+        for line in self.lines:
+            if isinstance(line, Shift):
+                move(line, line.to_zero(work))
+        scaled = [line for line in self.lines if isinstance(line, Scales | Pairs | Matrices) and line.key not in folded]
+        moves += balance([line for line in scaled if not getattr(line, "unit", False)], work, self.statistics)
+        return work, tuple(moves)
 
     def verify(
         self, module: nn.Module, inputs: Inputs, element: Element | None = None, trials: int = 2, seed: int = 0

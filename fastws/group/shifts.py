@@ -1,0 +1,177 @@
+"""Lines that add numbers: directions in which weights may move freely.
+
+Softmax over keys does not see what is added to all of them, a norm takes off the mean of what it is given, and what is
+added to values comes out of attention as it is, because its shares sum to 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from fastws.group.finding import EXACT, tried
+from fastws.group.function import Function
+from fastws.group.lines import Linear, Matrices
+from fastws.group.places import Place, Space
+from fastws.layout.roles import bias_name
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A line that adds numbers.
+
+    Attributes:
+        id: The kind of line.
+        name: The first tensor that it changes.
+        group: The group of the symmetry that it belongs to.
+        places: What it changes.
+    """
+
+    id: str
+    name: str
+    group: int
+    places: tuple[Place, ...]
+    approximate: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    said: ClassVar[str] = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.id}:{self.name}"
+
+    @property
+    def tensors(self) -> list[str]:
+        return list(dict.fromkeys(place.name for place in self.places))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def random(self, generator: Generator) -> Tensor:
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64)
+
+    def invert(self, value: Tensor) -> Tensor:
+        return -value
+
+    def discrete(self) -> None:
+        return None
+
+    def describe(self) -> str:
+        return f"{self.said} ({self.id}): {', '.join(self.tensors)}"
+
+
+@dataclass(frozen=True)
+class Free(Shift):
+    """The same numbers, ``[U, n, m]``, are added to all places."""
+
+    extent: tuple[int, ...] = ()
+    said: ClassVar[str] = "free to move"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.extent
+
+    def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+        return {
+            p.name: p.put(state[p.name], p.get(state[p.name]) + value.to(state[p.name].device)) for p in self.places
+        }
+
+    def to_zero(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The value that makes the numbers in the first place 0."""
+        return -self.places[0].get(state[self.places[0].name])
+
+
+@dataclass(frozen=True)
+class Ones(Shift):
+    """All units of a stream get the same: a number for each of the others of every writer, in turn, ``[sum of m]``."""
+
+    said: ClassVar[str] = "free along all units at once"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(place.numbers for place in self.places),)
+
+    def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+        changed: dict[str, Tensor] = {}
+        for place, amounts in zip(self.places, value.split([place.numbers for place in self.places]), strict=True):
+            tensor = changed.get(place.name, state[place.name])
+            changed[place.name] = place.put(tensor, place.get(tensor) + amounts.to(tensor.device))
+        return changed
+
+    def to_zero(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The value that makes the means over the units 0."""
+        return torch.cat([-place.get(state[place.name]).mean((0, 1)) for place in self.places])
+
+
+@dataclass(frozen=True)
+class Carried(Shift):
+    """Added to a bias, ``[U, n]``, and taken off, through the weights that read it, from the bias behind them."""
+
+    readers: tuple[Place, ...] = ()
+    target: str = ""
+    said: ClassVar[str] = "free, and carried on"
+
+    @property
+    def tensors(self) -> list[str]:
+        return [*super().tensors, self.target]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.extent
+
+    extent: tuple[int, ...] = ()
+
+    def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+        (place,) = self.places
+        tensor, target = state[place.name], state[self.target].double()
+        value = value.to(tensor.device)
+        for reader in self.readers:
+            target = target - torch.einsum("unm,un->m", reader.get(state[reader.name]), value)
+        return {place.name: place.put(tensor, place.get(tensor) + value[..., None]), self.target: target}
+
+    def to_zero(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The value that makes the bias 0."""
+        return -self.places[0].get(state[self.places[0].name])[..., 0]
+
+
+def find_free(function: Function, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> list[Shift]:
+    """Biases of a group that may have any value, alone or together with a running mean."""
+    flat = [place for place in space.places if len(shapes[place.name]) == 1]
+    means = [place for place in flat if place.name.endswith("running_mean")]
+    lines: list[Shift] = []
+    for place in flat:
+        if place in means:
+            continue
+        for together in ((place,), *((place, mean) for mean in means)):
+            extent = (space.units, space.positions, place.numbers)
+            line = Free("A8" if len(together) == 1 else "B2", place.name, space.group, together, extent)
+            if tried(function, line) < EXACT:
+                lines.append(line)
+                break
+    return lines
+
+
+def find_carried(function: Function, line: Linear, shapes: Mapping[str, tuple[int, ...]]) -> list[Shift]:
+    """The biases among what a line of values and outputs changes."""
+    if not isinstance(line, Matrices) or line.id != "A2":
+        return []
+    readers = tuple(part.place for part in line.parts if part.power < 0)
+    targets = {bias_name(reader.name) for reader in readers} - {reader.name for reader in readers}
+    found: list[Shift] = []
+    for place in (part.place for part in line.parts if part.power > 0 and len(shapes[part.place.name]) == 1):
+        if len(targets) != 1 or shapes.get(min(targets)) != (readers[0].numbers,):
+            continue
+        extent = (line.units, line.positions)
+        carried = Carried("A9", place.name, line.group, (place,), readers, min(targets), extent)
+        if tried(function, carried) < EXACT:
+            found.append(carried)
+    return found
+
+
+def find_ones(function: Function, space: Space, places: Sequence[Place]) -> Ones | None:
+    """The places of a stream in which the same may be added to all units."""
+    lines = [Ones("N5", place.name, space.group, (place,)) for place in places]
+    writers = tuple(line.places[0] for line in lines if tried(function, line) < EXACT)
+    return Ones("N5", writers[0].name, space.group, writers) if writers else None
