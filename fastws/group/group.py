@@ -140,6 +140,13 @@ class Group:
     def _plain(self, name: str) -> str:
         return self.symmetry.aliases.get(name, name)
 
+    def given(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a state dict by the names of ``symmetry``, without aliases and what the group does not know.
+
+        Raises ValueError as ``apply`` does.
+        """
+        return self._given({name: self._plain(plain) for name, plain in plain_names(state).items()}, state)
+
     def _given(self, names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shapes = {name: shape for name, shape in self.symmetry.shapes.items() if name not in self.symmetry.aliases}
         given: dict[str, Tensor] = {}
@@ -182,8 +189,7 @@ class Group:
         Raises:
             ValueError: As ``apply`` does, or if a gain that must be folded is 0.
         """
-        names = {name: self._plain(plain) for name, plain in plain_names(state).items()}
-        work = {name: tensor.double() for name, tensor in self._given(names, state).items()}
+        work = {name: tensor.double() for name, tensor in self.given(state).items()}
         moves: list[Move] = []
 
         def move(line, value: Tensor) -> None:
