@@ -141,3 +141,80 @@ def resnet8(width=4):
         nn.Flatten(),
         nn.Linear(4 * width, 10),
     )
+
+
+class ResNeXt(nn.Module):
+    """A grouped convolution between two others."""
+
+    def __init__(self, groups=3, inputs=2, outputs=4, activation=F.gelu):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, groups * inputs, 1), nn.Conv2d(groups * outputs, 5, 1)
+        self.grouped = nn.Conv2d(groups * inputs, groups * outputs, 3, 1, 1, groups=groups)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.last(self.activation(self.grouped(self.activation(self.first(x))))).mean((2, 3))
+
+
+class Experts(nn.Module):
+    """A mixture of gated experts, stacked."""
+
+    def __init__(self, experts=3, width=4, units=5):
+        super().__init__()
+        self.router, self.head = nn.Linear(width, experts), nn.Linear(width, 3)
+        self.gate_up = nn.Parameter(torch.randn(experts, width, 2 * units))
+        self.down = nn.Parameter(torch.randn(experts, units, width))
+
+    def forward(self, x):
+        gate, up = torch.einsum("td,edi->eti", x, self.gate_up).chunk(2, -1)
+        return self.head((self.router(x).softmax(-1).T[:, :, None] * ((F.silu(gate) * up) @ self.down)).sum(0))
+
+
+class Latent(nn.Module):
+    """Attention whose keys and values come from a normalised latent."""
+
+    def __init__(self, width=8, latent=4, heads=2, size=3):
+        super().__init__()
+        self.q, self.down = nn.Linear(width, heads * size, bias=False), nn.Linear(width, latent, bias=False)
+        self.k, self.v = (nn.Linear(latent, heads * size, bias=False) for _ in "kv")
+        self.norm, self.o = nn.RMSNorm(latent, eps=1e-6), nn.Linear(heads * size, width, bias=False)
+        self.heads = heads
+
+    def forward(self, x):
+        latent = self.norm(self.down(x))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(latent), self.v(latent))
+        )
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class PostNorm(nn.Module):
+    """A residual stream that is normalised after each sum, so that a gain stays in it."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(4, width), nn.Linear(width, 12), nn.Linear(12, width)
+        self.norm1, self.norm2, self.head = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.norm1(self.first(x))
+        return self.head(self.norm2(x + self.down(F.gelu(self.up(x)))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, projected=0):
+        super().__init__()
+        self.cell = nn.LSTM(3, 5, proj_size=projected, batch_first=True)
+        self.head = nn.Linear(projected or 5, 2)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0])
+
+
+class GroupNormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.last(F.gelu(self.norm(self.first(x)))).mean((2, 3))

@@ -1,13 +1,28 @@
 import copy
+import doctest
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from group_networks import GPT, TOKENS, Gated, Llama, mlp, resnet8
+from group_networks import (
+    GPT,
+    TOKENS,
+    Experts,
+    Gated,
+    GroupNormed,
+    Latent,
+    Llama,
+    PostNorm,
+    Recurrent,
+    ResNeXt,
+    mlp,
+    resnet8,
+)
 from torch import nn
 
 import fastws
+import fastws.group.group
 from fastws.symmetry.verify import randomise
 
 IMAGE = torch.linspace(-1, 1, 3 * 64).sin().view(1, 3, 8, 8)
@@ -23,8 +38,15 @@ CASES = {
     "low rank": (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5, bias=False)), X, {"L": 1}),
     "gpt": (GPT(layers=1), TOKENS, {"N1": 3, "N3": 1, "N5": 1, "A2": 1, "A3": 1, "A8": 1, "A9": 1}),
     "tied": (GPT(layers=1, tied=True), TOKENS, {"N1": 2, "N5": 1, "A2": 1, "A3": 1, "A8": 1, "A9": 1}),
-    "llama": (Llama(), TOKENS, {"N1": 3, "N2": 1, "A2": 1, "A4": 1, "G": 1}),
-    "interleaved": (Llama(rotary="interleaved"), TOKENS, {"N1": 3, "N2": 1, "A2": 1, "A4": 1, "G": 1}),
+    "llama": (Llama(), TOKENS, {"N1": 3, "N2": 1, "A2": 1, "A4": 1, "G": 1, "P": 1}),
+    "interleaved": (Llama(rotary="interleaved"), TOKENS, {"N1": 3, "N2": 1, "A2": 1, "A4": 1, "G": 1, "P": 1}),
+    "grouped convolution": (ResNeXt(), IMAGE, {"P": 2}),
+    "few wide groups": (ResNeXt(2, 8, 8, F.relu), IMAGE, {"P": 2, "S+": 2}),
+    "experts": (Experts(), X, {"G": 1, "P": 1}),
+    "latent": (Latent(), torch.linspace(-3, 3, 40).sin().view(1, 5, 8), {"N1": 1, "N2": 1, "A2": 1, "A3": 1}),
+    "post-norm": (PostNorm(), X, {"N1": 1, "N5": 1}),
+    "projected lstm": (Recurrent(2), torch.linspace(-3, 3, 18).sin().view(1, 6, 3), {"L": 1}),
+    "group norm": (GroupNormed(), IMAGE, {}),
     "resnet": (resnet8(), IMAGE, {"B1": 18, "B3": 6}),
 }
 GROUPS = {}
@@ -48,7 +70,7 @@ def test_the_lines_of_each_network_are_found_and_no_others(name):
         assert f"({line.id})" in group.describe()
 
 
-@pytest.mark.parametrize("name", ["relu", "gated", "low rank", "gpt", "llama", "resnet"])
+@pytest.mark.parametrize("name", ["relu", "gated", "low rank", "gpt", "llama", "resnet", "experts"])
 def test_an_element_moves_a_checkpoint_keeps_its_function_and_can_be_undone(name):
     module, inputs, _ = CASES[name]
     group, moved = traced(name), copy.deepcopy(module).double().eval()
@@ -103,7 +125,7 @@ def test_what_is_discrete_rounds_nothing_in_half_precision():
 def test_lines_can_be_chosen_and_switched_off():
     group = traced("llama")
     assert {line.id for line in group.without("N1", "P").lines} == {"A2", "A4", "G", "N2"}
-    assert {move.line for move in group.only("P").random()} == {"P"}
+    assert {move.line for move in group.only("P").random()} == {"P", "P:blocks.0.attention.q.weight"}
     with pytest.raises(ValueError, match="group: lines must be of A2, A4, G, N1, N2, P, got XY"):
         group.only("XY")
 
@@ -116,6 +138,11 @@ def test_states_that_do_not_fit_are_refused():
         group.apply((), {name: tensor for name, tensor in state.items() if name != "0.bias"})
     with pytest.raises(ValueError, match="group: moves must be of the lines of this group, got S:x"):
         group.apply((("S:x", torch.ones(8)),), state)
+
+
+def test_docstring_examples_run():
+    result = doctest.testmod(fastws.group.group, extraglobs={"fastws": fastws, "torch": torch})
+    assert result.attempted and not result.failed
 
 
 def test_tied_tensors_move_as_one():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from group_networks import GPT, TOKENS, Gated, Llama, mlp, resnet8
+from group_networks import GPT, TOKENS, Experts, Gated, Latent, Llama, Recurrent, ResNeXt, mlp, resnet8
 from torch import nn
 
 import fastws
@@ -20,6 +20,13 @@ CASES = {
     "tied": (GPT(layers=1, tied=True), TOKENS),
     "llama": (Llama(shared=4), TOKENS),
     "grouped queries": (Llama(), TOKENS),
+}
+CASES |= {
+    "grouped convolution": (ResNeXt(), IMAGE),
+    "few wide groups": (ResNeXt(2, 8, 8, nn.functional.relu), IMAGE),
+    "experts": (Experts(), X),
+    "latent": (Latent(), torch.linspace(-3, 3, 40).sin().view(1, 5, 8)),
+    "projected lstm": (Recurrent(2), torch.linspace(-3, 3, 18).sin().view(1, 6, 3)),
 }
 TRACED = {}
 

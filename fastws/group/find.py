@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastws.group.finding import find_linear
 from fastws.group.function import Function
-from fastws.group.lines import Linear, Matrices
+from fastws.group.inner import find_inner
+from fastws.group.lines import Inner, Linear, Matrices
 from fastws.group.places import Space, across, find_pieces, inside
 from fastws.group.shifts import find_carried, find_free
 from fastws.group.streams import find_rotation
@@ -36,6 +37,9 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
                 found, failures = find_linear(function, space, offsets)
                 lines += found
                 failed += failures
+        found, failures = find_inner(function, symmetry, group, pieces, [x for x in lines if isinstance(x, Linear)])
+        lines += found
+        failed += failures
         for search in (beside, streams):
             found, failures = search(function, symmetry, across(symmetry, group, pieces), lines)
             lines += found
@@ -54,22 +58,27 @@ def streams(function: Function, symmetry: Symmetry, space: Space, lines: list) -
 def beside(function: Function, symmetry: Symmetry, space: Space, lines: list) -> tuple[list, list[str]]:
     """What may be added to biases of a group."""
     free = find_free(function, space, symmetry.shapes)
-    taken = {place.name for line in free for place in line.places}
     for line in lines:
         if line.group == space.group:
-            carried = find_carried(function, line, symmetry.shapes)
-            free += [line for line in carried if not taken & {line.places[0].name}]
+            free += find_carried(function, line, symmetry.shapes)
     return free, []
 
 
 def without_smaller(symmetry: Symmetry, lines: list[Linear]) -> list[Linear]:
     """Lines without those all of whose changes a line with more freedom can make too."""
+
+    def signed(line: Linear) -> tuple:
+        return line.group, frozenset((part.place.name, part.power > 0) for part in line.parts)
+
     alike = defaultdict(list)
     others = [line for line in lines if not isinstance(line, Linear)]
-    for line in lines:
-        if not isinstance(line, Linear):
+    linear = [line for line in lines if isinstance(line, Linear)]
+    inside_units = {signed(line) for line in linear if line.units > 1 and not isinstance(line, Inner)}
+    for line in linear:
+        if line.units == 1 and signed(line) in inside_units:
             continue
-        alike[line.group, frozenset((part.place.name, part.power > 0) for part in line.parts)].append(line)
+        parts = frozenset((part.place.name, part.place.axis, part.power > 0) for part in line.parts)
+        alike[isinstance(line, Inner), parts].append(line)
     kept = others
     for some in alike.values():
         larger: list[tuple[Linear, dict[str, Tensor]]] = []

@@ -1,15 +1,17 @@
 """The whole group: everything that may be done to the weights of an architecture without changing its function."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fastws.files.names import plain_names
 from fastws.group.balance import balance
 from fastws.group.find import find_lines
 from fastws.group.function import Function, State
-from fastws.group.lines import Element, Matrices, Move, Pairs, Scales
+from fastws.group.lines import Element, Inner, Matrices, Move, Pairs, Scales
 from fastws.group.shifts import Shift
 from fastws.group.streams import Rotation
 from fastws.layout.roles import infer_roles
@@ -60,15 +62,22 @@ class Group:
             permutations (P): 8 units, 0.weight: 0.weight axis 0, 0.bias axis 0, 2.weight axis 1
             positive scales (S+) of 8 units: 0.weight, 0.bias against 2.weight
         """
-        symmetry = Symmetry.trace(module, example_inputs, *more)
+        symmetries = [Symmetry.trace(module, example_inputs, *more)]
+        if any(isinstance(part, _ConvNd) and 1 < part.groups < part.in_channels for part in module.modules()):
+            symmetries.append(Symmetry.trace(module, example_inputs, *more, inside=False))
         examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
         try:
             function = Function(module, examples)
         except ValueError as error:
-            return cls(symmetry, (), [str(error)])
-        found, failed = find_lines(module, symmetry, function)
-        group = cls(symmetry, found, failed)
+            return cls(symmetries[0], (), [str(error)])
+        group = max((cls(one, *find_lines(module, one, function)) for one in symmetries), key=cls.permutations)
         return group if lines is None else group.only(*lines)
+
+    def permutations(self) -> float:
+        """The logarithm of the number of permutations, those inside units with the others."""
+        inner = [line for line in self.lines if isinstance(line, Inner)]
+        count = sum(math.lgamma(size + 1) for size in self.symmetry.sizes)
+        return count + sum(line.units * math.lgamma(line.positions + 1) for line in inner)
 
     def only(self, *ids: str) -> "Group":
         """The same group with some lines alone, by their ids; ``"P"`` are the permutations.

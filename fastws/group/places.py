@@ -146,9 +146,14 @@ def inside(symmetry: Symmetry, group: int, pieces: list[Piece]) -> list[Space]:
 
 
 def free_axes(symmetry: Symmetry, piece: Piece) -> list[int]:
-    """The other axes of a tensor that no group moves, along which each unit may have positions of its own."""
-    axes = symmetry.axes[piece.name][: 3 if len(symmetry.shapes[piece.name]) == 3 else 2]  # not those of a kernel
-    return [axis for axis, segments in enumerate(axes) if axis != piece.axis and segments is None]
+    """The other axes of a tensor along which each unit may have positions of its own.
+
+    Those of matrices that a group moves are the same for all units; stacks have a matrix for each unit.
+    """
+    dimensions = len(symmetry.shapes[piece.name])
+    axes = symmetry.axes[piece.name][: 3 if dimensions == 3 else 2]  # not those of a kernel
+    stacked = dimensions == 3 and piece.axis == 0
+    return [n for n, segments in enumerate(axes) if n != piece.axis and (stacked or segments is None)]
 
 
 def slots(symmetry: Symmetry, group: int, piece: Piece, length: int) -> Iterator[Place]:

@@ -6,7 +6,7 @@ their own, as heads do, are assigned by what each pairing is worth once the posi
 pairings are tried, a shift of the units at a time.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -88,8 +88,13 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(numpy.asarray(similarity), maximize=True)[1].astype(numpy.int64))
 
 
-def fit(line: Linear, parts, reference: State, state: State, known: Collection[str] | None) -> Tensor | None:
-    """The element of a line that brings a state closest to the reference; None if no known tensor tells."""
+def fit(
+    line: Linear, parts, reference: State, state: State, known: Collection[str] | None, signs: Sequence[Scales] = ()
+) -> Tensor | None:
+    """The element of a line that brings a state closest to the reference; None if no known tensor tells.
+
+    Permutations count what ``signs``, lines of the same positions, may negate by its absolute value.
+    """
     if isinstance(line, Scales):
         parts = [part for part in parts if part.power % 2]
     places = [part.place for part in parts]
@@ -107,9 +112,23 @@ def fit(line: Linear, parts, reference: State, state: State, known: Collection[s
     if isinstance(line, Scales):
         return torch.where(inner.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
     if isinstance(line, Inner):
+        for sign in signs:
+            odd = products([part.place for part in sign.parts if part.power % 2], reference, state, known)
+            inner = inner if odd is None else inner - odd + odd.abs()
         return torch.stack([assign(one) for one in inner])
     left, _, right = torch.linalg.svd(inner)
     return left @ right
+
+
+def signs_of(line: Linear, others: Sequence[Linear]) -> list[Scales]:
+    """The lines of signs of the positions that a line permutes."""
+    held = {(part.place.name, part.place.axis) for part in line.parts}
+    return [
+        other
+        for other in others
+        if isinstance(line, Inner) and isinstance(other, Scales) and other.signed
+        if other.positions == line.positions and {(part.place.name, part.place.axis) for part in other.parts} <= held
+    ]
 
 
 class Visitor:
@@ -183,7 +202,7 @@ class Visitor:
         steps += [(line, line.parts) for line in order.values() if isinstance(line, Inner)]
         steps += [(line, line.parts) for line in order.values() if not isinstance(line, Inner)]
         for line, parts in steps:
-            value = fit(line, parts, self.reference, state, known)
+            value = fit(line, parts, self.reference, state, known, signs_of(line, units.inner))
             if value is not None:
                 state |= line.act(state, value)
                 done.append((line, value))

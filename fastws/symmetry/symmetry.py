@@ -87,7 +87,7 @@ class Symmetry:
         self._tables: dict[torch.device, tuple[Layout, Tensor]] = {}  # the last layout on each device, and its table
 
     @classmethod
-    def trace(cls, module: nn.Module, example_inputs: Inputs, *more: Inputs) -> "Symmetry":
+    def trace(cls, module: nn.Module, example_inputs: Inputs, *more: Inputs, inside: bool = True) -> "Symmetry":
         """Finds the symmetry of a module by watching a forward pass, and checks it.
 
         A copy of the module is run in eval mode. Batch size 1 and small images do, as long as they pass through. An
@@ -101,6 +101,8 @@ class Symmetry:
                 mapping of arguments by name. Arguments may be lists and mappings of tensors. Modules that make other
                 dtypes on their way run in float64 throughout, or, if they cannot, in their own dtypes.
             more: Further examples, for parts of the module that the first does not reach.
+            inside: Whether channels move inside the groups of grouped convolutions, all groups alike, where that gives
+                more permutations than moving whole groups.
 
         Raises:
             ValueError: If the module does not run, cannot be copied, returns no tensor, is random in eval mode, if its
@@ -114,7 +116,7 @@ class Symmetry:
             2.weight axis 0, 2.bias axis 0 stay: the outputs have an order
         """
         examples = [example_of(module, inputs) for inputs in (example_inputs, *more)]
-        traced = trace(module, examples, RULES, PASSING)
+        traced = trace(module, examples, RULES, PASSING, inside)
         state = {k: v for k, v in load_state(module).items() if k in traced.axes}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         first: dict[tuple, str] = {}

@@ -86,7 +86,11 @@ def collect(tracer: Tracer, parameters: Mapping[str, Fields], shapes: Mapping[st
 
 
 def trace(
-    module: nn.Module, examples: Sequence[Example], rules: Mapping[str, Callable[[Tracer, Call], list[Fields]]], passing
+    module: nn.Module,
+    examples: Sequence[Example],
+    rules: Mapping[str, Callable[[Tracer, Call], list[Fields]]],
+    passing,
+    inside: bool = True,
 ) -> Traced:
     """Traces a forward pass for each example, in a copy of a module in eval mode.
 
@@ -95,6 +99,7 @@ def trace(
         examples: Arguments of its forward, on its device; small ones do.
         rules: For the name of an ATen operation, the function that gives the fields of its results.
         passing: Names of operations that hand entries on without computing with them.
+        inside: Whether channels may move inside the groups of convolutions where that gives more permutations.
 
     Raises:
         ValueError: If the module does not run, or returns no tensor.
@@ -104,8 +109,8 @@ def trace(
         try:
             traced, *better = watch(module, examples, Tracer(rules, passing), double)
             found = [traced]
-            for inside in {frozenset(numbers) for numbers in better} - {frozenset()}:
-                found.append(watch(module, examples, Tracer(rules, passing, inside), double)[0])
+            for numbers in {frozenset(numbers) for numbers in better if inside} - {frozenset()}:
+                found.append(watch(module, examples, Tracer(rules, passing, numbers), double)[0])
             traced = max(found, key=freedom)
             found = negated(module, examples, traced, double)
             axes, sizes, found = add_singles(traced.axes, traced.sizes, found, watch_singles(module, examples, double))
