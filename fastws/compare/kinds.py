@@ -12,6 +12,7 @@ from fastws.compare.kinship import spaced
 BITS = (2, 3, 4, 8)  # of quantised numbers
 BLOCKS = (128, 64, 32)  # entries that share a scale, where rows and tensors do not
 PER_LEVEL = 4  # entries that are needed for each level before few distinct values say anything
+LOOKED_AT = 128  # numbers of the first row that tell nearly all tensors from quantised ones
 SAMPLED = 64  # rows or blocks that are looked at before all are
 RANK = 64  # the largest that is called low
 SPARE = 8  # directions beyond, which make the random range surer
@@ -44,6 +45,8 @@ def find_levels(tensor: Tensor) -> Levels | None:
         return None
     rows = tensor.reshape(len(tensor), -1) if tensor.numel() else tensor
     for bits in BITS:
+        if has_many(rows, bits):
+            continue
         needed = PER_LEVEL * 2**bits
         if tensor.numel() >= needed and has_few(rows.reshape(1, -1), 2**bits):
             return Levels(bits, "tensor")
@@ -53,6 +56,12 @@ def find_levels(tensor: Tensor) -> Levels | None:
             if block >= needed and rows.shape[1] % block == 0 and has_few(rows.reshape(-1, block), 2**bits):
                 return Levels(bits, f"block of {block}")
     return None
+
+
+def has_many(rows: Tensor, bits: int) -> bool:
+    """Whether the first numbers alone are more than levels of so many bits, whatever shares a scale."""
+    most = LOOKED_AT // BLOCKS[-1] * 2**bits  # of scales that blocks have in them, the levels of each
+    return most < LOOKED_AT <= rows.shape[1] and not has_few(rows[:1, :LOOKED_AT], most)
 
 
 def has_few(rows: Tensor, most: int) -> bool:

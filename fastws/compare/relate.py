@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from scipy.sparse.csgraph import connected_components
+from scipy.special import ndtri
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +21,8 @@ from fastws.compare.verdict import RELATED
 
 RATE = 1e-3  # of false discoveries among the pairs of a folder
 NULL_PAIRS = 200  # of networks that are no candidates, which are matched to learn how close strangers get
+NOTHING = 2.0  # standard deviations in stored coordinates that are no sign of kinship
+CANDIDATE = 4.0  # spreads of all pairs that sketches of candidates are closer than those of the median pair
 MOST_EACH = 4  # candidates of each network, by each kind of sketch
 MATCHED_WEIGHTS = 2**31  # of all pairs that are matched: fewer are where networks are large
 State = Mapping[str, Tensor]
@@ -57,10 +60,14 @@ class Scene(NamedTuple):
     whole: Sequence[State]  # all floating tensors, by the names of the module
     null: list[float]  # distances of matched strangers
 
+    deviations: Tensor  # of ``screen``, [M, M]
+
     def log_p(self, one: int, other: int, distance: float) -> float | None:
         """Of strangers that are as close, in stored coordinates or matched; the better of both, doubled."""
-        stored = agreement(self.states[one], self.states[other], self.units).log_p
         matched = log_empirical(distance, self.null)
+        if matched is not None and float(self.deviations[one, other]) < NOTHING:
+            return min(0.0, math.log(2) + matched)  # stored coordinates have nothing to add
+        stored = agreement(self.states[one], self.states[other], self.units).log_p
         if matched is None or stored is None:
             return stored if matched is None else matched
         return min(0.0, math.log(2) + min(stored, matched))
@@ -79,7 +86,7 @@ def relate(members: Sequence[Member], mover: Mover | None, notes: list[str], pro
         whole = [{prefix + name: x for name, x in (one.weights | one.statistics).items()} for one in members]
         near, null = match_candidates(mover, whole, near, progress)
         notes = [*notes, *mover.notes, tell_null(len(null))]
-    scene = Scene(states, units, mover, members[0].prefix, whole, null)
+    scene = Scene(states, units, mover, members[0].prefix, whole, null, deviations)
     edges, duplicates = relate_candidates(scene, near, progress)
     families = connected(len(states), [(edge.parent, edge.child) for edge in edges] + duplicates)
     return Group([member.name for member in members], scope, edges, duplicates, families, deviations, notes)
@@ -101,7 +108,7 @@ def match_candidates(mover: Mover, whole: Sequence[State], near: Tensor, progres
     """
     sketches = sketch_all(whole, mover.symmetry, Outputs(mover.network.module, mover.network.inputs), progress)
     each = max(1, min(MOST_EACH, MATCHED_WEIGHTS // (mover.layout.num_weights * len(whole))))
-    kinds = [nearest_pairs(closeness(kind), each) for kind in zip(*sketches, strict=True)]
+    kinds = [nearest_pairs(closeness(kind), each, CANDIDATE) for kind in zip(*sketches, strict=True)]
     candidates = torch.stack(kinds).any(0) & ~near
     far = (~near & ~candidates).triu(1).nonzero()
     most = min(NULL_PAIRS, max(LEAST_NULL, MATCHED_WEIGHTS // 4 // mover.layout.num_weights))
@@ -137,43 +144,49 @@ def tell_null(count: int) -> str:
 def relate_candidates(scene: Scene, near: Tensor, progress: bool) -> tuple[list[Edge], list[tuple[int, int]]]:
     """Relations and duplicates of all components of candidates."""
     edges, duplicates = [], []
-    components = connected_of(near)
-    for numbers in tqdm(components, "relate", unit=" families", disable=not progress, leave=False):
-        left = numbers
+    for left in tqdm(connected_of(near), "relate", unit=" families", disable=not progress, leave=False):
         while len(left) > 1:
-            # all are moved to one of them; what turns out to be no relative of it is looked at again without it
+            # all are moved to one of them; what turns out to be far from it is looked at again without it
             base = max(left, key=lambda one: int(near[one][left].sum()))
-            found, equal = relate_to(scene, left, base)
-            joined = next((one for one in connected(len(near), [*ends(found), *equal]) if base in one), [base])
-            edges += [edge for edge in found if edge.parent in joined]
-            duplicates += [pair for pair in equal if pair[0] in joined]
+            joined, found, equal = relate_to(scene, left, base, near)
+            edges += found
+            duplicates += equal
             left = [one for one in left if one not in joined]
-            if scene.mover is None:
-                edges += [edge for edge in found if edge.parent not in joined]
-                duplicates += [pair for pair in equal if pair[0] not in joined]
-                break
     return edges, duplicates
 
 
-def relate_to(scene: Scene, numbers: Sequence[int], base: int) -> tuple[list[Edge], list[tuple[int, int]]]:
-    """Relations of networks in the coordinates of one of them."""
+def relate_to(
+    scene: Scene, numbers: Sequence[int], base: int, near: Tensor
+) -> tuple[list[int], list[Edge], list[tuple[int, int]]]:
+    """Networks that are near one of them in its coordinates, by steps from one to the next, and their relations."""
     some: Sequence[State] = [scene.states[number] for number in numbers]
     if scene.mover is not None:
         moved = scene.mover.move_all([scene.whole[number] for number in numbers], numbers.index(base))
         some = [{name: state[scene.prefix + name] for name in scene.states[base]} for state in moved]
     gram, squares = gram_of_changes(some, some[numbers.index(base)])
     distances = distances_of(gram, squares)
+    if scene.mover is not None:
+        close = (distances < related_distance(scene.null)) | near[numbers][:, numbers]
+        close &= distances < 1  # sums of squares of strangers are those of their distance
+        own = numbers.index(base)
+        kept = next((one for one in connected_of(close) if own in one), [own])
+        numbers, some = [numbers[place] for place in kept], [some[place] for place in kept]
+        gram, distances = gram[kept][:, kept], distances[kept][:, kept]
 
     def probability(one: int, other: int) -> float | None:
         return scene.log_p(numbers[one], numbers[other], float(distances[one, other]))
 
     found = find_family(some, distances, gram, probability, RELATED)
     edges = [edge._replace(parent=numbers[edge.parent], child=numbers[edge.child]) for edge in found.edges]
-    return edges, [(numbers[one], numbers[other]) for one, other in found.duplicates]
+    return numbers, edges, [(numbers[one], numbers[other]) for one, other in found.duplicates]
 
 
-def ends(edges: Sequence[Edge]) -> list[tuple[int, int]]:
-    return [(edge.parent, edge.child) for edge in edges]
+def related_distance(null: Sequence[float]) -> float:
+    """The distance of which strangers have a smaller one with the probability of relatives."""
+    if len(null) < LEAST_NULL:
+        return 0.0
+    logs = numpy.log(null)
+    return float(numpy.exp(logs.mean() + ndtri(math.exp(RELATED) / 2) * logs.std(ddof=1)))
 
 
 def connected_of(near: Tensor) -> list[list[int]]:

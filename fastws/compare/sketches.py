@@ -122,10 +122,12 @@ def closeness(sketches: Sequence[Sequence[Tensor]]) -> Tensor:
     return (middle - logs) / spread if spread > 0 else torch.zeros_like(logs)
 
 
-def nearest_pairs(close: Tensor, count: int) -> Tensor:
-    """Of each network the ``count`` nearest others: bool ``[M, M]``."""
-    ordered = close.clone().fill_diagonal_(-torch.inf).topk(min(count, len(close) - 1), dim=1).indices
-    picked = torch.zeros(close.shape, dtype=torch.bool).scatter_(1, ordered, True)
+def nearest_pairs(close: Tensor, count: int, least: float) -> Tensor:
+    """Of each network the nearest other, and up to ``count`` that are closer than ``least``: bool ``[M, M]``."""
+    nearest = close.clone().fill_diagonal_(-torch.inf).topk(min(count, len(close) - 1), dim=1)
+    wanted = nearest.values > least
+    wanted[:, 0] = True
+    picked = torch.zeros(close.shape, dtype=torch.bool).scatter_(1, nearest.indices, wanted)
     return picked | picked.T
 
 
