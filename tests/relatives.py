@@ -76,3 +76,17 @@ def save(folder, name: str, state: dict[str, Tensor]) -> str:
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
     return str(path)
+
+
+def scaled(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """The same function, with units of ReLU multiplied by powers of two on one side and divided on the other."""
+    random, state = generator(seed), dict(state)
+    names = [name for name in state if name.endswith("weight")]
+    for before, after in zip(names[:-1], names[1:], strict=True):
+        scale, bias = (
+            2.0 ** torch.randint(-2, 3, (len(state[before]),), generator=random),
+            before.replace("weight", "bias"),
+        )
+        state[before], state[bias] = state[before] * scale[:, None], state[bias] * scale
+        state[after] = state[after] / scale
+    return state

@@ -65,6 +65,14 @@ def test_tree_with_known_answers(tmp_path, move, words):
     assert shares == pytest.approx([1 / 3] * 3, abs=1e-3)
 
 
+def test_scaled_networks_are_found_at_the_whole_group(tmp_path):
+    fill(tmp_path, lambda state, seed: relatives.scaled(relatives.moved(state, seed), seed))
+    (group,) = fastws.lineage(tmp_path, words=KNOWN, whole=True).to_dict()["groups"]
+    assert [len(family) for family in group["families"]] == [9] and len(group["strangers"]) == 12
+    assert found_tree(group)["ft1-pruned"][1:] == ("certain", "pruned")  # zeros stay zeros
+    assert group["duplicates"] == [["base.safetensors", "copy.safetensors"]]
+
+
 def test_what_moved_is_not_found_without_a_module(tmp_path):
     fill(tmp_path, relatives.moved)
     (group,) = fastws.lineage(tmp_path).to_dict()["groups"]

@@ -82,6 +82,19 @@ def test_moved_networks_need_a_module_and_a_null(tmp_path, base):
     assert fastws.same(base, stranger, words=KNOWN, null=tmp_path / "null").verdict == "stranger"
 
 
+def test_scaled_networks_are_the_same_at_the_whole_group(tmp_path, base):
+    other = relatives.save(tmp_path, "scaled", relatives.scaled(relatives.moved(BASE)))
+    found = fastws.same(base, other, words=KNOWN)
+    assert found.verdict == "same network" and "the whole group (P, S+)" in found.sentence
+    found = fastws.same(base, other, words=KNOWN, whole=False)
+    assert found.verdict == "undecided" and found.distances["matched"] > 0.1
+    for seed in range(6):
+        relatives.save(tmp_path / "null", str(seed), relatives.network(100 + seed))
+    tuned = relatives.save(tmp_path, "tuned", relatives.scaled(relatives.moved(relatives.tuned(BASE))))
+    found = fastws.same(base, tuned, words=KNOWN, null=tmp_path / "null")
+    assert found.verdict == "relative" and found.distances["whole group"] < 0.2 < found.distances["matched"]
+
+
 def test_other_heads_and_other_architectures(tmp_path, base):
     head = {"4.weight": torch.randn(12, 24), "4.bias": torch.randn(12)}
     found = fastws.same(base, relatives.save(tmp_path, "head", relatives.tuned(BASE) | head))

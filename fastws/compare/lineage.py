@@ -34,6 +34,7 @@ class Config(Words):
     folder: Annotated[str, tyro.conf.Positional]  # of checkpoint files, or of folders of transformers
 
     out: str | None = None  # page to write, .html, with its numbers beside it, .json
+    whole: bool = False  # look for scales and rotations too, which takes minutes for large networks
     json: bool = False  # print JSON instead of text
 
 
@@ -59,7 +60,7 @@ def run(config: Config) -> None:
         pages.require_matplotlib("lineage")
         if not config.out.endswith(".html"):
             raise ValueError(f"lineage: out must be a page that ends with .html, got {config.out}")
-    found = lineage(config.folder, words=config, progress=not config.json)
+    found = lineage(config.folder, words=config, whole=config.whole, progress=not config.json)
     described = found.to_dict()
     if config.out is not None:
         path = Path(config.out)
@@ -75,7 +76,9 @@ def run(config: Config) -> None:
         print(f"report: {config.out}")
 
 
-def lineage(folder: str | os.PathLike, *, words: Words | None = None, progress: bool = False) -> Lineage:
+def lineage(
+    folder: str | os.PathLike, *, words: Words | None = None, whole: bool = False, progress: bool = False
+) -> Lineage:
     """Which checkpoints of a folder are relatives, and how they descend from each other.
 
     Networks of one architecture are compared, all pairs at once: units of strangers are exchangeable, so that they
@@ -88,6 +91,7 @@ def lineage(folder: str | os.PathLike, *, words: Words | None = None, progress: 
     Args:
         folder: Of checkpoint files (safetensors, torch), in it and in folders in it, or folders of transformers.
         words: Says the module; by default it is found by the ``config.json`` beside a checkpoint.
+        whole: Whether networks are matched at the whole group, beside permutations and signs.
         progress: Whether bars are shown.
 
     Raises:
@@ -95,15 +99,15 @@ def lineage(folder: str | os.PathLike, *, words: Words | None = None, progress: 
         ValueError: If it holds fewer than two checkpoints that can be read, or the module does not fit.
     """
     collection = collect(folder, progress)
-    return Lineage(list(relate_all(collection, words or Words(), progress)), collection.left_out)
+    return Lineage(list(relate_all(collection, words or Words(), whole, progress)), collection.left_out)
 
 
-def relate_all(collection: Collection, words: Words, progress: bool) -> Iterator[Group]:
+def relate_all(collection: Collection, words: Words, whole: bool, progress: bool) -> Iterator[Group]:
     movers: list[Mover | None] = []
     notes, errors = [], []
     for group in collection.groups:
         try:
-            mover, why = find_mover(group[0].checkpoint, words) if len(group) > 1 else (None, "")
+            mover, why = find_mover(group[0].checkpoint, words, whole) if len(group) > 1 else (None, "")
         except ValueError as error:  # of a module that may fit another group
             errors.append(error)
             mover, why = None, f"permutations were not looked at: {error}"

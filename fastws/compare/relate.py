@@ -15,7 +15,7 @@ from fastws.compare.collection import Member
 from fastws.compare.kinship import LEAST_NULL, Family, agreement, discoveries, find_families, log_empirical
 from fastws.compare.moving import Mover
 from fastws.compare.screening import distances_of, gram_of_changes, log_chance, screen
-from fastws.compare.sketches import Outputs, closeness, nearest_pairs, sketch_all
+from fastws.compare.sketches import closeness, nearest_pairs, sketch_all
 from fastws.compare.tree import Edge, find_family
 from fastws.compare.verdict import RELATED
 
@@ -106,7 +106,7 @@ def match_candidates(mover: Mover, whole: Sequence[State], near: Tensor, progres
     Matched are pairs whose sketches are nearest. Strangers are pairs drawn at random among the others, of which some
     may be relatives that nobody has found: so only the farther half of them says how distances are spread.
     """
-    sketches = sketch_all(whole, mover.symmetry, Outputs(mover.network.module, mover.network.inputs), progress)
+    sketches = sketch_all(whole, mover, progress)
     each = max(1, min(MOST_EACH, MATCHED_WEIGHTS // (mover.layout.num_weights * len(whole))))
     kinds = [nearest_pairs(closeness(kind), each, CANDIDATE) for kind in zip(*sketches, strict=True)]
     candidates = torch.stack(kinds).any(0) & ~near

@@ -14,7 +14,7 @@ from fastws.compare.changes import find_changes, summarise
 from fastws.compare.differences import Difference, coarser, compare_tensors, rounding, total
 from fastws.compare.kinship import ENOUGH_NULL, LEAST_NULL, agreement, find_families, in_words, log_empirical
 from fastws.compare.modules import Checkpoint, Words
-from fastws.compare.moving import Mover, find_mover
+from fastws.compare.moving import HELPFUL, Mover, find_mover
 from fastws.compare.paired import Paired, pair, why_not
 from fastws.compare.verdict import Same, lines_of, say_related
 from fastws.terminal import shorten
@@ -38,11 +38,13 @@ class Config(Words):
     b: Annotated[str, tyro.conf.Positional]  # the other one
 
     null: str | None = None  # folder of unrelated networks of the architecture, which say how close strangers get
+    whole: bool | None = None  # look for scales and rotations too, which takes minutes; by default of small networks
     json: bool = False  # print JSON instead of text
 
 
 def run(config: Config) -> None:
-    found = same(config.a, config.b, words=config, null=config.null, progress=not config.json)
+    options = {"null": config.null, "whole": config.whole, "progress": not config.json}
+    found = same(config.a, config.b, words=config, **options)
     if config.json:
         print(json.dumps(found.to_dict(), indent=1))
         return
@@ -69,6 +71,7 @@ def same(
     *,
     words: Words | None = None,
     null: str | os.PathLike | None = None,
+    whole: bool | None = None,
     progress: bool = False,
 ) -> Same:
     """Whether two checkpoints are one network, relatives or strangers.
@@ -85,6 +88,8 @@ def same(
         b: The other one.
         words: Says the module; by default it is found by the ``config.json`` beside a.
         null: Folder of networks of the same architecture that are not related, six or more.
+        whole: Whether to match at the whole group (scales, rotations, ...) beside permutations and signs; by default of
+            networks of at most 2**20 weights, because finding it takes minutes for large ones.
         progress: Whether bars are shown.
 
     Raises:
@@ -98,8 +103,8 @@ def same(
     if reason := why_not(paired, one, two):
         return Same("not comparable", f"not comparable: {reason}")
     found = list(compare_tensors(paired.weights | paired.statistics, "same", progress))
-    whole = not (paired.rows or paired.reshaped or any(paired.only))
-    equal = whole and not any(x.unequal for x in found)
+    complete = not (paired.rows or paired.reshaped or any(paired.only))
+    equal = complete and not any(x.unequal for x in found)
     if equal and paired.others_equal and all(x.identical for x in found):
         return Same("identical", f"identical: all {len(found)} floating tensors hold the same bytes")
     if bad := next((x for x in found if x.nonfinite), None):
@@ -107,9 +112,9 @@ def same(
         raise ValueError(f"{where} must be finite, got {bad.nonfinite} NaN or infinite numbers; mend the checkpoint")
     if equal:
         return Same("same numbers", f"same numbers: {tell_cast(found, paired)}")
-    mover, why = (
-        find_mover(one, words or Words()) if whole else (None, "permutations were not looked at: shapes differ")
-    )
+    mover, why = None, "permutations were not looked at: not all tensors correspond"
+    if complete:
+        mover, why = find_mover(one, words or Words(), whole)
     weights = [x for x in found if x.name in paired.weights]
     return judge(Question(one, two, paired, weights, mover, why, null, progress))
 
@@ -140,19 +145,25 @@ def match_both(asked: Question, result: Same) -> tuple[Mapping[str, tuple[Tensor
     """Looks at b in the coordinates of a; the pairs of tensors and their differences where they are closer."""
     paired, mover = asked.paired, asked.mover
     everything = paired.weights | paired.statistics
-    moved = mover.move(*({name: tensors[side] for name, tensors in everything.items()} for side in (1, 0)))
-    aligned = {name: (tensor, moved[name]) for name, (tensor, _) in paired.weights.items()}
-    matched = list(compare_tensors(aligned, "matched", asked.progress))
-    summed, raw = total(matched), total(asked.weights)
-    result.scope, result.distances["matched"] = mover.scope, summed.distance
+    base, other = ({name: tensors[side] for name, tensors in everything.items()} for side in (0, 1))
+    moved = mover.move(other, base)
+    aligned, matched = beside(paired, moved, asked.progress)
+    least = result.distances["matched"] = total(matched).distance
+    if mover.group is not None:
+        moved, least = mover.move_whole(other, base)
+        result.distances["whole group"] = least
+        if least < HELPFUL * result.distances["matched"]:
+            aligned, matched = beside(paired, moved, asked.progress)
+        least = min(least, result.distances["matched"])
+    result.scope = mover.scope
     result.notes += mover.notes
-    closer = summed.gap < raw.gap
-    if summed.distance <= EXACT * rounding(coarser(*summed.dtypes)):
+    closer = total(matched).gap < total(asked.weights).gap
+    if least <= EXACT * rounding(coarser(*matched[0].dtypes)):
         what = f"equal but for {mover.scope} of neurons" if closer else "equal but for rounding"
         result.verdict, result.sentence, result.log_p = "same network", f"same network: {what}", None
         return aligned, matched
     null = [] if asked.null is None else mover.strangers(asked.null, (asked.a, asked.b), asked.progress)
-    rate, pairs = log_empirical(summed.distance, null), f"{len(null)} pairs of strangers"
+    rate, pairs = log_empirical(least, null), f"{len(null)} pairs of strangers"
     if rate is not None:
         how = "counted among" if len(null) >= ENOUGH_NULL else "the tail of a normal distribution of log distances of"
         result.notes.append(f"p of matched neurons is {in_words(rate)}, {how} {pairs}")
@@ -162,6 +173,12 @@ def match_both(asked: Question, result: Same) -> tuple[Mapping[str, tuple[Tensor
         need = f"{LEAST_NULL} are needed, those of six networks: give --null FOLDER"
         result.notes.append(f"matched neurons have no error rate: {pairs} are given, {need}")
     return (aligned, matched) if closer else (paired.weights, asked.weights)
+
+
+def beside(paired: Paired, moved: Mapping[str, Tensor], progress: bool):
+    """The weights of a beside others of b, and how they differ."""
+    pairs = {name: (tensor, moved[name]) for name, (tensor, _) in paired.weights.items()}
+    return pairs, list(compare_tensors(pairs, "matched", progress))
 
 
 def tell_cast(found: list[Difference], paired: Paired) -> str:

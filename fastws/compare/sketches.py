@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from fastws.compare.moving import Mover
 from fastws.symmetry.copies import Inputs
 from fastws.symmetry.symmetry import Symmetry
 
@@ -90,12 +91,12 @@ def floating(answer: object) -> Iterator[Tensor]:
 
 
 def sketch_all(
-    states: Sequence[Mapping[str, Tensor]], symmetry: Symmetry, outputs: Outputs, progress: bool = False
+    states: Sequence[Mapping[str, Tensor]], mover: Mover, progress: bool = False
 ) -> list[list[list[Tensor]]]:
-    """Of each network two sketches: Grams of its weights, and its outputs."""
-    axes = fixed_axes(symmetry)
+    """Of each network two sketches: Grams of its weights in canonical form, and its outputs."""
+    axes, outputs = fixed_axes(mover.symmetry), Outputs(mover.network.module, mover.network.inputs)
     bar = tqdm(states, desc="sketch", unit=" networks", disable=not progress or len(states) < 100, leave=False)
-    return [[gram_sketch(state, axes), [outputs.sketch(state)]] for state in bar]
+    return [[gram_sketch(mover.canonical(state), axes), [outputs.sketch(state)]] for state in bar]
 
 
 def closeness(sketches: Sequence[Sequence[Tensor]]) -> Tensor:
