@@ -139,7 +139,22 @@ def verdicts(found: dict) -> str:
     return " ".join(found["verdicts"].values())
 
 
+def barriers(found: dict) -> str:
+    """Barriers by alignment, as means over pairs and half the width of their 95 % intervals."""
+
+    def said(value: dict) -> str:
+        return f"{value['mean']:.3f}" + ("" if value["half"] is None else f" ± {value['half']:.3f}")
+
+    about, cells = found["config"], found["barriers"].items()
+    return (
+        f"{found['pairs']} pairs of {about['network']} {about['width']} wide on {about['data']}, "
+        f"{found['images']:,} test images, loss of the ends {said(found['ends'])}; loss barriers: "
+        + ", ".join(f"{name.replace(', ', ' and ')} {said(one['loss'])}" for name, one in cells)
+    )
+
+
 KINDS = {
+    "barriers": barriers,
     "verdicts": verdicts,
     "embeddings": embeddings,
     "lwln": lwln,

@@ -14,6 +14,7 @@ from fastws.compare.aligning import Aligned, Aligner
 from fastws.compare.states import Distance
 from fastws.files.checkpoints import load_checkpoint
 from fastws.files.safetensors import read_description
+from fastws.group.group import Group
 from fastws.zoo.making.architectures import build
 
 CONFIG = partial(Config, architecture="digits-cnn", activation="relu")
@@ -125,6 +126,27 @@ def test_by_activations(activation, tmp_path):
     assert report["aligned"]["cosine"] > 0.99  # units that are dead on these images may lie in any order
     with pytest.raises(ValueError, match="--data must be given to match by activations"):
         align(Config(models=(other,), to=base, out=str(tmp_path / "none"), **options))
+
+
+def test_continuous_takes_the_whole_group(tmp_path):
+    module = train(network(), steps=60)
+    group = Group.trace(module, torch.randn(1, 1, 8, 8))
+    base = save(module.state_dict(), tmp_path / "base.safetensors")
+    scaled = save(group.apply(group.random(1), module.state_dict()), tmp_path / "scaled.safetensors")
+    options = {"models": (scaled,), "to": base}
+    (permuted,) = align(CONFIG(**options, out=str(tmp_path / "permuted"))).values()
+    ((place, whole),) = align(CONFIG(**options, continuous=True, out=str(tmp_path / "whole"))).items()
+    assert permuted["exact"] and permuted["aligned"]["relative"] > 0.1
+    assert not whole["exact"] and whole["aligned"]["relative"] < 1e-5 and whole["canonical"]["cosine"] > 1 - 1e-9
+    assert 0 < whole["error"] < 4 * whole["rounding"] < 1e-4
+    for name, tensor in load_file(place).items():
+        torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="--continuous must be left out with --by activations"):
+        align(CONFIG(**options, continuous=True, by="activations", data="digits", out=str(tmp_path / "none")))
+    models = (base, scaled, save(group.apply(group.random(2), module.state_dict()), tmp_path / "third.safetensors"))
+    for place in align(CONFIG(models=models, continuous=True, out=str(tmp_path / "mean"))):
+        for name, tensor in load_file(place).items():
+            torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
 # --- begin, resume, refuse

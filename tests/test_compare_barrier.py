@@ -44,10 +44,10 @@ def test_moved_copy_has_no_barrier_after_alignment(ends):
     found = curves(results)
     for part in ("test", "train"):
         assert found["as they are", "stored", part]["barrier"]["loss"] > 0.3
-        assert abs(found["aligned", "stored", part]["barrier"]["loss"]) < 1e-6
-        assert found["aligned", "stored", part]["barrier"]["accuracy"] == pytest.approx(0, abs=1e-9)
-    assert results["cosine"]["aligned"] == pytest.approx(1) and results["images"]["test"] == 359
-    assert abs(found["aligned", "repaired", "test"]["barrier"]["loss"]) < 0.02
+        assert abs(found["permuted", "stored", part]["barrier"]["loss"]) < 1e-6
+        assert found["permuted", "stored", part]["barrier"]["accuracy"] == pytest.approx(0, abs=1e-9)
+    assert results["cosine"]["permuted"] == pytest.approx(1) and results["images"]["test"] == 359
+    assert abs(found["permuted", "repaired", "test"]["barrier"]["loss"]) < 0.02
 
 
 def test_networks_side_by_side_and_one_by_one_have_the_same_figures(ends, monkeypatch):
@@ -66,7 +66,7 @@ def test_batch_norms_are_reset(tmp_path):
     options = {"architecture": "compared:norm_cnn", "data": "digits", "points": 5, "statistics": 1000}
     found = curves(barrier(Config(a=paths[0], b=paths[1], **options)))
     assert {statistics for _, statistics, _ in found} == {"stored", "reset"}  # all convolutions have a norm
-    stored, reset = (found["aligned", name, "test"] for name in ("stored", "reset"))
+    stored, reset = (found["permuted", name, "test"] for name in ("stored", "reset"))
     assert reset["barrier"]["loss"] < stored["barrier"]["loss"]
     assert reset["loss"][0] == pytest.approx(stored["loss"][0], abs=0.1) and reset["loss"][0] != stored["loss"][0]
 
@@ -118,7 +118,7 @@ def test_report_and_resume(ends, tmp_path, capsys, monkeypatch):
     words += ["--points", "5", "--statistics", "100", "--out", str(tmp_path / "out")]
     main(words)
     shown = capsys.readouterr().out
-    assert "aligned" in shown and "midpoint" in shown and "report.html" in shown
+    assert "permuted" in shown and "midpoint" in shown and "report.html" in shown
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<img") == 1 and "REPAIR" in page
     before = json.loads((tmp_path / "out" / "results.json").read_text())

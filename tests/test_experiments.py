@@ -102,6 +102,19 @@ def test_hyperrep_probes(experiment, tmp_path):
     assert "seeds, equivariant" in experiment("tables").embeddings(found)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "vit"])
+def test_barriers(experiment, kind, tmp_path, capsys):
+    module = experiment("barriers")
+    options = {"network": kind, "width": 8, "pairs": 2, "epochs": 2, "points": 3, "continuous": kind == "mlp"}
+    module.run(module.Config(out=str(tmp_path), smoke=True, **options))
+    found = results(tmp_path)
+    ways = {name.partition(", ")[0] for name in found["barriers"]}
+    assert {"as they are", "permuted by weights", "permuted by activations"} <= ways
+    assert ("whole group" in ways) == (kind == "mlp")
+    assert "loss barrier" in capsys.readouterr().out
+    assert f"2 pairs of {kind} 8 wide on digits" in experiment("tables").barriers(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")

@@ -123,6 +123,7 @@ def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, p
     folder = model.path.is_dir()
     report = {"model": str(model.path), "to": config.to or "the mean of all models"}
     report |= {"raw": found.raw._asdict(), "aligned": found.aligned._asdict(), "moved": found.moved}
+    report |= {"canonical": found.canonical and found.canonical._asdict(), "rounding": checked.rounding}
     report |= {"error": checked.error, "exact": found.exact, "unmatched": found.unmatched, "left_out": []}
     record, fields = record_of(place, folder), {"config": plain(config), "report": report}
     if not folder:
@@ -139,7 +140,10 @@ def sentence(report: dict[str, Any]) -> str:
     before, after = report["raw"], report["aligned"]
     cosines = f"cosine {before['cosine']:.3f}, now {after['cosine']:.3f}"
     distances = f"distance {before['relative']:.3f}, now {after['relative']:.3f}"
+    if report["canonical"] is not None:
+        cosines += f", in canonical form {report['canonical']['cosine']:.3f}"
+    rounding = "" if report["exact"] else f", rounding all weights changes {report['rounding']:.0e}"
     return (
         f"aligned to {report['to']}: {cosines}; {distances}; {report['moved']:.0%} of the units moved; "
-        f"outputs are the same to {report['error']:.0e}"
+        f"outputs are the same to {report['error']:.0e}{rounding}"
     )

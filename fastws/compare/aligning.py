@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor
 from fastws.compare.activations import match_activations
 from fastws.compare.modules import Network
 from fastws.compare.states import Distance, State, comparable, distance, mean_of
+from fastws.group.group import Group
 from fastws.layout.layout import Layout
 from fastws.matching.match import match
 from fastws.matching.mean import match_to_mean
+from fastws.matching.whole import match_whole
 from fastws.signed import split
 from fastws.symmetry.symmetry import Symmetry
+
+MOST_ROUNDS = 10  # of matching each network to the mean of the others at the whole group
+LEAST_GAIN = 1e-6  # of the mean cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,7 @@ class Matching:
     by: Literal["weights", "activations"] = "weights"  # what is brought closest: weights, or what units do on --data
     signs: bool = True  # units of odd activations may change their sign too
     restarts: int = 1  # runs of the matching by weights, which visit groups in other orders; the best is kept
+    continuous: bool = False  # scales, matrices and rotations as well, which round; to find them may take minutes
 
 
 class Aligned(NamedTuple):
@@ -35,6 +42,7 @@ class Aligned(NamedTuple):
     moved: float  # share of the units that have another place or sign
     unmatched: list[str]  # sentences about tensors that took no part, because they have other shapes in both
     exact: bool  # whether all numbers are those of before, in other places and of other signs
+    canonical: Distance | None = None  # at the whole group, in canonical form, where that was asked for
 
 
 class Aligner:
@@ -51,8 +59,11 @@ class Aligner:
             raise ValueError(f"align: restarts must be at least 1, got {how.restarts}")
         if how.by == "activations" and x is None:
             raise ValueError("align: --data must be given to match by activations, got none")
+        if how.continuous and how.by == "activations":
+            raise ValueError("align: --continuous must be left out with --by activations, got both")
         self.network, self.how, self.x = network, how, x
-        self.symmetry = Symmetry.trace(network.module, network.inputs)
+        self.group = Group.trace(network.module, network.inputs) if how.continuous else None
+        self.symmetry = self.group.symmetry if self.group else Symmetry.trace(network.module, network.inputs)
 
     def pair(self, base: State, other: State) -> Aligned:
         """Gives the units of a network the order, and the signs, that bring it closest to another one.
@@ -67,6 +78,11 @@ class Aligner:
             ValueError: If the networks are of two architectures, or a weight is NaN or infinite.
         """
         known, goal, unmatched = comparable(base, other, self.symmetry)
+        if self.group is not None:
+            if unmatched:
+                different = next(iter(unmatched.values()))
+                raise ValueError(f"align: --continuous must be left out where shapes differ, but {different}")
+            return self._whole(base, other, goal)
         if self.how.by == "activations":
             row = match_activations(self.network.module, goal, known, self.x, self.symmetry, signs=self.how.signs)
         else:
@@ -89,6 +105,8 @@ class Aligner:
         held = [comparable(states[0], state, self.symmetry) for state in states]
         for different in (sentence for _, _, unmatched in held for sentence in unmatched.values()):
             raise ValueError(f"align: networks must have the same shapes to have a mean, but {different}")
+        if self.group is not None:
+            return self._whole_together(states)
         rows = self._rows_by_activations(states) if self.how.by == "activations" else self._rows(held)
         moved = [moved_by(self.symmetry, row, state) for row, state in zip(rows, states, strict=True)]
         results = []
@@ -112,10 +130,46 @@ class Aligner:
         found = [match_activations(module, states[0], state, self.x, self.symmetry, **options) for state in states[1:]]
         return torch.stack([self.symmetry.identity()[0], *found])
 
+    def _whole(self, base: State, state: State, goal: State) -> Aligned:
+        """At the whole group; ``goal`` are the tensors of the base that the symmetry knows."""
+        known = {name: tensor for name, tensor in state.items() if name in self.symmetry.shapes}
+        element, report = match_whole(self.group, goal, known, restarts=self.how.restarts)
+        moved = {**state, **self.group.apply(element, known)}
+        row = reduce(
+            self.symmetry.compose, [move.value for move in element if move.line == "P"], self.symmetry.identity()[0]
+        )
+        canonical = Distance(report.whole.distance, report.whole.cosine)
+        distances = (distance(base, one, {}) for one in (state, moved))
+        return Aligned(moved, *distances, moved_share(self.symmetry, row), [], exact=False, canonical=canonical)
+
+    def _whole_together(self, states: Sequence[State]) -> list[Aligned]:
+        """Generalised Procrustes analysis at the whole group; a round that does not gain is not kept."""
+        first = Aligned(dict(states[0]), Distance(0.0, 1.0), Distance(0.0, 1.0), 0.0, [], exact=True)
+        best = [first, *(self.pair(states[0], state) for state in states[1:])]
+        for _ in range(MOST_ROUNDS):
+            found = [first]
+            for number in range(1, len(states)):
+                others = [one.state for place, one in enumerate(best) if place != number]
+                goal = {name: x for name, x in mean_of(others).items() if name in self.symmetry.shapes}
+                found.append(self._whole(goal, states[number], goal))
+            if not closeness_of(found) > closeness_of(best) + LEAST_GAIN:
+                break
+            best = found
+        return best
+
     def _moved(self, base: State, state: State, row: Tensor, unmatched: dict[str, str]) -> Aligned:
         moved = moved_by(self.symmetry, row, state)
         distances = (distance(base, one, unmatched) for one in (state, moved))
         return Aligned(moved, *distances, moved_share(self.symmetry, row), [*unmatched.values()], exact=True)
+
+
+def closeness_of(found: Sequence[Aligned]) -> float:
+    """The mean cosine of each network with the mean of the others."""
+    cosines = []
+    for number, one in enumerate(found):
+        others = mean_of([other.state for place, other in enumerate(found) if place != number])
+        cosines.append(distance(others, one.state, {}).cosine)
+    return sum(cosines) / len(cosines)
 
 
 def moved_by(symmetry: Symmetry, row: Tensor, state: State) -> dict[str, Tensor]:

@@ -1,23 +1,24 @@
 """The loss barrier between two networks: on the line between them, as they are and after alignment."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from sys import stderr
 from typing import Annotated, Any, Literal
 
 import tyro
+from torch import Tensor
 
 from fastws import pages
 from fastws.compare import barrier_page
 from fastws.compare.align import check_function, open_whole
-from fastws.compare.aligning import Aligner, Matching
+from fastws.compare.aligning import Aligned, Aligner, Matching
 from fastws.compare.evaluating import Data, Precision, load_examples, with_images
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
-from fastws.compare.modules import Words, require_fit, require_network
+from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
 from fastws.files.atomic import write_file, write_json
 from fastws.runs.begun import begin
 from fastws.runs.stages import stage
@@ -90,12 +91,12 @@ def barrier(config: Config) -> dict[str, Any]:
     if folder is not None:
         begin("barrier", folder, config, may_change=("json", "out"))
     x = examples.calibrating(config.statistics).x
-    moved = Aligner(network, config, x).pair(*(end.state for end in ends))
-    check_function(ends[1], network, moved)
+    moved = align_ends(config, network, ends, x)
     results = {"a": config.a, "b": config.b, "data": examples.name, "module": network.name, "points": config.points}
     results |= {"images": {"test": len(examples.test.x), "train": len(examples.train.x), "statistics": len(x)}}
-    results |= {"cosine": {"as they are": moved.raw.cosine, "aligned": moved.aligned.cosine}, "curves": []}
-    for alignment, state in (("as they are", ends[1].state), ("aligned", moved.state)):
+    cosines = {"as they are": moved["permuted"].raw.cosine} | {name: one.aligned.cosine for name, one in moved.items()}
+    results |= {"cosine": cosines, "curves": []}
+    for alignment, state in {"as they are": ends[1].state, **{name: one.state for name, one in moved.items()}}.items():
         mixer = Mixer(network, [ends[0].state, state], x)
         for statistics in statistics_of(network, x):
             for part in ("test", "train") if config.parts == "both" else (config.parts,):
@@ -108,6 +109,16 @@ def barrier(config: Config) -> dict[str, Any]:
         title = f"{Path(config.a).name} to {Path(config.b).name}"
         write_file(folder / "report.html", pages.document(title, barrier_page.body(results)).encode())
     return results
+
+
+def align_ends(config: Config, network: Network, ends: Sequence[Checkpoint], x: Tensor) -> dict[str, Aligned]:
+    """The second network in coordinates of the first, by permutations and signs, and, if asked, at the whole group."""
+    ways = {"permuted": replace(config, continuous=False)} | ({"whole group": config} if config.continuous else {})
+    moved = {}
+    for name, way in ways.items():
+        moved[name] = Aligner(network, way, x).pair(*(end.state for end in ends))
+        check_function(ends[1], network, moved[name])
+    return moved
 
 
 def curve(mixer: Mixer, config: Config, found: dict[str, str], part: Part) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def lines_of(results: dict[str, Any]) -> Iterator[str]:
     images, cosine = results["images"], results["cosine"]
     yield f"{results['points']} networks from {results['a']} to {results['b']}"
     yield f"{results['data']}: {images['test']:,} test and {images['train']:,} training inputs"
-    yield f"cosine {cosine['as they are']:.3f}, aligned {cosine['aligned']:.3f}"
+    yield "cosine of the weights: " + ", ".join(f"{name} {value:.3f}" for name, value in cosine.items())
     yield " ".join(f"{name:>{width}}" for name, width in barrier_page.COLUMNS)
     for row in map(barrier_page.cells, results["curves"]):
         yield " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, barrier_page.COLUMNS, strict=True))

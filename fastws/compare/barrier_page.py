@@ -20,7 +20,7 @@ COLUMNS = (
     ("midpoint", 8),
 )
 STYLES = {"stored": "-", "reset": "--", "repaired": ":"}
-COLOURS = {"as they are": pages.GREY, "aligned": pages.BLUE}
+COLOURS = {"as they are": pages.GREY, "permuted": pages.BLUE, "whole group": pages.ORANGE}
 LEGEND = """
 Networks on the straight line between the weights of both, ends included. A barrier is the largest distance between the
 curve and the straight line between its ends: of the loss upwards, in nats, of the accuracy downwards; midpoint: the
@@ -44,7 +44,7 @@ def body(results: dict[str, Any]) -> Iterator[str]:
     yield f"<h1>From {html.escape(results['a'])} to {html.escape(results['b'])}</h1>"
     yield f"<p>{html.escape(results['module'])} on {html.escape(results['data'])}: {images['test']:,} test and "
     yield f"{images['train']:,} training inputs, {images['statistics']:,} of them for statistics. Cosine of the "
-    yield f"weights {cosine['as they are']:.3f}, after alignment {cosine['aligned']:.3f}.</p>"
+    yield f"weights: {', '.join(f'{name} {value:.3f}' for name, value in cosine.items())}.</p>"
     for part in dict.fromkeys(curve["part"] for curve in results["curves"]):
         yield figure([curve for curve in results["curves"] if curve["part"] == part], part)
     yield pages.table([name for name, _ in COLUMNS], map(cells, results["curves"]))

@@ -70,10 +70,11 @@ def merge(
         True
     """
     shares = shares_of(weights, len(states))
+    states = [{name: tensor.detach() for name, tensor in state.items()} for state in states]
     network = Network(deepcopy(module).eval().requires_grad_(False), example_inputs, "merge")
     x = None if data is None else data[0]
     aligned = align_all(network, states, matching or Matching(), x) if align else []
-    mixer = Mixer(network, [one.state for one in aligned] or list(states), x)
+    mixer = Mixer(network, [one.state for one in aligned] or states, x)
     possible = ["stored"] if x is None else statistics_of(network, x)
     if statistics not in (*possible, "best"):
         must = f"one of {', '.join(possible)}, which data and module allow"
