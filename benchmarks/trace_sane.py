@@ -16,6 +16,8 @@ from fastws.benchmarks.harness import DEVICE
 from fastws.benchmarks.zoo import TOKEN_SIZE, resnet18
 from fastws.nn.sane import PRESETS, SANE
 from fastws.train import loop, sane
+from fastws.windows.population import Kind, make_population
+from fastws.windows.zoos import Group
 
 STEPS = 20
 NETWORKS = 8  # in the zoo, of random weights
@@ -27,10 +29,11 @@ def make_step(size: str, batch: int = 32) -> Callable[[int], None]:
     layout, symmetry = resnet18()
     config = sane.Config(out="", zoo="", size=size, batch_size=batch, token_size=TOKEN_SIZE, clip=1.0)
     weights = torch.randn(NETWORKS, layout.num_weights, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    table = symmetry.table(layout).to(DEVICE)
-    mean, std = torch.zeros(len(table), device=DEVICE), torch.ones(len(table), device=DEVICE)
-    rows = {"train": torch.arange(NETWORKS)}
-    source = sane.Source(weights, rows, layout, table, symmetry, None, mean, std, PRESETS[size]["window"])
+    kind, begins = torch.zeros(NETWORKS, dtype=torch.int64), torch.arange(NETWORKS) * layout.num_weights * 4
+    content, kinds = weights.flatten().view(torch.uint8), [Kind.of(layout, symmetry)]
+    population = make_population(kinds, kind, content, begins, dtypes=[torch.float32])
+    groups = (Group("random", torch.arange(NETWORKS), kind[:0]),)
+    source = sane.Source(population, groups, PRESETS[size]["window"], None)
     torch.manual_seed(0)
     with torch.device(DEVICE):  # a CPU would take half a minute to draw 800 million weights
         model = SANE(sane.model_config(config, source))

@@ -453,13 +453,14 @@ def test_views_permute_aligned_networks(tmp_path):
     options = {"batch_size": 4, "noise": 0, "standardize": False, "window": 48}  # all tokens
     config = sane.Config(zoo=str(zoo.path), out=str(tmp_path), aligned=True, **options)
     source = sane.make_source(config, zoo, CPU)
-    assert torch.equal(source.weights, aligned_rows(zoo, torch.cat([zoo.split("train"), zoo.split("val")])))
+    expected = aligned_rows(zoo, torch.cat([zoo.split("train"), zoo.split("val")]))
+    assert torch.equal(source.population.weights[0][: expected.numel()], expected.flatten())
     (second,) = sane.draw(config, source, "train", 3).values[1:]
     drawn = symmetry.random(8, config.seed, sane.PERMUTATION + 3)[4:]
     order = epoch_rows(len(zoo.split("train")), 4, config.seed, sane.ORDER, 3)
     rows = zoo.split("train")[source.rows["train"][order]]
     composed = symmetry.compose(symmetry.expand(found[rows % MODELS]), drawn)
-    views = source.layout.tokenize(symmetry.permute(zoo.rows(rows), composed, zoo.layout)).values
+    views = source.population.kinds[0].layout.tokenize(symmetry.permute(zoo.rows(rows), composed, zoo.layout)).values
     assert torch.equal(second, views)
     config = replace(config, aligned=False)
     plain = sane.draw(config, sane.make_source(config, zoo, CPU), "train", 3)

@@ -48,7 +48,7 @@ def sane_steps(changes: dict, zoo, move: Move) -> Callable[[int], None]:
     config = replace(SANE, clip=1.0, **changes)
     source = sane.make_source(config, zoo, CPU)
     model = move(Model(sane.model_config(config, source)))
-    source = source._replace(**{name: move(getattr(source, name)) for name in ("weights", "table", "mean", "std")})
+    source = source._replace(population=source.population.move(move))
     optimizer = loop.adamw(model, config)
 
     def step(number: int) -> None:

@@ -1,7 +1,6 @@
 """A trained SANE as an encoder (arXiv 2406.09997, algorithm 2): networks of any length, in chunks with a halo."""
 
 import operator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from fastws.files.checkpoints import load_plain
 from fastws.files.limits import DAMAGED
 from fastws.layout.moments import layer_moments
 from fastws.nn.sane import SANE, SANEConfig
+from fastws.windows.places import LAYER_TYPES, PARTS, places_of
 from fastws.zoo.format.zoo import Zoo
 
 SAMPLED = 1000  # networks, about, that the moments of another architecture are taken of
@@ -27,6 +27,7 @@ class Encoder(NamedTuple):
     scale: Tensor  # [L]
     shift: Tensor  # [L]
     aligned: bool = False  # whether it was trained on aligned networks
+    others: tuple["Encoder", ...] = ()  # the same for the other architectures that it was trained on
 
 
 def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder:
@@ -40,20 +41,29 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
         raise FileNotFoundError(f"embed: model must be the checkpoint.pt of fastws train sane, got no file {path}")
     try:
         state = load_plain(path)
-        layout, sizes, mean, std = (state["extra"][name] for name in ("layout", "sane", "mean", "std"))
-        layout = fastws.Layout.from_dict(layout)
-        config = SANEConfig.of_state(state["model"], sizes["heads"])
-        if asdict(config) != sizes | {"max_positions": tuple(sizes["max_positions"])}:
-            raise ValueError(f"weights of {config} for {sizes}")
+        sizes, kinds = state["extra"]["sane"], [state["extra"], *state["extra"].get("others", ())]
+        config = SANEConfig(**sizes | {"max_positions": tuple(sizes["max_positions"])})
+        blocks = sum(name.endswith(".ln_1.weight") for name in state["model"])
+        if 2 * config.depth != blocks:  # a file may name any number, and so many would be made
+            raise ValueError(f"{blocks} blocks for a depth of {config.depth}")
         with torch.device("meta"):
             model = SANE(config)
+        expected = {name: x.shape for name, x in model.state_dict().items()}
+        if expected != {name: x.shape for name, x in state["model"].items()}:
+            raise ValueError(f"other weights than those of {config}")
         model.to_empty(device=device).load_state_dict(state["model"])
-        check(model.config, layout, mean, std)
+        described = [(fastws.Layout.from_dict(kind["layout"]), kind["mean"], kind["std"]) for kind in kinds]
+        for layout, mean, std in described:
+            check(config, layout, mean, std)
     except DAMAGED as error:
         got = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"embed: model must be the checkpoint.pt of fastws train sane, got {path}: {got}") from error
     aligned = state["extra"].get("aligned") is True
-    return Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device), aligned)
+    encoders = [
+        Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device), aligned)
+        for layout, mean, std in described
+    ]
+    return encoders[0]._replace(others=tuple(encoders[1:]))
 
 
 def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) -> None:
@@ -61,8 +71,23 @@ def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) 
     if mean.shape != (len(layout.table),) or std.shape != mean.shape or not (mean.isfinite() & (std > 0)).all():
         raise ValueError(f"mean and std {list(mean.shape)} for {len(layout.table)} layers")
     positions = tuple((layout.positions.amax(0) + 1).tolist())
-    if layout.token_size != config.token_size or any(map(operator.gt, positions, config.max_positions)):
+    if layout.token_size != config.token_size or not has_positions(config, layout):
         raise ValueError(f"tokens of {layout.token_size} in {positions} positions for a model of {config}")
+
+
+def has_positions(config: SANEConfig, layout: fastws.Layout) -> bool:
+    """Whether a model knows the positions of all tokens of a layout; one of sines or relative ones knows any."""
+    if config.layer_types not in (0, len(LAYER_TYPES)):
+        return False
+    needed = [PARTS] * 3 if config.relative else (layout.positions.amax(0) + 1).tolist()
+    return config.positions != "learned" or not any(map(operator.gt, needed, config.max_positions))
+
+
+def told(encoder: Encoder) -> Tensor:
+    """What the model is told of each token of a network, int32 ``[N, 3 or 4]``, on its device."""
+    layout, config = encoder.layout, encoder.model.config
+    options = {"relative": config.relative, "layer_types": config.layer_types > 0}
+    return places_of(layout).describe(layout.positions, layout.positions[:, 1], **options).to(encoder.scale.device)
 
 
 def suit(encoder: Encoder, zoo: Zoo, where: str = "embed") -> Encoder:
@@ -73,11 +98,12 @@ def suit(encoder: Encoder, zoo: Zoo, where: str = "embed") -> Encoder:
     Raises:
         ValueError: If the zoo has more tokens, layers or output units than the model has positions for.
     """
-    if encoder.layout.fingerprint == zoo.layout.fingerprint:
-        return encoder
+    known = [one for one in (encoder, *encoder.others) if one.layout.fingerprint == zoo.layout.fingerprint]
+    if known:
+        return known[0]
     layout = zoo.layout.with_tokens(encoder.layout.token_size, encoder.layout.norm, encoder.layout.span)
     needed, known = tuple((layout.positions.amax(0) + 1).tolist()), encoder.model.config.max_positions
-    if any(map(operator.gt, needed, known)):
+    if not has_positions(encoder.model.config, layout):
         what = f"at most {known} tokens, layers and output units, for which the model has positions, got {needed}"
         raise ValueError(f"{where}: zoo {zoo.path} must have {what}")
     mean, std = torch.zeros(len(layout.table)), torch.ones(len(layout.table))
@@ -100,13 +126,13 @@ def encode(encoder: Encoder, weights: Tensor, *, halo: int | None, batch_size: i
     table = layout.table.to(device)
     model = torch.arange(len(weights)).repeat_interleave(len(starts)).to(device)
     start = starts.repeat(len(weights)).to(device)
-    parts = []
+    parts, places, steps = [], told(encoder), torch.arange(window, device=device)
     for some, begin in zip(model.split(batch_size), start.split(batch_size), strict=True):
-        values, _, positions = fastws.token_views(
+        values, _, _ = fastws.token_views(
             weights, table, layout.token_size, some, begin, window,
             scale=encoder.scale, shift=encoder.shift, dtype=torch.float32,
         )  # fmt: skip
-        parts.append(encoder.model.encode(values, positions).float())
+        parts.append(encoder.model.encode(values, places[begin[:, None] + steps]).float())
     z = torch.cat(parts).view(len(weights), len(starts) * window, -1)
     return stitch(z, place)
 
@@ -130,7 +156,7 @@ def decode(
     tokens = windows_of(starts, window).to(device)
     network = torch.arange(len(z), device=device).repeat_interleave(len(starts))
     number = torch.arange(len(starts), device=device).repeat(len(z))
-    rows, positions = z.flatten(0, 1), layout.positions.to(device)
+    rows, positions = z.flatten(0, 1), told(encoder)
     parts = []
     for some, which in zip(network.split(batch_size), number.split(batch_size), strict=True):
         chosen = (some[:, None] * layout.num_tokens + tokens[which]).flatten()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fastws.files.checkpoints import load_plain
 from fastws.ops.attention import attention
 
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile, DDP and a trainer put before a name
+Positions = Literal["learned", "sinusoidal", "summed"]  # summed: sines of all axes in the same entries, as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,11 @@ class SANEConfig:
 
     token_size: int  # entries per token
     window: int  # tokens per training window; the projection head is made for it
-    max_positions: tuple[int, int, int]  # tokens, layers and output units that have a position
+    max_positions: tuple[int, int, int] = (1, 1, 1)  # tokens, layers and output units in tables; 1 without tables
+    positions: Positions = "learned"  # tables of them, or sines, which know no largest network
+    relative: bool = False  # positions are parts of the network, of 1024, whatever its size
+    layer_types: int = 0  # kinds of layers that have an embedding; 0: positions do not say the kind
+    dropout: float = 0.0  # probability of dropping what enters a transformer or leaves a branch
     width: int = 1024  # of the transformers; a multiple of heads, even
     heads: int = 8  # of the attention
     depth: int = 8  # blocks, in the encoder and again in the decoder
@@ -34,15 +39,23 @@ class SANEConfig:
     projection: int = 30  # outputs of the projection head
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        for name in ("token_size", "window", "width", "heads", "depth", "latent", "projection", "max_positions"):
+            value = getattr(self, name)
             if min(value if name == "max_positions" else [value]) < 1:
                 raise ValueError(f"SANE: {name} must be positive, got {value}")
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"SANE: positions must be one of {get_args(Positions)}, got {self.positions!r}")
+        if not 0 <= self.dropout < 1 or self.layer_types < 0:
+            got = f"{self.dropout} and {self.layer_types}"
+            raise ValueError(f"SANE: dropout must be in [0, 1) and layer_types from 0, got {got}")
+        if self.positions != "learned" and self.width < 6:
+            raise ValueError(f"SANE: width must be at least 6 for sines of three axes, got {self.width}")
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"SANE: width must be even and a multiple of heads={self.heads}, got {self.width}")
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], heads: int) -> Self:
-        """Reads the sizes from a state dict; the number of heads is not in it."""
+        """Reads the sizes from the state dict of a published model; the number of heads is not in it."""
         latent, width = state["encoder_comp.weight"].shape
         projection, head_inputs = state["projection_head.head.0.weight"].shape
         return cls(
@@ -57,11 +70,16 @@ class SANEConfig:
         )
 
 
+SINES = {"positions": "sinusoidal"}
 PRESETS = {  # name: what of SANEConfig the architecture of a zoo does not decide
     "tiny": {"width": 64, "heads": 4, "depth": 2, "latent": 16, "window": 16},  # seconds on a CPU: tests, first steps
     "small": {"width": 256, "heads": 8, "depth": 4, "latent": 64, "window": 32},  # minutes to hours on a CPU
     "cnn": {"width": 1024, "heads": 8, "depth": 8, "latent": 128, "window": 64},  # published, CNN zoos
     "resnet18": {"width": 2048, "heads": 16, "depth": 8, "latent": 128, "window": 256},  # published, ResNet-18 zoos
+    # of the follow-ups: zoos of several architectures (arXiv 2504.10141), and WeightCLIP, whose sines we keep apart
+    "multizoo": {"width": 2048, "heads": 16, "depth": 8, "latent": 128, "window": 256},
+    "weightclip": {"width": 1600, "heads": 20, "depth": 12, "latent": 192, "window": 512, "dropout": 0.05} | SINES,
+    "weightclip-cnn": {"width": 1024, "heads": 16, "depth": 16, "latent": 128, "window": 118, "dropout": 0.1} | SINES,
 }
 PUBLISHED = {  # the two complete published configurations
     "cnn": SANEConfig(token_size=289, max_positions=(100, 10, 40), **PRESETS["cnn"]),
@@ -95,28 +113,30 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block as in GPT-2, without biases."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.ln_1 = nn.LayerNorm(width, bias=False)
         self.attn = SelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width, bias=False)
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class Transformer(nn.Module):
     """A stack of blocks; no norm at its end."""
 
-    def __init__(self, width: int, heads: int, depth: int):
+    def __init__(self, width: int, heads: int, depth: int, dropout: float = 0.0):
         super().__init__()
-        self.transformer = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        self.transformer = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x = x.reshape(-1, *shape[-2:])  # the fast attention kernels know one batch axis
+        x = self.dropout(x.reshape(-1, *shape[-2:]))  # the fast attention kernels know one batch axis
         for block in self.transformer:
             x = block(x)
         return x.view(shape)
@@ -132,6 +152,25 @@ class PositionEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         token, layer, unit = positions.unbind(-1)
         return torch.cat([self.pe1(token) + self.pe2(layer), self.pe3(unit)], -1)
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of token, layer and unit: entries of their own for each, or of all three in the same."""
+
+    def __init__(self, width: int, summed: bool):
+        super().__init__()
+        self.width, self.summed = width, summed
+        # where axes shared their entries, positions that differ by an exchange of axes would be the same
+        parts = [width // 6] * 2 if not summed else []
+        self.pairs = [width // 2 - sum(parts), *parts] if not summed else [width // 2] * 3
+
+    def forward(self, positions: Tensor) -> Tensor:
+        waves = []
+        for axis, pairs in zip(positions.unbind(-1), self.pairs, strict=True):
+            rate = 10_000 ** (-torch.arange(pairs, device=axis.device, dtype=torch.float32) / pairs)
+            angle = axis[..., None] * rate
+            waves.append(torch.stack([angle.sin(), angle.cos()], -1).flatten(-2))
+        return sum(waves) if self.summed else torch.cat(waves, -1)
 
 
 class ProjectionHead(nn.Module):
@@ -156,8 +195,9 @@ class SANE(nn.Module):
     """An autoencoder of windows of tokens: token values and positions to one embedding per token, and back.
 
     Encoder: linear, plus position, transformer, linear. Decoder: the same with its own weights, plus the same
-    position. There is no attention mask and no dropout. Values may have any leading axes; positions have those axes
-    or only the last of them, down to ``[W, 3]``, and are then shared: views of one window pass their positions once.
+    position. There is no attention mask. Values may have any leading axes; positions have those axes or only the last
+    of them, down to ``[W, 3]``, and are then shared: views of one window pass their positions once. With
+    ``layer_types`` positions have a fourth number, the kind of layer.
 
     Example:
         >>> config = SANEConfig(token_size=9, max_positions=(48, 3, 16), **PRESETS["tiny"])
@@ -172,12 +212,16 @@ class SANE(nn.Module):
         self.config = config
         width, latent = config.width, config.latent
         self.tokenizer = nn.Linear(config.token_size, width)
-        self.transformer_encoder = Transformer(width, config.heads, config.depth)
+        self.transformer_encoder = Transformer(width, config.heads, config.depth, config.dropout)
         self.encoder_comp = nn.Linear(width, latent)
         self.decoder_comp = nn.Linear(latent, width)
-        self.transformer_decoder = Transformer(width, config.heads, config.depth)
+        self.transformer_decoder = Transformer(width, config.heads, config.depth, config.dropout)
         self.detokenizer = nn.Linear(width, config.token_size)
-        self.pe = PositionEmbedding(config.max_positions, width)
+        if config.positions == "learned":
+            self.pe = PositionEmbedding(config.max_positions, width)
+        else:
+            self.pe = SinusoidalPositions(width, config.positions == "summed")
+        self.layer_type = nn.Embedding(config.layer_types, width) if config.layer_types else None
         self.projection_head = ProjectionHead(config.window * latent, config.projection)
         self.reset_parameters()
 
@@ -193,17 +237,21 @@ class SANE(nn.Module):
 
     def encode(self, values: Tensor, positions: Tensor) -> Tensor:
         """Embeds tokens: values ``[.., W, T]`` and positions ``[.., W, 3]`` integer to ``[.., W, E]``, any W."""
-        return self._encode(values, self.pe(positions))
+        return self._encode(values, self._embed(positions))
 
     def decode(self, z: Tensor, positions: Tensor) -> Tensor:
         """Predicts tokens: embeddings ``[.., W, E]`` and positions ``[.., W, 3]`` to values ``[.., W, T]``."""
-        return self._decode(z, self.pe(positions))
+        return self._decode(z, self._embed(positions))
 
     def forward(self, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns embeddings ``[.., W, E]``, predictions ``[.., W, T]`` and projections ``[.., 30]`` of windows."""
-        position = self.pe(positions)
+        position = self._embed(positions)
         z = self._encode(values, position)
         return z, self._decode(z, position), self.projection_head(z)
+
+    def _embed(self, positions: Tensor) -> Tensor:
+        position = self.pe(positions[..., :3])
+        return position if self.layer_type is None else position + self.layer_type(positions[..., 3])
 
     def _encode(self, values: Tensor, position: Tensor) -> Tensor:
         return self.encoder_comp(self.transformer_encoder(self.tokenizer(values) + position))

@@ -129,10 +129,10 @@ def token_views(
     check_stream("token_views", seed, 2 * offset)
     if permutations is None:
         permutations = torch.empty(len(model), 0, dtype=torch.int32, device=model.device)
-    elif layers is None:
+    elif layers is None or not _native.CHECK:
         check_permutations("token_views", permutations, len(model), table)
     else:  # a network uses the vectors of its own layout only
-        for first, last in set(map(tuple, layers.tolist())) if _native.CHECK else [(0, 0)]:
+        for first, last in set(map(tuple, layers.tolist())):
             own = (layers[model] == torch.tensor([first, last], device=model.device)).all(1)
             check_permutations("token_views", permutations[own], int(own.sum()), table[first:last])
     if base is None:

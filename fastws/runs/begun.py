@@ -44,7 +44,7 @@ def require_same(command: str, folder: Path, config: Any, begun: object, may_cha
         if name in may_change:
             continue
         before = begun[name] if name in begun else default_of(config, name)
-        if before != value:
+        if before != value and [before] != value:  # what takes several now may have taken one then
             where = f"{command}: {name}"
             raise ValueError(
                 f"{where} must be {before!r}, with which {folder} was begun, got {value!r}; give another --out"

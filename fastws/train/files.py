@@ -1,5 +1,6 @@
 """The folder of a training run, and checkpoint.pt in it, of which a complete one is there at any moment."""
 
+import os
 import platform
 import re
 import shutil
@@ -21,7 +22,7 @@ from fastws.files.lock import one_writer
 from fastws.runs import processes
 from fastws.version import __version__
 
-OWN_HALF = re.compile(r"(checkpoint\.pt|best\.pt|log\.jsonl|results\.json)\.[0-9a-f]+\.tmp")
+OWN_HALF = re.compile(r"(checkpoint(-\d+)?\.pt|best\.pt|log\.jsonl|results\.json)\.[0-9a-f]+\.tmp")
 
 
 def make_folder(path: str) -> Path:
@@ -69,6 +70,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
         room = f"disk must have room for {(size >> 20) + 1} MiB at {path}"
         reason = error.__cause__ or error
         raise OSError(f"train: {room}, got {reason}; free it, then run the same command again to resume") from error
+
+
+def keep(path: Path, step: int) -> None:
+    """Keeps a checkpoint beside those that follow it; a link where the disk has links, which costs no room."""
+    kept = path.with_name(f"{path.stem}-{step}{path.suffix}")
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)
+    except OSError:
+        with write_atomically(kept, path.stat().st_size) as file, path.open("rb") as source:
+            shutil.copyfileobj(source, file)
 
 
 def tensors(state: Any) -> list[Tensor]:

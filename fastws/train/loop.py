@@ -27,7 +27,15 @@ from fastws.runs.log import Log
 from fastws.terminal import AGAIN, Stopped
 from fastws.train import files
 
-MAY_CHANGE = ("out", "log_every", "eval_every", "save_every", "compile", "device")  # may change when a run is resumed
+MAY_CHANGE = (
+    "out",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_every",
+    "compile",
+    "device",
+)  # may change when a run is resumed
 Metrics = dict[str, Tensor]
 
 
@@ -50,9 +58,10 @@ class Config:
     log_every: int = 10  # steps between lines of log.jsonl
     eval_every: int = 500  # steps between evaluations
     save_every: int = 500  # steps between checkpoints
+    keep_every: int | None = None  # steps between checkpoints that are kept, as checkpoint-<step>.pt
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "log_every", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "lr", "log_every", "eval_every", "save_every", "keep_every"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
@@ -123,7 +132,8 @@ def train(
             done += 1
             last = done == config.steps
             stopping = processes.agree_to_stop(stop.is_set(), done, device)
-            saving = last or stopping or done % config.save_every == 0
+            keeping = config.keep_every is not None and done % config.keep_every == 0
+            saving = last or stopping or keeping or done % config.save_every == 0
             recorder.step(done)
             # drawn ahead, while the device is busy with the step: what follows may wait for it
             drawn = None if last or stopping else batch(done)
@@ -142,6 +152,8 @@ def train(
                 state = {"config": plain(config), "step": done, "extra": extra or {}}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "carried": carried}
                 files.save(folder / "checkpoint.pt", state)
+                if keeping:
+                    files.keep(folder / "checkpoint.pt", done)
             if stopping and not last:
                 raise Stopped(f"stopped after step {done} of {config.steps}; {AGAIN}", stop.number)
     return recorder.latest
@@ -235,6 +247,8 @@ def same(value: Any, before: Any) -> bool:
     """
     if isinstance(value, dict) and isinstance(before, dict):
         return before.keys() <= value.keys() and all(same(value[name], before[name]) for name in before)
+    if isinstance(value, list) and isinstance(before, list):
+        return len(value) == len(before) and all(map(same, value, before))
     if not isinstance(value, Tensor):
         return not isinstance(before, Tensor) and value == before
     alike = isinstance(before, Tensor) and value.shape == before.shape and value.dtype == before.dtype

@@ -142,15 +142,24 @@ def aligned_rows(zoo: Zoo, rows: Tensor | Sequence[int], alignment: Alignment | 
     """
     alignment, symmetry = alignment or Alignment.open(zoo), symmetry_of(zoo)
     rows = torch.as_tensor(rows, dtype=torch.int64).flatten()
+    flat, permutations = zoo.rows(rows), permutations_of(zoo, rows, alignment)
+    for part in torch.arange(len(rows)).split(max(1, ROWS_AT_ONCE // zoo.layout.num_weights)):
+        flat[part] = symmetry.permute(flat[part], permutations[part], zoo.layout)
+    return flat
+
+
+def permutations_of(zoo: Zoo, rows: Tensor, alignment: Alignment) -> Tensor:
+    """What aligns the networks of rows, the groups of permutations, int32 ``[k, sum(sizes)]``.
+
+    Raises:
+        ValueError: If a model was added since the alignment was made.
+    """
     ids = zoo.properties["model"].cast("string").take(pyarrow.array(rows.numpy()))
     places = pyarrow.compute.index_in(ids, value_set=pyarrow.array(alignment.models, "string"))
     if places.null_count:
         new = ids.filter(places.is_null())[0]
         raise ValueError(f"aligned_rows: models must be in the alignment, got {str(new)!r}; run fastws zoo align again")
-    flat, places = zoo.rows(rows), torch.from_numpy(places.to_numpy().copy()).long()
-    for part in torch.arange(len(rows)).split(max(1, ROWS_AT_ONCE // zoo.layout.num_weights)):
-        flat[part] = symmetry.permute(flat[part], alignment.permutations[places[part]], zoo.layout)
-    return flat
+    return alignment.permutations[torch.from_numpy(places.to_numpy().copy()).long()]
 
 
 def rows_of(zoo: Zoo, aligned: bool) -> Callable[[Tensor | Sequence[int]], Tensor]:

@@ -46,6 +46,7 @@ class Zoo:
             written into them stays private.
         dropped: States that were left out when the zoo was written, because they were not finite.
         bad_rows: Rows that ``on_bad="drop"`` found; ``split`` leaves them out.
+        weight_files: The file of each shard.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Zoo:
     model_files: tuple[dict, ...]
     dropped: int
     bad_rows: Tensor
+    weight_files: tuple[Path, ...] = ()
 
     @classmethod
     def open(cls, path: str | os.PathLike, on_bad: Literal["drop", "raise"] | None = None) -> "Zoo":
@@ -110,7 +112,8 @@ class Zoo:
                 raise FileNotFoundError(f"{path / file['file']}: file must be there, {MANIFEST} lists it; restore it")
         empty = torch.empty(0, dtype=torch.int64)
         told = manifest["provenance"], manifest["splits"]
-        return cls(path, layout, symmetry, dtype, *told, shards, models, manifest["dropped"], empty)
+        names = tuple(file for file, _ in files)
+        return cls(path, layout, symmetry, dtype, *told, shards, models, manifest["dropped"], empty, names)
 
     def __len__(self) -> int:
         """States in the zoo, ``M``."""

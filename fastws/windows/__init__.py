@@ -1,0 +1,1 @@
+"""Windows of tokens of many networks, of whatever architecture, in memory or in files."""

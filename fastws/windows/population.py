@@ -1,0 +1,250 @@
+"""A population: networks of one or several architectures, of which windows of tokens are cut.
+
+Their weights lie in one stretch of bytes, in memory or in files, and tables of all architectures stand one below the
+other, so that a batch of windows is one call of an operator, whatever networks are in it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastws
+from fastws.devices import to_device
+from fastws.files.arena import Arena
+from fastws.layout.layout import Layout
+from fastws.symmetry.symmetry import Symmetry
+from fastws.table import Row
+from fastws.tokens import Tokens
+
+OFFSETS = [Row._fields.index(name) for name in ("weight_offset", "bias_offset")]
+
+
+class Kind(NamedTuple):
+    """One architecture: its tokens, what may be permuted, and how its layers are scaled."""
+
+    layout: Layout
+    symmetry: Symmetry | None  # None: nothing is permuted
+    mean: Tensor  # of each layer, [L] float32
+    std: Tensor  # what is divided by
+
+    @classmethod
+    def of(cls, layout: Layout, symmetry: Symmetry | None = None) -> "Kind":
+        """Without statistics: weights are what they are."""
+        return cls(layout, symmetry, torch.zeros(len(layout.table)), torch.ones(len(layout.table)))
+
+
+class Population(NamedTuple):
+    """Networks, and where their weights are. Tensors on the device of the weights, ``kind`` and ``aligned`` on the CPU.
+
+    A number that has another dtype than others of its network is found in another of ``weights``, which are views of
+    the same bytes.
+    """
+
+    kinds: tuple[Kind, ...]
+    kind: Tensor  # of each network, int64 [m]
+    weights: tuple[Tensor, ...]  # [A], one view of all bytes for each dtype
+    tables: tuple[Tensor, ...]  # int64 [sum L, 11], one for each of weights, in whose entries it counts
+    bases: tuple[Tensor, ...]  # int64 [m], the first entry of each network in each of weights
+    where: Tensor  # int64 [sum L], in which of weights each layer is
+    layers: Tensor  # int64 [m, 2], first and one past the last row of each network in tables
+    scale: Tensor  # float32 [sum L], 1 / std
+    shift: Tensor  # float32 [sum L], - mean / std
+    may_flip: Tensor | None = None  # which networks keep their function when units change their sign, bool [m]
+    aligned: Tensor | None = None  # permutations that align each network, int32 [m, S]; None: they are as they lie
+    arena: Arena | None = None  # the files that the weights are in; None: they are in memory
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    @property
+    def token_size(self) -> int:
+        return self.kinds[0].layout.token_size
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens of each network, int64 ``[m]``, on the CPU."""
+        return torch.tensor([kind.layout.num_tokens for kind in self.kinds])[self.kind]
+
+    def move(self, device: Callable[[Tensor], Tensor]) -> "Population":
+        """The same with its weights elsewhere, by a function that moves tensors."""
+        fields = {name: tuple(map(device, getattr(self, name))) for name in ("weights", "tables", "bases")}
+        fields |= {name: device(getattr(self, name)) for name in ("where", "layers", "scale", "shift")}
+        may_flip = None if self.may_flip is None else device(self.may_flip)
+        return self._replace(**fields, may_flip=may_flip)
+
+    def unscaled(self) -> "Population":
+        return self._replace(scale=torch.ones_like(self.scale), shift=torch.zeros_like(self.shift))
+
+
+def make_population(
+    kinds: Sequence[Kind],
+    kind: Tensor,
+    content: Tensor,
+    begins: Tensor,
+    places: Sequence[tuple[Tensor, Sequence[torch.dtype]]] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = (),
+    zeros: int = 0,
+    **fields,
+) -> Population:
+    """Puts tables together.
+
+    Args:
+        kinds: The architectures.
+        kind: Of each network.
+        content: All bytes, uint8 ``[A]``, A a multiple of 8.
+        begins: Byte that each network begins at, int64 ``[m]``, a multiple of the sizes of its dtypes.
+        places: For each kind the bytes from there at which the weight and the bias of each layer begin, int64
+            ``[L, 2]``, -1 without a bias, and the dtype of each layer. By default networks are flat vectors.
+        dtypes: Of the flat vectors of each kind, where ``places`` is not given.
+        zeros: Byte from which on all are zero to the end, where networks that have no layer of a dtype are read in it.
+        fields: Others of the population.
+    """
+    if places is None:
+        offsets = [k.layout.table[:, OFFSETS] for k in kinds]
+        places = [
+            (torch.where(offset < 0, -1, offset * dtype.itemsize), [dtype] * len(offset))
+            for offset, dtype in zip(offsets, dtypes, strict=True)
+        ]
+    known = list(dict.fromkeys(dtype for _, found in places for dtype in found))
+    where = torch.tensor([known.index(dtype) for _, found in places for dtype in found])
+    counts = torch.tensor([len(k.layout.table) for k in kinds])
+    table, place = torch.cat([tabled(k) for k in kinds]), torch.cat([offset for offset, _ in places])
+    tables, bases = [], []
+    for number, dtype in enumerate(known):
+        here = where == number
+        own = table.clone()
+        # layers of other dtypes are read too, from the beginning of their network, and thrown away
+        own[:, OFFSETS] = torch.where(here[:, None], place // dtype.itemsize, torch.where(place < 0, -1, 0))
+        tables.append(own)
+        has = torch.stack([part.any() for part in here.split(counts.tolist())])
+        bases.append(torch.where(has[kind], begins, zeros) // dtype.itemsize)
+    ends = counts.cumsum(0)
+    mean, std = torch.cat([k.mean for k in kinds]), torch.cat([k.std for k in kinds])
+    population = Population(
+        tuple(kinds),
+        kind,
+        tuple(content.view(dtype) for dtype in known),
+        tuple(tables),
+        tuple(bases),
+        where,
+        torch.stack([ends - counts, ends], 1)[kind],
+        1 / std,
+        -mean / std,
+        **fields,
+    )
+    return population.move(lambda x: x.to(content.device))
+
+
+def tabled(kind: Kind) -> Tensor:
+    return kind.layout.table if kind.symmetry is None else kind.symmetry.table(kind.layout)
+
+
+def random_permutations(
+    population: Population, model: Tensor, seed: int, offset: int, *, flips: bool | Tensor = False, still: int = 0
+) -> Tensor:
+    """One row of permutations for each of the networks ``model`` ``[B]``, int32 ``[B, S]`` on the device.
+
+    Those of networks without a symmetry move nothing; nor do those of the first ``still``.
+    """
+    device, kind = population.device, population.kind[model]
+    parts = []
+    for number in kind.unique().tolist():
+        symmetry, rows = population.kinds[number].symmetry, (kind == number).nonzero().flatten()
+        if symmetry is None:
+            continue
+        chosen = flips if not isinstance(flips, Tensor) or len(rows) == len(model) else flips[to_device(rows, device)]
+        drawn = symmetry.random(len(rows), seed, offset, device=device, flips=chosen)
+        count = int((rows < still).sum())
+        if count:
+            drawn[:count] = symmetry.identity(1, device)
+        parts.append((rows, drawn))
+    if len(parts) == 1 and len(parts[0][0]) == len(model):
+        return parts[0][1]
+    width = max((drawn.shape[1] for _, drawn in parts), default=0)
+    permutations = torch.zeros(len(model), width, dtype=torch.int32, device=device)
+    for rows, drawn in parts:
+        permutations[to_device(rows, device), : drawn.shape[1]] = drawn
+    return permutations
+
+
+def align(population: Population, model: Tensor, permutations: Tensor | None) -> Tensor | None:
+    """The permutations of networks ``model`` ``[B]`` behind those that align them."""
+    if population.aligned is None:
+        return permutations
+    rows = population.aligned[model].to(population.device)
+    if permutations is None:
+        return rows
+    composed = permutations.clone()
+    kind = population.kind[model]
+    for number in kind.unique().tolist():
+        symmetry, own = population.kinds[number].symmetry, (kind == number).nonzero().flatten()
+        size = symmetry.num_indices
+        composed[own, :size] = symmetry.compose(rows[own, :size], permutations[own, :size])
+    return composed
+
+
+def cut(
+    population: Population,
+    model: Tensor,
+    start: Tensor,
+    window: int,
+    permutations: Tensor | None = None,
+    **augmentation,
+) -> Tokens:
+    """Windows of networks ``model`` ``[B]`` from tokens ``start`` ``[B]`` on, int64 on the CPU; see ``token_views``.
+
+    Tokens past the end of a network are padding.
+    """
+    device = population.device
+    if population.arena is not None:
+        prefetch(population, model, start, window)
+    model_there, start = to_device(model, device), to_device(start, device)
+    found = [
+        fastws.token_views(
+            weights, table, population.token_size, model_there, start, window, permutations,
+            scale=population.scale, shift=population.shift, dtype=torch.float32, base=base,
+            layers=population.layers, **augmentation,
+        )
+        for weights, table, base in zip(population.weights, population.tables, population.bases, strict=True)
+    ]  # fmt: skip
+    values, lengths, positions = found[0]
+    if len(found) > 1:
+        which = population.where[rows_of_tokens(population, model_there, positions)][..., None]
+        for number, other in enumerate(found[1:], start=1):
+            values = torch.where(which == number, other.values, values)
+    return Tokens(values, lengths, positions)
+
+
+def rows_of_tokens(population: Population, model: Tensor, positions: Tensor) -> Tensor:
+    """Which row of the tables each token is of, int64 ``[B, W]``; that of padding is any of its network."""
+    return population.layers[model, 0][:, None] + positions[..., 1]
+
+
+def prefetch(population: Population, model: Tensor, start: Tensor, window: int) -> None:
+    """Asks for the bytes of windows in files, layer by layer; rows that are permuted are read when they are needed."""
+    begins, sizes = [], []
+    size = population.token_size
+    for number, first in zip(model.tolist(), start.tolist(), strict=True):
+        begin, end = population.layers[number].tolist()
+        dtypes = population.where[begin:end].tolist()
+        rows = population.tables[0][begin:end]
+        tokens = rows[:, Row._fields.index("first_token")].contiguous()
+        low = max(0, int(torch.searchsorted(tokens, first, right=True)) - 1)
+        high = max(low + 1, int(torch.searchsorted(tokens, first + window)))
+        for layer in range(low, high):
+            which = dtypes[layer]
+            row = Row(*population.tables[which][begin + layer].tolist())
+            width = population.weights[which].element_size()
+            skipped = max(0, first * size - row.first_entry(size)) // row.stride(size)
+            wanted = -(-((first + window) * size - row.first_entry(size)) // row.stride(size))
+            stop = min(row.rows, wanted)
+            if row.first_out >= 0 or stop <= skipped:
+                continue
+            base = int(population.bases[which][number])
+            begins.append((base + row.weight_offset + skipped * row.row_length) * width)
+            sizes.append((stop - skipped) * row.row_length * width)
+    population.arena.prefetch(begins, sizes)
