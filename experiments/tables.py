@@ -153,8 +153,25 @@ def barriers(found: dict) -> str:
     )
 
 
+def lineage(found: dict) -> str:
+    """Trees first, then of how many relatives each signal is larger than for all strangers."""
+    lines = [
+        f"seed {found['seed']}, accuracy {found['accuracy']:.3f}, strangers alone: "
+        f"{found['strangers']['called relatives']} of {found['strangers']['pairs']:,} pairs called relatives"
+    ]
+    for tree, signals in zip(found["trees"], found["signals"], strict=True):
+        cells = (f"{name} {value:.2f}" for name, value in signals.items() if name != "networks")
+        lines.append(
+            f"{tree['networks']}: {tree['relatives']} pairs of relatives, precision {tree['precision']:.2f}, recall "
+            f"{tree['recall']:.2f}, parents right {tree['parents right']:.2f}, {tree['certain directions']} certain "
+            f"directions of which right {tree['of them right']:.2f}; relatives above all strangers: {', '.join(cells)}"
+        )
+    return f"{'. '.join(lines)}; {found['seconds'] / 60:.0f} min"
+
+
 KINDS = {
     "barriers": barriers,
+    "lineage": lineage,
     "verdicts": verdicts,
     "embeddings": embeddings,
     "lwln": lwln,

@@ -115,6 +115,17 @@ def test_barriers(experiment, kind, tmp_path, capsys):
     assert f"2 pairs of {kind} 8 wide on digits" in experiment("tables").barriers(found)
 
 
+def test_lineage(experiment, tmp_path):
+    module = experiment("lineage")
+    module.run(module.Config(out=str(tmp_path), smoke=True))
+    found = results(tmp_path)
+    assert [line["networks"] for line in found["trees"]] == list(module.MOVES)
+    assert [(line["precision"], line["recall"]) for line in found["trees"]] == [(1, 1)] * 3
+    assert found["strangers"] == {"pairs": 28, "called relatives": 0}
+    assert found["signals"][0]["raw cosine"] == 1 and found["signals"][1]["raw cosine"] < 0.5
+    assert "permuted: 30 pairs of relatives" in experiment("tables").lineage(found)
+
+
 @pytest.mark.parametrize("smoothness", [0.0, 1e-4])
 def test_teacher(experiment, cifar, tmp_path, smoothness):
     module = experiment("nern_teacher")
