@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastws.group.finding import find_linear
+from fastws.group.finding import Memory, find_linear
 from fastws.group.function import Function
 from fastws.group.inner import find_inner
 from fastws.group.lines import Inner, Linear, Matrices
@@ -26,6 +26,7 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
     }
     lines: list = []
     failed: list[str] = []
+    memory = Memory()
     for group, pieces in enumerate(find_pieces(symmetry)):
         if pieces is None:
             failed.append(
@@ -34,10 +35,15 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
             continue
         for space in (across(symmetry, group, pieces), *inside(symmetry, group, pieces)):
             if len(space.places) > 1 and space.positions > 0:
-                found, failures = find_linear(function, space, offsets)
+                found = memory.recall(function, space)
+                if not found:
+                    found, failures = find_linear(function, space, offsets)
+                    memory.keep(space, found)
+                    failed += failures
                 lines += found
-                failed += failures
-        found, failures = find_inner(function, symmetry, group, pieces, [x for x in lines if isinstance(x, Linear)])
+        found, failures = find_inner(
+            function, symmetry, group, pieces, [x for x in lines if isinstance(x, Linear)], memory
+        )
         lines += found
         failed += failures
         for search in (beside, streams):

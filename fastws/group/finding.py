@@ -7,12 +7,13 @@ the derivatives. No operation need be known. What the null vectors promise is th
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastws.group.function import Function
+from fastws.group.function import Function, SizedAction
 from fastws.group.lines import Linear, Matrices, Pairs, Part, Scales
 from fastws.group.places import Place, Space
 
@@ -100,28 +101,63 @@ def powers_of(
         spread: Makes of random numbers ``[U, n]`` those that a line of this kind may have.
         offsets: Of tensors of variances the small constant that is added to them.
     """
-    function.draw(-(-(len(places) + 8) // max(1, function.outputs_per_draw)))
+    draws = max(2, -(-(len(places) + 8) // max(1, function.outputs_per_draw)))
     generator = torch.Generator().manual_seed(1)
     amounts = spread(torch.randn(space.units, space.positions, generator=generator, dtype=torch.float64))
 
-    def slope(place: Place) -> Tensor:
+    def scaling(place: Place) -> SizedAction:
         offset = offsets.get(place.name, 0.0)
 
         def scaled(state, by: float) -> dict[str, Tensor]:
             entries = place.get(state[place.name]) + offset
             return {place.name: place.put(state[place.name], entries * (amounts * by).exp()[..., None] - offset)}
 
-        return function.slope(scaled)
+        return scaled
 
     costs = [11 if place.name in offsets else 10 for place in places]
-    return sparse(null_vectors(torch.stack([slope(place) for place in places], 1)), costs)
+    return sparse(null_vectors(function.slopes([scaling(place) for place in places], draws)), costs)
 
 
 def tried(function: Function, line: Linear, seed: int = 0) -> float:
-    """The largest change of the outputs that two random elements of a line make."""
+    """The largest change of the outputs that two random elements of a line make, or one that is too large."""
     generator = torch.Generator().manual_seed(seed)
     values = [line.random(generator) for _ in range(2)]
-    return max(function.error(lambda state, value=value: line.act(state, value)) for value in values)
+    errors = (function.error(lambda state, value=value: line.act(state, value), NEARLY) for value in values)
+    return first_above(errors, NEARLY)
+
+
+def first_above(errors: Iterable[float], limit: float) -> float:
+    """The largest error, or the first above a limit, after which no more are looked at."""
+    largest = 0.0
+    for error in errors:
+        largest = max(largest, error)
+        if largest > limit:
+            break
+    return largest
+
+
+class Memory:
+    """The lines of each shape of space, so that layers that are alike need not be searched, only tried."""
+
+    def __init__(self):
+        self.known: dict[tuple, tuple[Space, list[Linear]]] = {}
+
+    def keep(self, space: Space, lines: list[Linear]) -> list[Linear]:
+        self.known[space.shape] = space, lines
+        return lines
+
+    def recall(self, function: Function, space: Space) -> list[Linear]:
+        """The lines that hold in a space as in one of the same shape; none if one of them does not."""
+        before, lines = self.known.get(space.shape, (space, []))
+        there = dict(zip(before.places, space.places, strict=True))
+        found = []
+        for line in lines:
+            parts = tuple(part._replace(place=there[part.place]) for part in line.parts)
+            moved = replace(line, name=parts[0].place.name, group=space.group, parts=parts)
+            if tried(function, moved) > (NEARLY if line.approximate else EXACT):
+                return []
+            found.append(moved)
+        return found
 
 
 def find_linear(function: Function, space: Space, offsets: Mapping[str, float]) -> tuple[list[Linear], list[str]]:
@@ -152,7 +188,7 @@ def find_linear(function: Function, space: Space, offsets: Mapping[str, float]) 
 
 def largest(function: Function, space: Space, parts: tuple[Part, ...]) -> Linear | None:
     """The largest of positive scales, scales and matrices that leaves the outputs as they are."""
-    if next((part.power for part in parts if not is_column(part.place)), parts[0].power) < 0:
+    if next((part.power for part in parts if not part.place.reads), parts[0].power) < 0:
         parts = tuple(part._replace(power=-part.power) for part in parts)
     fields = (parts[0].place.name, space.group, space.units, space.positions, parts)
     positive = Scales(name_of(parts, False), *fields)
@@ -195,12 +231,7 @@ def find_pairs(function: Function, space: Space, places: list[Place]) -> list[Li
 def kind_of_matrices(space: Space, parts: Sequence[Part]) -> str:
     if space.units == 1:
         return "L"
-    return "A2" if any(is_column(part.place) for part in parts) else "A3"
-
-
-def is_column(place: Place) -> bool:
-    """Whether the positions lie along another axis than the first of a tensor."""
-    return place.axis > 0
+    return "A2" if any(part.place.reads for part in parts) else "A3"
 
 
 def name_of(parts: Sequence[Part], signed: bool) -> str:
@@ -215,7 +246,7 @@ def name_of(parts: Sequence[Part], signed: bool) -> str:
     flat = [all(place.numbers == 1 for place in side) for side in (ups, downs)]
     if any(flat) and not all(flat):
         others = downs if flat[0] else ups
-        if not any(is_column(place) for place in others):
+        if not any(place.reads for place in others):
             return "LS"
         return "N1" if signed else "B3"
     return "G" if signed else "S+"

@@ -12,6 +12,7 @@ from fastws.symmetry.tracer import tensors_in
 from fastws.symmetry.verify import randomise
 
 State = Mapping[str, Tensor]
+SizedAction = Callable[[State, float], Mapping[str, Tensor]]  # the same of a state and a size
 Action = Callable[[State], Mapping[str, Tensor]]  # of a state the tensors that it changes, by name
 
 
@@ -23,8 +24,11 @@ class Function:
     """
 
     def __init__(self, module: nn.Module, examples: Sequence[Example], draws: int = 2, seed: int = 0):
-        self.module, self.examples, self.seed = module, [fresh_example(example, True) for example in examples], seed
-        self.drawn: list[tuple[nn.Module, dict[str, Tensor], list[Tensor]]] = []
+        self.module, self.examples, self.seed = fresh(module, True), [fresh_example(e, True) for e in examples], seed
+        self.state = only_first(load_state(self.module))
+        self.expected: list[list[Tensor]] = []  # the outputs for each draw
+        self.tries = draws
+        self.loaded = -1  # the draw whose weights the module has
         self.plain = False  # whether it makes the same outputs without a look at each operation
         self.draw(1)
         self.plain = self._runs_plainly()
@@ -32,75 +36,83 @@ class Function:
 
     def draw(self, count: int) -> None:
         """Draws weights until there are ``count`` sets of them."""
-        while len(self.drawn) < count:
-            module = fresh(self.module, True)
-            with torch.no_grad():
-                randomise(module, self.seed + len(self.drawn))
+        while len(self.expected) < count:
+            self._load(len(self.expected))
             try:
-                outputs = self._run(module)
+                self.expected.append(self._run())
             except FAILURES as error:
                 raise ValueError(f"group: module must run in float64 on the examples, got {told(error)}") from error
-            self.drawn.append((module, only_first(load_state(module)), outputs))
 
-    def _run(self, module: nn.Module) -> list[Tensor]:
+    def _load(self, number: int) -> None:
+        if number != self.loaded:
+            with torch.no_grad():
+                randomise(self.module, self.seed + number)
+            self.loaded = number
+
+    def _run(self) -> list[Tensor]:
         with torch.no_grad(), nullcontext() if self.plain else plain_kernels(True):
-            results = [x for e in self.examples for x in tensors_in(module(*e.args, **e.kwargs))]
+            results = [x for e in self.examples for x in tensors_in(self.module(*e.args, **e.kwargs))]
             numbers = [x for x in results if x.is_floating_point() or x.is_complex()]
             return [torch.view_as_real(x) if x.is_complex() else x for x in numbers]
 
     def _runs_plainly(self) -> bool:
-        module, _, expected = self.drawn[0]
         self.plain = True
         try:
-            found = self._run(module)
+            found = self._run()
         except FAILURES:
             return False
-        return all(
-            x.dtype == torch.float64 and torch.allclose(x, y, 1e-12, 0) for x, y in zip(found, expected, strict=True)
-        )
+        pairs = zip(found, self.expected[0], strict=True)
+        return all(x.dtype == torch.float64 and torch.allclose(x, y, 1e-12, 0) for x, y in pairs)
 
     def outputs(self, number: int, action: Action) -> list[Tensor]:
         """Outputs for a draw of weights that an action changes; afterwards they are as they were."""
-        module, state, _ = self.drawn[number]
-        changed = action(state)
-        kept = {name: state[name].detach().clone() for name in changed}
+        self._load(number)
+        changed = action(self.state)
+        kept = {name: self.state[name].detach().clone() for name in changed}
         with torch.no_grad():
             for name, tensor in changed.items():
-                state[name].copy_(tensor)
+                self.state[name].copy_(tensor)
             try:
-                return self._run(module)
+                return self._run()
             finally:
                 for name, tensor in kept.items():
-                    state[name].copy_(tensor)
+                    self.state[name].copy_(tensor)
 
-    def error(self, action: Action) -> float:
-        """The largest change of an output relative to the largest output, over all draws."""
+    def error(self, action: Action, enough: float = float("inf")) -> float:
+        """The largest change of an output relative to the largest output, over the draws that there were at first.
+
+        A change above ``enough`` ends the search for larger ones.
+        """
         errors = [0.0]
-        for number, (_, _, expected) in enumerate(self.drawn):
+        for number, expected in enumerate(self.expected[: self.tries]):
             for before, after in zip(expected, self.outputs(number, action), strict=True):
                 finite = before.isfinite()
                 if not torch.equal(finite, after.isfinite()):
                     return float("inf")
                 largest = before[finite].abs().max() if finite.any() else torch.tensor(1.0)
                 errors.append(float((after - before)[finite].abs().max() / largest) if finite.any() else 0.0)
+            if max(errors) > enough:
+                break
         return max(errors)
 
-    def slope(self, action: Callable[[State, float], Mapping[str, Tensor]], step: float = 1e-4) -> Tensor:
-        """The derivative of all outputs by the size of an action, ``[outputs]``, by central differences.
+    def slopes(self, actions: Sequence[SizedAction], draws: int, step: float = 1e-4) -> Tensor:
+        """The derivatives of all outputs by the size of each action, ``[outputs, actions]``, by central differences.
 
-        Outputs are relative to the largest of their tensor.
+        Outputs of all draws are relative to the largest of their tensor.
         """
-        parts = []
-        for number, (_, _, expected) in enumerate(self.drawn):
-            up, down = (self.outputs(number, lambda state, by=by: action(state, by)) for by in (step, -step))
-            for before, high, low in zip(expected, up, down, strict=True):
-                scale = before[before.isfinite()].abs().max() if before.isfinite().any() else 1.0
-                parts.append(((high - low) / (2 * step * scale)).nan_to_num(0.0, 0.0, 0.0).flatten())
-        return torch.cat(parts)
+        self.draw(draws)
+        columns: list[list[Tensor]] = [[] for _ in actions]
+        for number, expected in enumerate(self.expected[:draws]):
+            for action, column in zip(actions, columns, strict=True):
+                up, down = (self.outputs(number, lambda x, a=action, by=by: a(x, by)) for by in (step, -step))
+                for before, high, low in zip(expected, up, down, strict=True):
+                    scale = before[before.isfinite()].abs().max() if before.isfinite().any() else 1.0
+                    column.append(((high - low) / (2 * step * scale)).nan_to_num(0.0, 0.0, 0.0).flatten())
+        return torch.stack([torch.cat(column) for column in columns], 1)
 
     @property
     def outputs_per_draw(self) -> int:
-        return sum(x.numel() for x in self.drawn[0][2])
+        return sum(x.numel() for x in self.expected[0])
 
 
 def only_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

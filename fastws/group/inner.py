@@ -9,17 +9,22 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from fastws.group.finding import EXACT, tried
+from fastws.group.finding import EXACT, Memory, tried
 from fastws.group.function import Function
 from fastws.group.lines import Inner, Linear, Matrices, Pairs, Part
-from fastws.group.places import Piece, Place, free_axes
+from fastws.group.places import Piece, Place, Space, free_axes
 from fastws.symmetry.symmetry import Symmetry
 
 MOST = 10  # candidates of which all sets are tried
 
 
 def find_inner(
-    function: Function, symmetry: Symmetry, group: int, pieces: Sequence[Piece], lines: Sequence[Linear]
+    function: Function,
+    symmetry: Symmetry,
+    group: int,
+    pieces: Sequence[Piece],
+    lines: Sequence[Linear],
+    memory: Memory,
 ) -> tuple[list[Linear], list[str]]:
     """The permutations inside the units of a group, where no line of matrices or pairs moves them."""
     found: list[Linear] = []
@@ -40,7 +45,9 @@ def find_inner(
                 f"permutations inside {symmetry.names[group]}: not looked for, {len(sides)} places are too many"
             )
         elif len(sides) > 1:
-            found += smallest_sets(function, symmetry.sizes[group], group, length, list(sides.values()))
+            space = Space(group, symmetry.sizes[group], length, tuple(places))
+            known = memory.recall(function, space)
+            found += known or memory.keep(space, smallest_sets(function, space, list(sides.values())))
     return found, failed
 
 
@@ -89,7 +96,8 @@ def place(
     begin = piece.first // piece.block
     start, stop = [0] * len(seen), list(seen)
     start[units], stop[units] = begin, begin + size
-    return Place(piece.name, tuple(seen), tuple(start), tuple(stop), units, positions, axis)
+    read = piece.reads if axis == piece.axis else axis == 1
+    return Place(piece.name, tuple(seen), tuple(start), tuple(stop), units, positions, axis, read)
 
 
 def side(place: Place) -> tuple:
@@ -98,7 +106,7 @@ def side(place: Place) -> tuple:
     return layer, place.axis > 0, place.positions - place.units if place.axis > 0 else 0
 
 
-def smallest_sets(function: Function, units: int, group: int, length: int, sides: list[list[Place]]) -> list[Linear]:
+def smallest_sets(function: Function, space: Space, sides: list[list[Place]]) -> list[Linear]:
     """Lines of permutations for the smallest sets of sides that hold, none of which shares a side with another."""
     found: list[Linear] = []
     left = list(range(len(sides)))
@@ -109,7 +117,7 @@ def smallest_sets(function: Function, units: int, group: int, length: int, sides
             parts = tuple(Part(place, 1) for number in chosen for place in sides[number])
             if len({(part.place.name, part.place.axis) for part in parts}) < len(parts):
                 continue
-            line = Inner("P", parts[0].place.name, group, units, length, parts)
+            line = Inner("P", parts[0].place.name, space.group, space.units, space.positions, parts)
             if tried(function, line) < EXACT:
                 found.append(line)
                 left = [number for number in left if number not in chosen]

@@ -6,12 +6,14 @@ can be seen as ``[U, n, m]``, with m other numbers that belong to each position.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastws.layout.roles import bias_name
 from fastws.symmetry.segments import Segments
 from fastws.symmetry.symmetry import Symmetry
 
@@ -29,6 +31,7 @@ class Place(NamedTuple):
         units: The axis of the units; -1 if there is one unit.
         positions: The axis of the positions.
         axis: The axis of the tensor that the positions are part of.
+        reads: Whether the tensor reads the units, as the columns of a weight do, or else writes them.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Place(NamedTuple):
     units: int
     positions: int
     axis: int
+    reads: bool
 
     def _seen(self, tensor: Tensor) -> Tensor:
         part = tensor.view(self.shape)[tuple(map(slice, self.start, self.stop))]
@@ -74,6 +78,12 @@ class Space(NamedTuple):
     positions: int
     places: tuple[Place, ...]
 
+    @property
+    def shape(self) -> tuple:
+        """The same for spaces that lie alike in layers whose names differ in numbers alone."""
+        alike = (place._replace(name=re.sub(r"\d+", "#", place.name)) for place in self.places)
+        return self.units, self.positions, tuple(alike)
+
 
 class Piece(NamedTuple):
     """Where along an axis of a tensor a whole group lies: ``size`` units of ``block`` entries from ``first`` on."""
@@ -83,6 +93,7 @@ class Piece(NamedTuple):
     first: int
     block: int
     negated: bool
+    reads: bool
 
 
 def find_pieces(symmetry: Symmetry) -> list[list[Piece] | None]:
@@ -91,8 +102,8 @@ def find_pieces(symmetry: Symmetry) -> list[list[Piece] | None]:
     for name, axes in symmetry.axes.items():
         if name in symmetry.aliases:
             continue
-        for axis, segments in enumerate(axes):
-            for group, piece in pieces_of(name, axis, segments or (), symmetry.sizes):
+        for axis in range(len(axes)):
+            for group, piece in pieces_of(symmetry, name, axis):
                 pieces = found[group]
                 if piece is None:
                     found[group] = None
@@ -101,13 +112,28 @@ def find_pieces(symmetry: Symmetry) -> list[list[Piece] | None]:
     return found
 
 
-def pieces_of(name: str, axis: int, segments: Segments, sizes: tuple[int, ...]) -> Iterator[tuple[int, Piece | None]]:
+def pieces_of(symmetry: Symmetry, name: str, axis: int) -> Iterator[tuple[int, Piece | None]]:
     first = 0
-    for group, count, block, negated in segments:
+    for group, count, block, negated in symmetry.axes[name][axis] or ():
         if group is not None:
-            whole = count == sizes[group]
-            yield group, Piece(name, axis, first, block, negated) if whole else None
+            whole = count == symmetry.sizes[group]
+            yield group, Piece(name, axis, first, block, negated, reads(symmetry, name, axis, group)) if whole else None
         first += count * block
+
+
+def reads(symmetry: Symmetry, name: str, axis: int, group: int) -> bool:
+    """Whether a tensor reads a group: its bias is not of it, or it writes the group along another axis.
+
+    Without a bias the first axis is taken for the one that is written.
+    """
+
+    def holds(segments: Segments | None) -> bool:
+        return any(g == group for g, *_ in segments or ())
+
+    bias = symmetry.axes.get(bias_name(name)) if bias_name(name) != name else None
+    if len(symmetry.shapes[name]) < 2 or bias is None or len(bias) != 1:
+        return axis > 0
+    return not holds(bias[0]) or (axis > 0 and holds(symmetry.axes[name][0]))
 
 
 def across(symmetry: Symmetry, group: int, pieces: list[Piece]) -> Space:
@@ -119,14 +145,14 @@ def across(symmetry: Symmetry, group: int, pieces: list[Piece]) -> Space:
         start, stop = [0] * len(shape), list(shape)
         start[piece.axis], stop[piece.axis] = piece.first, piece.first + size * piece.block
         if piece.block == 1:
-            places.append(Place(piece.name, shape, tuple(start), tuple(stop), -1, piece.axis, piece.axis))
+            places.append(Place(piece.name, shape, tuple(start), tuple(stop), -1, piece.axis, piece.axis, piece.reads))
         elif piece.first % piece.block == 0 and shape[piece.axis] % piece.block == 0:
             cut = shape[piece.axis] // piece.block
             seen = (*shape[: piece.axis], cut, piece.block, *shape[piece.axis + 1 :])
             begin = piece.first // piece.block
             start[piece.axis : piece.axis + 1] = [begin, 0]
             stop[piece.axis : piece.axis + 1] = [begin + size, piece.block]
-            places.append(Place(piece.name, seen, tuple(start), tuple(stop), -1, piece.axis, piece.axis))
+            places.append(Place(piece.name, seen, tuple(start), tuple(stop), -1, piece.axis, piece.axis, piece.reads))
     return Space(group, 1, size, tuple(places))
 
 
@@ -169,6 +195,8 @@ def slots(symmetry: Symmetry, group: int, piece: Piece, length: int) -> Iterator
         parts, left = divmod(seen[axis], length)
         if left or parts == 0:
             continue
+        tensor_axis = axis - (axis > piece.axis)
+        read = piece.reads if tensor_axis == piece.axis else tensor_axis == 1
         for order in ("side by side", "one by one") if parts > 1 else ("whole",):
             cut = [length, parts] if order == "one by one" else [parts, length]
             fine = (*seen[:axis], *cut, *seen[axis + 1 :])
@@ -178,4 +206,4 @@ def slots(symmetry: Symmetry, group: int, piece: Piece, length: int) -> Iterator
             start[holder], stop[holder] = begin, begin + size
             for part in range(parts) if parts <= MOST_CUTS else ():
                 start[which], stop[which] = part, part + 1
-                yield Place(piece.name, fine, tuple(start), tuple(stop), holder, where, axis - (axis > piece.axis))
+                yield Place(piece.name, fine, tuple(start), tuple(stop), holder, where, tensor_axis, read)
