@@ -75,7 +75,7 @@ def test_classes_are_counted_wherever_the_classifier_is(tmp_path, monkeypatch):
 
 
 def test_unknown_architectures_are_refused():
-    with pytest.raises(ValueError, match="nern: architecture must be cifar-resnet20-a, .* got 'resnet19'"):
+    with pytest.raises(ValueError, match="nern: architecture must be cifar-resnet8-a, .* got 'resnet19'"):
         make_architecture("resnet19", 10)
     with pytest.raises(ValueError, match="got 'os:system'"):
         make_architecture("os:system", 10)

@@ -213,11 +213,11 @@ def test_info_says_whether_zoo_make_is_done(tmp_path, capsys, monkeypatch):
     options = {"networks": 3, "epochs": 2, "limit": 60, "threads": 1, "wave": 2}
     advance, calls = Wave.advance, []
 
-    def advance_and_stop(wave, *args):
+    def advance_and_stop(wave, *args, **options):
         calls.append(wave)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return advance(wave, *args)
+        return advance(wave, *args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Wave, "advance", advance_and_stop)

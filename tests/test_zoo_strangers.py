@@ -112,7 +112,9 @@ def test_resume_file_is_refused(tmp_path, monkeypatch, damage, told, sentence):
     options = {"networks": 4, "epochs": 1, "limit": 96, "wave": 2, "threads": 1, "order": "published"}
     config, advance = MakeConfig(out=str(tmp_path), sampling="grid", **options), Wave.advance
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Wave, "advance", lambda wave, *args: advance(wave, *args) if wave.epoch < 0 else 1 / 0)
+        patch.setattr(
+            Wave, "advance", lambda wave, *x, **options: advance(wave, *x, **options) if wave.epoch < 0 else 1 / 0
+        )
         make(config)
     path = tmp_path / RESUME
     with safe_open(path, framework="pt") as file:
