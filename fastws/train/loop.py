@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "keep_every",
     "compile",
     "device",
+    "sample_every",
 )  # may change when a run is resumed
 Metrics = dict[str, Tensor]
 
@@ -84,6 +85,7 @@ def train(
     set_rates: Callable[[torch.optim.Optimizer, Config, int], None] | None = None,
     evaluate_now: Callable[[int, Metrics], bool] | None = None,
     skip: Callable[[Metrics], Tensor] | None = None,
+    look: tuple[int, Callable[[nn.Module], Metrics]] | None = None,
 ) -> dict[str, float]:
     """Trains ``model`` in place and returns its last metrics.
 
@@ -102,6 +104,8 @@ def train(
             that ``eval_every`` asks for; the same in all processes.
         skip: Whether a step is to change nothing and not to be logged, from its metrics, once its gradients are
             there: bool ``[]`` on the device, the same in all processes.
+        look: Steps between calls of a function of the model, in evaluation mode and without its wrapper; the scalars
+            that it gives are logged as those of samples, also after the last step.
 
     Raises:
         Stopped: If SIGINT or SIGTERM asked to stop; the run can be resumed.
@@ -141,13 +145,19 @@ def train(
                 recorder.write("train", metrics)
             wanted = evaluate_now is not None and evaluate_now(done, metrics)
             evaluating = evaluate and (last or wanted or done % config.eval_every == 0)
-            if saving or evaluating:
+            looking = look is not None and (last or done % look[0] == 0)
+            if saving or evaluating or looking:
                 require_finite(model, done)
             if evaluating:
                 parallel.eval()
                 with torch.no_grad(), autocast:
                     recorder.write("val", evaluate(parallel))
                 parallel.train()
+            if looking:
+                model.eval()
+                with torch.no_grad(), autocast:
+                    recorder.write("sample", look[1](model))
+                model.train()
             if saving and processes.rank() == 0:
                 state = {"config": plain(config), "step": done, "extra": extra or {}}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "carried": carried}
