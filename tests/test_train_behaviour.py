@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from fastws.downstream import train_sane
+from fastws.commands import train_sane
 from fastws.layout.layout import Layout
 from fastws.train import behaviour, sane
 from fastws.zoo import Zoo, make

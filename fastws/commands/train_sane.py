@@ -8,13 +8,13 @@ from torch import nn
 import fastws
 from fastws.downstream.encoder import Encoder
 from fastws.downstream.evaluate import ANY, conditioning_images, job_of
+from fastws.downstream.judging.judged import disagreement
 from fastws.downstream.populations import measure
 from fastws.downstream.representation import Tokens
 from fastws.downstream.sampling import sample
 from fastws.downstream.sampling.anchors import BY, Choice, choose_anchors
 from fastws.downstream.sampling.judged import Bench
 from fastws.train import loop, sane
-from fastws.train.behaviour import disagreement
 from fastws.train.sane import Config, Look
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.measuring import norms_of
@@ -53,9 +53,9 @@ def make_look(config: Config, zoo: Zoo, extra: dict[str, Any]) -> Look:
     options = {"method": "kde", "density": "token", "count": COUNT, "seed": config.seed}
     sampling = sample.Config(zoo=str(zoo.path), out=config.out, **options)
 
-    def behave(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def behave(weights: torch.Tensor) -> tuple[torch.Tensor, float]:
         found = measure(weights.float(), job.plan, [activation] * len(weights), job.data.val, progress=False)
-        return found.accuracy, disagreement(found.predictions.long())
+        return found.accuracy, disagreement(found.predictions)
 
     some = anchors.read(zoo, anchors.rows[:COUNT]).to(job.data.val.x.device)
     spread, apart = some.std(0).mean(), behave(some)[1]
@@ -71,7 +71,7 @@ def make_look(config: Config, zoo: Zoo, extra: dict[str, Any]) -> Look:
             "accuracy_std": accuracy.std(),
             "accuracy_best": accuracy.max(),
             "spread": made.weights.std(0).mean() / spread,
-            "disagreement": disagreed / apart.clamp(min=1e-12),
+            "disagreement": torch.tensor(disagreed / max(apart, 1e-12)),
         }
 
     return look
