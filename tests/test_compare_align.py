@@ -9,7 +9,7 @@ import torch
 from compared import moved, network, save, train
 from safetensors.torch import load_file, save_file
 
-from fastws.compare.align import Config, align
+from fastws.compare.align import Config, align, run
 from fastws.compare.aligning import Aligned, Aligner
 from fastws.compare.states import Distance
 from fastws.files.checkpoints import load_checkpoint
@@ -163,6 +163,18 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(pair, tmp_pa
     Path(place).with_name("other.safetensors.aligned.json").unlink()
     with pytest.raises(OSError, match="must be new, got one that is there; give another --out"):
         align(config)
+
+
+def test_a_record_of_another_version_is_one_sentence(pair, tmp_path):
+    base, other = pair
+    config = CONFIG(models=(other,), to=base, out=str(tmp_path / "out"))
+    align(config)
+    record = tmp_path / "out/other.safetensors.aligned.json"
+    fields = json.loads(record.read_text())
+    del fields["report"]["canonical"]
+    record.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="aligned.json: file must be the record that this version of fastws align"):
+        run(config)
 
 
 def test_what_a_killed_run_left_is_written_anew(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from fastws.compare.align_files import begun, model_paths, places_of, record_of
+from fastws.compare.align_files import begun, model_paths, places_of, reading, record_of
 from fastws.compare.aligning import Aligned, Aligner, Matching
 from fastws.compare.evaluating import Data, load_examples, with_images
 from fastws.compare.modules import Checkpoint, Network, Words, require_network
@@ -43,7 +43,8 @@ class Config(Words, Matching, Data):
 
 def run(config: Config) -> None:
     for place, report in align(config).items():
-        print(f"{place}: {sentence(report)}")
+        with reading("align", record_of(Path(place), Path(place).is_dir())):
+            print(f"{place}: {sentence(report)}")
         for line in report["unmatched"]:
             print(f"  took no part: {line}")
         if report["left_out"]:

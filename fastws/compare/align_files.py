@@ -1,6 +1,7 @@
 """Where aligned networks are written, and what is kept of how."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def places_of(command: str, paths: Sequence[Path], out: Path) -> dict[Path, Path
 
 def record_of(place: Path, folder: bool, name: str = RECORD) -> Path:
     return place / name if folder else place.with_name(f"{place.name}.{name}")
+
+
+@contextmanager
+def reading(command: str, record: Path) -> Iterator[None]:
+    """Says in one sentence that a record that was found is not what this version writes.
+
+    Raises:
+        ValueError: If something that a report has is missing, or of another kind.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"the record that this version of fastws {command} writes, got one with {error!r}; give another --out"
+        raise ValueError(f"{record}: file must be {what}") from error
 
 
 def begun(

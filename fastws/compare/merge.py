@@ -15,7 +15,7 @@ import tyro
 
 from fastws import pages
 from fastws.compare.align import open_whole
-from fastws.compare.align_files import ENDINGS, begun, model_paths, record_of
+from fastws.compare.align_files import ENDINGS, begun, model_paths, reading, record_of
 from fastws.compare.aligning import Matching
 from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, with_images
 from fastws.compare.lines import Statistics, mixed
@@ -65,8 +65,9 @@ def run(config: Config) -> None:
     if config.json:
         print(json.dumps(report, indent=2))
         return
-    for row in lines_of(report):
-        print(row)
+    place = place_of(Path(config.models[0]), Path(config.out))
+    with reading("merge", record_of(place, place.is_dir(), RECORD)):
+        print("\n".join(lines_of(report)))
 
 
 def merge_files(config: Config) -> dict[str, Any]:

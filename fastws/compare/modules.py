@@ -15,6 +15,7 @@ from fastws.files.checkpoints import load_checkpoint
 from fastws.layout.layout import Layout
 from fastws.nern.teachers import ARCHITECTURES, COUNTER, LIBRARIES, make_architecture
 from fastws.symmetry.copies import Inputs
+from fastws.zoo.making import architectures
 from fastws.zoo.making.architectures import Activation, Architecture
 from fastws.zoo.making.given import make_network
 
@@ -122,7 +123,7 @@ def known_network(checkpoint: Checkpoint, words: Words) -> Network:
         made = Network(module, torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)), name)
         if not small or not difference(checkpoint, made.module):
             return made
-    activation = words.activation or ("relu" if name == "resnet18" else None)
+    activation = words.activation or ("relu" if name in architectures.LARGE else None)
     if activation is None:
         raise ValueError(f"architecture: --activation must be given for {name}, got none; {MUST_SAY}")
     fitting = []
