@@ -1,7 +1,9 @@
 """Zoos that begin with the networks of another zoo: fine-tuning and transfer."""
 
+import numpy
 import pytest
 import torch
+from test_data_formats import write_idx
 
 from fastws.downstream import evaluate, make_zoo
 from fastws.downstream.representation import load
@@ -100,6 +102,29 @@ def test_weights_that_fit_are_carried_over(cnn_s, tmp_path, capsys, architecture
     assert zoo.numbers("train_loss")[4:].mean() < zoo.numbers("train_loss")[:2].mean()
     done, columns, _ = evaluate.evaluate(evaluate.Config(zoo=str(zoo.path), device="cpu"))
     assert columns["test_accuracy"] == pytest.approx(zoo.numbers("test_accuracy"), abs=1e-6)
+
+
+def test_heads_for_other_classes_begin_anew(tmp_path, capsys):
+    """Of networks with batch norm all but the head is carried over, statistics included."""
+    torch.set_num_threads(1)
+    random = numpy.random.default_rng(0)
+    for part, count in {"train": 60, "t10k": 20}.items():
+        pixels = random.integers(0, 256, (count, 8, 8), dtype=numpy.uint8)
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", pixels, False)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", (numpy.arange(count) % 3).astype(numpy.uint8), False)
+    recipe = {"activations": ("relu",), "optimizers": ("adam",), "lrs": (0.01,), "weight_decays": (0.0,)}
+    recipe |= {"inits": ("kaiming_uniform",), "dropouts": (0.0,), "batch_size": 20, "threads": 1}
+    source = make(
+        Config(out=str(tmp_path / "s"), architecture="cifar-resnet8-b-half", networks=2, epochs=1, limit=60, **recipe)
+    )
+    options = {"data": str(tmp_path), "validation": 0, "limit": None, "mean": (0.5,), "std": (0.5,)}
+    made = make(Config(out=str(tmp_path / "t"), start=str(source.path), epochs=0, threads=1, **options))
+    head = 32 * 3 + 3
+    assert f"{made.layout.num_weights - head:,} of {made.layout.num_weights:,} weights" in capsys.readouterr().out
+    first, last = made.checkpoint(0), source.checkpoint(1)
+    assert first["linear.weight"].shape == (3, 32) and (first["linear.bias"] == 0.01).all()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in first.items() if not name.startswith("linear"))
+    assert first["layer1.0.bn1.running_mean"].abs().max() > 0
 
 
 def test_branches_begin_where_the_published_ones_do(cnn_s):

@@ -87,18 +87,19 @@ def networks(config: Any, plan: Plan) -> tuple[list[Recipe], dict[str, Tensor]]:
 
 
 def weights_of(config: Any, plan: Plan, zoo: Zoo, recipes: list[Recipe], rows: list[int]) -> Tensor:
-    """The weights that networks begin with, ``[M, P]``: their own, or what of them fits another architecture.
+    """The weights that networks begin with, ``[M, P]``: their own, or what of them fits others.
+
+    Others are networks of another architecture, or with a head for another number of classes.
 
     What does not fit is initialised as networks without a start are; how much is carried over is printed.
 
     Raises:
-        ValueError: If nothing fits, or networks of the same architecture have other weights.
+        ValueError: If nothing fits.
     """
     weights, made = zoo.rows(rows).float(), zoo.provenance["config"]
     with torch.device("meta"):
         layout = Layout.from_checkpoint(plan.build())
-    if plan.architecture == made["architecture"]:
-        layout.require_same(zoo.layout, f"zoo make: start {zoo.path}")
+    if layout.fingerprint == zoo.layout.fingerprint:
         return weights
     found, carried = carry_over(weights, zoo.layout, layout)
     if not carried.any():
