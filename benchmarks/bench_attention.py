@@ -32,9 +32,10 @@ def fused(qkv, heads):
 
 
 def check(actual, reference, qkv, heads):
-    expected = reference(qkv.double(), heads)
-    tolerance = 2e-2 if qkv.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(actual[0].double(), expected[0], rtol=tolerance, atol=tolerance)
+    tolerance = 3e-2 if qkv.dtype == torch.bfloat16 else 1e-5
+    exact = reference(qkv.detach().double().requires_grad_(), heads)
+    for output, expected in zip(actual, exact, strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def cases(options: Options) -> Iterator[Case]:
