@@ -89,7 +89,7 @@ def test_bad_options_get_one_sentence(zoo, tmp_path):
     for options in ({"method": "kde"}, {"method": "pca", "model": "a.pt"}):
         with pytest.raises(ValueError, match="behaviour must be left out but for method pca without a model"):
             Config(zoo=str(zoo.path), out=str(tmp_path / "new"), behaviour=3, **options)
-    with pytest.raises(ValueError, match="behaviour must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="behaviour must be a number from 0 on, got -1"):
         Config(zoo=str(zoo.path), out=str(tmp_path / "new"), method="pca", behaviour=-1)
     make_small_zoo(tmp_path / "small")
     with pytest.raises(ValueError, match="provenance must be that of fastws zoo make"):
