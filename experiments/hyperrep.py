@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from fastws.downstream import evaluate
 from fastws.downstream.judging import compare as compare_zoos
 from fastws.downstream.sampling import sample
 from fastws.files.atomic import write_json
+from fastws.train import sane
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, align
@@ -52,9 +53,11 @@ class Plan:
     out: Path  # folder of everything but the zoo
     states: tuple[int, int]  # first and last epoch that is learned from
     sets: Sequence[str] = tuple(SETS)
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: SETS)  # how each set is sampled
+    learner: Literal["ae", "sane"] = "ae"  # what learns the zoo
     count: int = 200  # networks of each set
     more: tuple[int, ...] = (1,)  # epochs of training after which samples are measured again
-    model: dict[str, Any] = field(default_factory=dict)  # options of train ae
+    model: dict[str, Any] = field(default_factory=dict)  # options of the learner
     other_data: str | None = None  # a data set that samples are trained on as well
     baselines: bool = True  # of zoo compare
     device: str | None = None
@@ -67,7 +70,13 @@ def run(plan: Plan) -> dict[str, Any]:
     if not (zoo.path / ALIGNMENT).exists():
         align(AlignConfig(zoo=str(zoo.path)))
     common = {"zoo": str(zoo.path), "epochs": plan.states, "device": plan.device}
-    ae.run(ae.Config(out=str(plan.out / "ae"), aligned=True, seed=plan.zoo.seed, **common, **plan.model))
+    learn = {"out": str(plan.out / plan.learner), "aligned": True, "seed": plan.zoo.seed} | common | plan.model
+    if plan.learner == "ae":
+        ae.run(ae.Config(**learn))
+    else:
+        # whole networks where a loss of behaviour wants them, and here where they are short
+        learn = {"window": zoo.layout.with_tokens(None, "skip").num_tokens} | learn
+        sane.run(sane.Config(**learn))
     sets = {name: measure_set(plan, name, common) for name in plan.sets}
     judged = compare_zoos.compare(
         compare_zoos.Config(
@@ -101,9 +110,9 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def measure_set(plan: Plan, name: str, common: dict[str, Any]) -> dict[str, float]:
     """Samples a set, measures it, trains it on and measures it again, on other images as well if there are any."""
-    options, out = dict(SETS[name]), plan.out / name
+    options, out = dict(plan.methods[name]), plan.out / name
     if options.pop("model", False):
-        options["model"] = str(plan.out / "ae/checkpoint.pt")
+        options["model"] = str(plan.out / plan.learner / "checkpoint.pt")
     if not (out / "zoo.json").exists():
         sample.sample(
             sample.Config(out=str(out), count=plan.count, seed=plan.zoo.seed, aligned=True, **common, **options)

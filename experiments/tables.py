@@ -177,6 +177,7 @@ KINDS = {
     "lwln": lwln,
     "curve": curve,
     "hyperrep": hyperrep,
+    "sane": hyperrep,
     "quickstart": quickstart,
     "zoo": zoo,
     "twins": twins,

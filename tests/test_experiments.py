@@ -58,6 +58,16 @@ def test_hyperrep_digits(experiment, tmp_path, capsys):
     assert "novelty" in experiment("tables").hyperrep(found)
 
 
+def test_sane_cifar10_cnn(experiment, tmp_path, capsys):
+    module = experiment("sane_cifar10_cnn")
+    module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
+    found = results(tmp_path)
+    assert set(found["verdicts"]) == set(module.SMOKE) <= set(found["sets"])
+    shown = capsys.readouterr().out
+    assert "published" in shown and "kde-independent" in shown
+    assert "novelty" in experiment("tables").KINDS[experiment("tables").kind("sane-digits-0")](found)
+
+
 def test_hyperrep_mnist(experiment, tmp_path):
     random = numpy.random.default_rng(0)
     (tmp_path / "mnist").mkdir()
