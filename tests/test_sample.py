@@ -265,7 +265,9 @@ def test_what_cannot_be_sampled_is_said_before_anything_is_written(zoo, models, 
     with pytest.raises(ValueError, match="rounds must be 1 without candidates and for methods direct, uniform, prior"):
         config(zoo, tmp_path / "out", method="prior", candidates=8, rounds=2)
     junk = tmp_path / "junk.pt"
-    torch.save({"extra": {"layout": 3}}, junk)
+    torch.save({"extra": {"layers": [], "hidden": 3}, "model": {}}, junk)
+    refused("got .*junk.pt: the checkpoint of another program", model=str(junk))
+    torch.save({"extra": {"hyper_representation": 3, "layout": 3}}, junk)
     refused("model must be a checkpoint of fastws train ae or train sane, got .*junk.pt", model=str(junk))
 
 

@@ -103,6 +103,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Representation
         extra = state["extra"]
         if "sane" in extra:
             return Tokens(load_encoder(path, device), bool(extra.get("aligned", False)))
+        if "hyper_representation" not in extra:
+            raise ValueError("the checkpoint of another program")
         layout = fastws.Layout.from_dict(extra["layout"])
         config = HyperRepresentationConfig.from_dict(extra["hyper_representation"])
         model = HyperRepresentation(config)
