@@ -16,10 +16,11 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastws.devices import fast_format
 from fastws.files.atomic import write_json, write_tensors
 from fastws.nern.images import ImageSet, open_images
 from fastws.nern.losses import SMOOTHNESS
-from fastws.nern.teachers import fast_format, load_teacher
+from fastws.nern.teachers import load_teacher
 from fastws.runs import processes
 from fastws.runs.begun import plain
 from fastws.terminal import one_sentence

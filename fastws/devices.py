@@ -1,10 +1,12 @@
-"""The device that a command works on, and the name of the processor."""
+"""The device that a command works on, how images lie there, and the name of the processor."""
 
 import platform
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+FEW_CHANNELS = 16
 
 
 def find_device(name: str | None) -> torch.device:
@@ -41,3 +43,15 @@ def processor_name() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def fast_format(network: nn.Module) -> torch.memory_format:
+    """Channels last, but where oneDNN's strided 1x1 convolutions of few channels write past their memory in it.
+
+    See https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    for module in network.modules():
+        strided = isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride)
+        if strided and module.in_channels // module.groups < FEW_CHANNELS:
+            return torch.contiguous_format
+    return torch.channels_last

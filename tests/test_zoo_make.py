@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector
 
 from fastws.cli import main
 from fastws.data.images import load
+from fastws.devices import fast_format
 from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.making import ranks
@@ -196,11 +197,14 @@ def test_networks_train_one_by_one_in_half_precision(tmp_path):
 
 def test_networks_that_train_one_by_one_are_compiled_where_asked(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
+    monkeypatch.setattr(nn.Module, "compile", lambda network, options: compiled.append((network, options)))
     plain = make(tiny(tmp_path / "plain", **RESNET))
     assert not compiled
     assert_same(make(tiny(tmp_path / "compiled", **RESNET, compile=True)), plain)
-    assert [type(network).__name__ for network in compiled] == ["CIFARResNet"] * 2
+    # neither we nor the compiler may lay maps channels last where oneDNN then writes past its memory
+    assert [options for _, options in compiled] == [{"layout_optimization": False}] * 2
+    assert all(network.layer2[0].conv1.weight.is_contiguous() for network, _ in compiled)
+    assert fast_format(build("resnet18", (3, 32, 32), activation="relu")) == torch.channels_last
 
 
 def test_killed_command_resumes_to_the_same_zoo(tmp_path):

@@ -24,7 +24,6 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}": partial(ResNet, depth, stem="imagenet") for depth in (18, 34, 50, 101, 152)},
 }
 COUNTER = "num_batches_tracked"  # of steps, by batch norms
-FEW_CHANNELS = 16
 LIBRARIES = ("torchvision", "timm")  # that may be installed, and have more
 
 
@@ -109,18 +108,6 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], where: str) -> No
         if bad:
             raise ValueError(f"{where}: {name!r} must be finite, got {bad} values that are NaN or infinite")
     network.load_state_dict(state)
-
-
-def fast_format(network: nn.Module) -> torch.memory_format:
-    """Channels last, but where oneDNN's strided 1x1 convolutions of few channels write past their memory in it.
-
-    See https://github.com/uxlfoundation/oneDNN/issues/6035.
-    """
-    for module in network.modules():
-        strided = isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride)
-        if strided and module.in_channels // module.groups < FEW_CHANNELS:
-            return torch.contiguous_format
-    return torch.channels_last
 
 
 @torch.no_grad()

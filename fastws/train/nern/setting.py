@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastws.devices import fast_format
 from fastws.files.checkpoints import load_checkpoint
 from fastws.nern.batching import KernelBatches, learn_from
 from fastws.nern.folding import fold
 from fastws.nern.images import ImageSet
 from fastws.nern.layers import StoredLayers, find_layers, rows_of
 from fastws.nern.orders import load_orders, network_orders
-from fastws.nern.teachers import fast_format
 from fastws.nn.nern import NeRN, load
 from fastws.runs import processes
 from fastws.train import loop
