@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from fastws.benchmarks.harness import DEVICE
 from fastws.benchmarks.zoo import TOKEN_SIZE, resnet18
 from fastws.nn.sane import PRESETS, SANE
-from fastws.train import loop, sane
+from fastws.train import loop
+from fastws.train.sane import train as sane
 from fastws.windows.population import Kind, make_population
 from fastws.windows.zoos import Group
 

@@ -16,8 +16,8 @@ from fastws.downstream import evaluate
 from fastws.downstream.judging import compare as compare_zoos
 from fastws.downstream.sampling import sample
 from fastws.files.atomic import write_json
-from fastws.train import sane
 from fastws.train.ae import train as ae
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig

@@ -29,7 +29,8 @@ from fastws.matching.match import match, objective
 from fastws.random.integers import epoch_rows
 from fastws.symmetry.symmetry import Symmetry
 from fastws.symmetry.verify import randomise
-from fastws.train import sane
+from fastws.train.sane import batches
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import ALIGNMENT, CANONICAL, Alignment, Config, align, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
@@ -456,9 +457,9 @@ def test_views_permute_aligned_networks(tmp_path):
     expected = aligned_rows(zoo, torch.cat([zoo.split("train"), zoo.split("val")]))
     assert torch.equal(source.population.weights[0][: expected.numel()], expected.flatten())
     (second,) = sane.draw(config, source, "train", 3).values[1:]
-    drawn = symmetry.random(8, config.seed, sane.PERMUTATION + 3)[4:]
-    order = epoch_rows(len(zoo.split("train")), 4, config.seed, sane.ORDER, 3)
-    rows = zoo.split("train")[source.rows["train"][order]]
+    drawn = symmetry.random(8, config.seed, batches.PERMUTATION + 3)[4:]
+    order = epoch_rows(len(zoo.split("train")), 4, config.seed, batches.ORDER, 3)
+    rows = zoo.split("train")[source.rows("train")[order]]
     composed = symmetry.compose(symmetry.expand(found[rows % MODELS]), drawn)
     views = source.population.kinds[0].layout.tokenize(symmetry.permute(zoo.rows(rows), composed, zoo.layout)).values
     assert torch.equal(second, views)

@@ -17,6 +17,7 @@ from fastws.zoo import Zoo, make
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align
 from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.measuring import disagreement
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
 
@@ -113,8 +114,8 @@ def test_partners_are_held_out_networks_of_equal_accuracy():
 def test_disagreement_and_neighbours():
     predictions = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0], [0, 2, 2, 1]], dtype=torch.uint8)
     pairs = [(predictions[i] != predictions[j]).double().mean().item() for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert judging.disagreement(predictions) == pytest.approx(numpy.mean(pairs))
-    assert numpy.isnan(judging.disagreement(predictions[:1]))
+    assert disagreement(predictions).item() == pytest.approx(numpy.mean(pairs))
+    assert disagreement(predictions[:1]).isnan()
     assert judging.effective(torch.tensor([3.0, 3.0, 0.0])) == pytest.approx(2)
     assert judging.effective_of_uniform(1, 50) == pytest.approx(1)
     assert 1 < judging.effective_of_uniform(2, 4) < 2  # one time in four both draws are the same

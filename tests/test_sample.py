@@ -8,8 +8,8 @@ import fastws
 from fastws.downstream import evaluate, populations
 from fastws.downstream.representation import load
 from fastws.downstream.sampling import flow, generators, sample
-from fastws.train import sane
 from fastws.train.ae import train as ae
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig

@@ -11,7 +11,7 @@ from fastws.downstream import evaluate, populations
 from fastws.downstream.representation import load
 from fastws.downstream.sampling import sample
 from fastws.nn.sane import SANE, SANEConfig
-from fastws.train import sane
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, ZooWriter
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")

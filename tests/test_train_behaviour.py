@@ -8,7 +8,8 @@ import torch
 
 from fastws.commands import train_sane
 from fastws.layout.layout import Layout
-from fastws.train import behaviour, sane
+from fastws.train.sane import behaviour
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, make
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import config_of, prepare
@@ -123,10 +124,10 @@ def test_run_is_resumed_with_its_means(zoo, tmp_path, monkeypatch):
     sane.train(config(zoo, tmp_path / "whole"), zoo, CPU)
     draw = sane.draw
 
-    def interrupted(settings, source, split, step, *rows):
+    def interrupted(settings, source, split, step, rows=None):
         if split == "train" and step == 2:
             raise KeyboardInterrupt
-        return draw(settings, source, split, step, *rows)
+        return draw(settings, source, split, step, rows)
 
     settings = config(zoo, tmp_path / "parts", save_every=1)
     monkeypatch.setattr(sane, "draw", interrupted)

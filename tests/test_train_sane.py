@@ -20,7 +20,8 @@ from fastws.random.integers import epoch_rows
 from fastws.runs import processes
 from fastws.table import table_rows
 from fastws.testing import devices
-from fastws.train import sane
+from fastws.train.sane import batches
+from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, ZooWriter
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")
@@ -71,8 +72,8 @@ def test_signs_are_drawn_for_networks_that_may_flip_and_leave_the_others_their_w
         unsigned, drawn = (sane.draw(replace(config, flips=f), signed, "train", step).values for f in (False, True))
         old = sane.draw(config, unflipped, "train", step).values
         assert torch.equal(unsigned, old) and torch.equal(drawn[0], old[0])
-        rows = signed.rows["train"]
-        model = rows[epoch_rows(len(rows), 24, config.seed, sane.ORDER, step)]
+        rows = signed.rows("train")
+        model = rows[epoch_rows(len(rows), 24, config.seed, batches.ORDER, step)]
         changed = (drawn[1] != unsigned[1]).flatten(1).any(1)
         assert torch.equal(changed, signed.population.may_flip[model])
         some |= set(changed.tolist())
@@ -98,10 +99,10 @@ def test_training_learns(zoo, tmp_path):
 def test_resumed_run_is_the_same(zoo, ten_steps, tmp_path, monkeypatch):
     draw = sane.draw
 
-    def interrupt(config, source, split, step):
+    def interrupt(config, source, split, step, rows=None):
         if split == "train" and step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(config, source, split, step)
+        return draw(config, source, split, step, rows)
 
     monkeypatch.setattr(sane, "draw", interrupt)
     with pytest.raises(SystemExit, match="stopped after step 4 of 10"):
@@ -162,9 +163,9 @@ def test_views_are_windows_of_permuted_networks(zoo, permute):
     config = replace(CONFIG, noise=0.0, permute=permute)
     source = sane.make_source(config, zoo, CPU)
     batch = sane.draw(config, source, "train", 5)
-    rows = source.rows["train"][epoch_rows(len(source.rows["train"]), 8, config.seed, sane.ORDER, 5)]
+    rows = source.rows("train")[epoch_rows(len(source.rows("train")), 8, config.seed, batches.ORDER, 5)]
     start = batch.positions[:, 0, 0]
-    permutations = zoo.symmetry.random(16, config.seed, sane.PERMUTATION + 5).unflatten(0, (2, 8))
+    permutations = zoo.symmetry.random(16, config.seed, batches.PERMUTATION + 5).unflatten(0, (2, 8))
     for view in (0, 1):
         networks = weights_of(source)[rows]
         if (permute, view) in {("second", 1), ("both", 0), ("both", 1)}:
@@ -216,10 +217,10 @@ def test_moments_of_layers_that_do_not_vary():
 
 def test_every_epoch_visits_every_row_once():
     rows = torch.arange(100, 110)
-    chosen = torch.cat([rows[epoch_rows(len(rows), 4, 0, sane.ORDER, step)] for step in range(10)]).view(4, 10)
+    chosen = torch.cat([rows[epoch_rows(len(rows), 4, 0, batches.ORDER, step)] for step in range(10)]).view(4, 10)
     assert all(sorted(epoch.tolist()) == rows.tolist() for epoch in chosen)
     assert len({tuple(epoch.tolist()) for epoch in chosen}) == 4
-    assert epoch_rows(len(rows), 25, 0, sane.ORDER, 3).shape == (25,)
+    assert epoch_rows(len(rows), 25, 0, batches.ORDER, 3).shape == (25,)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -266,7 +267,7 @@ def test_epochs_choose_states(zoo):
     source = sane.make_source(replace(CONFIG, epochs=(2, 2)), zoo, CPU)
     expected = [zoo.split(split)[1::2] for split in ("train", "val")]
     assert torch.equal(weights_of(source), zoo.rows(torch.cat(expected)))
-    assert [len(rows) for rows in source.rows.values()] == [len(rows) for rows in expected]
+    assert [len(source.rows(split)) for split in ("train", "val")] == [len(rows) for rows in expected]
 
 
 # --- bad input

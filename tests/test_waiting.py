@@ -23,10 +23,11 @@ from fastws.nern.convolutions import chosen_kernels
 from fastws.nn import hyper_representation
 from fastws.nn.sane import SANE as Model
 from fastws.testing import devices
-from fastws.train import loop, sane
+from fastws.train import loop
 from fastws.train.ae import train as ae
 from fastws.train.ae.plateau import Plateau
 from fastws.train.nern import train as nern
+from fastws.train.sane import train as sane
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

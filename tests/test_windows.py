@@ -12,7 +12,8 @@ from fastws.downstream.representation import load
 from fastws.layout.layout import Layout
 from fastws.layout.moments import layer_scales
 from fastws.nn.sane import PRESETS, SANE, SANEConfig, SinusoidalPositions
-from fastws.train import sane
+from fastws.train.sane import batches
+from fastws.train.sane import train as sane
 from fastws.windows.places import places_of
 from fastws.windows.population import cut, random_permutations, rows_of_tokens
 from fastws.zoo import Zoo
@@ -35,7 +36,7 @@ def zoos(tmp_path_factory):
 
 
 def rows_used(config, source, step=0):
-    return sane.choose(config, source, source.rows["train"], step, step)
+    return batches.choose(config, source, source.rows("train"), step, step)
 
 
 @pytest.mark.parametrize("span", ["row", "layer"])
@@ -47,7 +48,7 @@ def test_windows_of_two_architectures_are_those_of_each_network(zoos, memory, sp
     batch = sane.draw(config, source, "train", 0)
     model, start = rows_used(config, source)
     seen = set()
-    permutations = random_permutations(source.population, model.repeat(2), 0, sane.PERMUTATION, still=32)[32:]
+    permutations = random_permutations(source.population, model.repeat(2), 0, batches.PERMUTATION, still=32)[32:]
     for b, (row, first) in enumerate(zip(model.tolist(), start.tolist(), strict=True)):
         kind = source.population.kinds[number := int(source.population.kind[row])]
         zoo, chosen = zoos[number], torch.cat([zoos[number].split(split) for split in ("train", "val")])
@@ -209,7 +210,7 @@ def test_layers_are_scaled_by_statistics_of_the_training_split(zoos, statistic):
 def test_coverage_sees_every_token_of_every_network_once_in_a_pass(zoos):
     config = replace(CONFIG, windows="covering", window=4, batch_size=4)
     source = sane.make_source(config, zoos, CPU)
-    rows = source.rows["train"]
+    rows = source.rows("train")
     steps = int(sane.count_windows(source, rows).sum()) // 4
     chosen = [rows_used(config, source, step) for step in range(steps)]
     pairs = list(zip(*(torch.cat(column).tolist() for column in zip(*chosen, strict=True)), strict=True))
@@ -226,7 +227,7 @@ def test_rectangles_are_erased_from_each_view(zoos):
     clean = sane.draw(replace(config, rectangle=0.0), source, "train", 0)
     erased = (batch.values == 0) & (clean.values != 0)
     assert erased.flatten(2).any(-1).all() and not torch.equal(*batch.values)
-    area = sane.outside_rectangle(config, torch.zeros(200, 20, 30), 3).eq(0).float().mean((1, 2))
+    area = batches.outside_rectangle(config, torch.zeros(200, 20, 30), 3).eq(0).float().mean((1, 2))
     assert area.min() > 0.01 and area.max() < 0.36
 
 

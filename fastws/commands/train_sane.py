@@ -2,22 +2,22 @@
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastws
 from fastws.downstream.encoder import Encoder
 from fastws.downstream.evaluate import ANY, conditioning_images, job_of
-from fastws.downstream.judging.judged import disagreement
 from fastws.downstream.populations import measure
 from fastws.downstream.representation import Tokens
 from fastws.downstream.sampling import sample
 from fastws.downstream.sampling.anchors import BY, Choice, choose_anchors
 from fastws.downstream.sampling.judged import Bench
-from fastws.train import loop, sane
-from fastws.train.sane import Config, Look
+from fastws.train import loop
+from fastws.train.sane import train as sane
+from fastws.train.sane.config import Config
+from fastws.train.sane.train import Look
 from fastws.zoo.format.zoo import Zoo
-from fastws.zoo.making.measuring import norms_of
+from fastws.zoo.making.measuring import disagreement, norms_of
 
 __all__ = ["Config", "run"]
 
@@ -53,7 +53,7 @@ def make_look(config: Config, zoo: Zoo, extra: dict[str, Any]) -> Look:
     options = {"method": "kde", "density": "token", "count": COUNT, "seed": config.seed}
     sampling = sample.Config(zoo=str(zoo.path), out=config.out, **options)
 
-    def behave(weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def behave(weights: Tensor) -> tuple[Tensor, Tensor]:
         found = measure(weights.float(), job.plan, [activation] * len(weights), job.data.val, progress=False)
         return found.accuracy, disagreement(found.predictions)
 
@@ -71,7 +71,7 @@ def make_look(config: Config, zoo: Zoo, extra: dict[str, Any]) -> Look:
             "accuracy_std": accuracy.std(),
             "accuracy_best": accuracy.max(),
             "spread": made.weights.std(0).mean() / spread,
-            "disagreement": torch.tensor(disagreed / max(apart, 1e-12)),
+            "disagreement": disagreed / apart.clamp(min=1e-12),
         }
 
     return look

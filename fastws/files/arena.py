@@ -18,11 +18,10 @@ PAGE = mmap.PAGESIZE
 
 
 class Arena(NamedTuple):
-    """Files one behind the other, each from a page of its own; what lies between and behind them is zeros."""
+    """Files one behind the other, each from a page of its own; what lies between them is zeros."""
 
     bytes: Tensor  # uint8 [A], which must not be written to
     begins: Tensor  # int64 [files], where each begins
-    files_end: int  # behind it are zeros to the end
 
     def prefetch(self, begin: Sequence[int], size: Sequence[int]) -> None:
         """Asks the system to read these bytes ahead; returns at once."""
@@ -63,8 +62,8 @@ class Mapping:
             C.munmap(self.address, self.size)
 
 
-def map_files(paths: Sequence[Path], zeros: int = 0) -> Arena:
-    """Maps whole files, which must stay as they are meanwhile; at least ``zeros`` bytes behind them are zero.
+def map_files(paths: Sequence[Path]) -> Arena:
+    """Maps whole files, which must stay as they are meanwhile.
 
     Raises:
         OSError: If a file cannot be opened, or there are more than the system maps.
@@ -76,7 +75,7 @@ def map_files(paths: Sequence[Path], zeros: int = 0) -> Arena:
         begins.append(end)
         opened.append(size)
         end += -(-size // PAGE) * PAGE
-    mapping = Mapping(end + -(-max(zeros, 1) // PAGE) * PAGE)
+    mapping = Mapping(max(end, PAGE))
     for path, begin, size in zip(paths, begins, opened, strict=True):
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size < size:
@@ -84,7 +83,7 @@ def map_files(paths: Sequence[Path], zeros: int = 0) -> Arena:
             if size:
                 mapping.map(mapping.address + begin, size, file.fileno())
                 C.madvise(mapping.address + begin, size, RANDOM)  # only what is asked for is read
-    return Arena(as_tensor(mapping), torch.tensor(begins, dtype=torch.int64), end)
+    return Arena(as_tensor(mapping), torch.tensor(begins, dtype=torch.int64))
 
 
 def as_tensor(mapping: Mapping) -> Tensor:

@@ -31,7 +31,8 @@ from fastws.quickstart import nern_demo, new_networks
 from fastws.quickstart import page as report
 from fastws.runs.begun import begin
 from fastws.runs.stages import TIMES, stage
-from fastws.train import files, sane
+from fastws.train import files
+from fastws.train.sane import train as sane
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.align import align, aligned_rows, rows_of
 from fastws.zoo.format.zoo import Zoo

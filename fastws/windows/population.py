@@ -75,19 +75,13 @@ class Population(NamedTuple):
         may_flip = None if self.may_flip is None else device(self.may_flip)
         return self._replace(**fields, may_flip=may_flip)
 
-    def unscaled(self) -> "Population":
-        return self._replace(scale=torch.ones_like(self.scale), shift=torch.zeros_like(self.shift))
-
 
 def make_population(
     kinds: Sequence[Kind],
     kind: Tensor,
     content: Tensor,
     begins: Tensor,
-    places: Sequence[tuple[Tensor, Sequence[torch.dtype]]] | None = None,
-    *,
-    dtypes: Sequence[torch.dtype] = (),
-    zeros: int = 0,
+    dtypes: Sequence[torch.dtype],
     **fields,
 ) -> Population:
     """Puts tables together.
@@ -97,31 +91,20 @@ def make_population(
         kind: Of each network.
         content: All bytes, uint8 ``[A]``, A a multiple of 8.
         begins: Byte that each network begins at, int64 ``[m]``, a multiple of the sizes of its dtypes.
-        places: For each kind the bytes from there at which the weight and the bias of each layer begin, int64
-            ``[L, 2]``, -1 without a bias, and the dtype of each layer. By default networks are flat vectors.
-        dtypes: Of the flat vectors of each kind, where ``places`` is not given.
-        zeros: Byte from which on all are zero to the end, where networks that have no layer of a dtype are read in it.
+        dtypes: Of the flat vectors of each kind.
         fields: Others of the population.
     """
-    if places is None:
-        offsets = [k.layout.table[:, OFFSETS] for k in kinds]
-        places = [
-            (torch.where(offset < 0, -1, offset * dtype.itemsize), [dtype] * len(offset))
-            for offset, dtype in zip(offsets, dtypes, strict=True)
-        ]
-    known = list(dict.fromkeys(dtype for _, found in places for dtype in found))
-    where = torch.tensor([known.index(dtype) for _, found in places for dtype in found])
+    known = list(dict.fromkeys(dtypes))
     counts = torch.tensor([len(k.layout.table) for k in kinds])
-    table, place = torch.cat([tabled(k) for k in kinds]), torch.cat([offset for offset, _ in places])
+    of_kind = torch.tensor([known.index(dtype) for dtype in dtypes])
+    where, table = of_kind.repeat_interleave(counts), torch.cat([tabled(k) for k in kinds])
     tables, bases = [], []
     for number, dtype in enumerate(known):
-        here = where == number
-        own = table.clone()
-        # layers of other dtypes are read too, from the beginning of their network, and thrown away
-        own[:, OFFSETS] = torch.where(here[:, None], place // dtype.itemsize, torch.where(place < 0, -1, 0))
+        # networks of other dtypes are read too, each layer from the first byte of all, and thrown away
+        own, offsets = table.clone(), table[:, OFFSETS]
+        own[:, OFFSETS] = torch.where((where == number)[:, None] | (offsets < 0), offsets, 0)
         tables.append(own)
-        has = torch.stack([part.any() for part in here.split(counts.tolist())])
-        bases.append(torch.where(has[kind], begins, zeros) // dtype.itemsize)
+        bases.append(torch.where(of_kind[kind] == number, begins, 0) // dtype.itemsize)
     ends = counts.cumsum(0)
     mean, std = torch.cat([k.mean for k in kinds]), torch.cat([k.std for k in kinds])
     population = Population(

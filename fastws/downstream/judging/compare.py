@@ -32,7 +32,7 @@ from fastws.files.safetensors import open_tensors
 from fastws.matching.match import match
 from fastws.runs.begun import former_names
 from fastws.zoo.align import aligned_rows
-from fastws.zoo.format.rows import last_rows
+from fastws.zoo.format.rows import last_rows, rows_of_epochs
 from fastws.zoo.format.zoo import ODD, Zoo
 from fastws.zoo.making.make import Job
 from fastws.zoo.making.recipes import Part
@@ -252,9 +252,7 @@ def set_scene(config: Config, zoo: Zoo, anchors: Anchors) -> tuple[Scene, Tensor
     device = find_device(config.device)
     job = job_of(zoo, limit=None, device=str(device.type))
     rows = states_of(zoo, "train", anchors.activation)
-    if config.epochs is not None:
-        epoch = torch.from_numpy(zoo.numbers("epoch"))[rows]
-        rows = rows[(epoch >= config.epochs[0]) & (epoch <= config.epochs[1])]
+    rows = rows_of_epochs(zoo, rows, config.epochs, "zoo compare")
     held_out = states_of(zoo, "test", anchors.activation, last=True)
     by = next((name for name in BY if name in zoo.properties.column_names), None)
     if config.best < 1 and by is not None:  # as accurate as the anchors have to be

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastws.downstream.judging.memorisation import Judge, Novelty
 from fastws.downstream.judging.statistics import around, draw_counts, mean_std, weighted_mean, weighted_median
 from fastws.downstream.populations import Measured
+from fastws.zoo.making.measuring import disagreement
 
 CALIPER = 0.01  # of accuracy, within which a held-out network counts as equally good
 ENSEMBLE = 10  # networks whose mean logits are looked at
@@ -94,7 +95,7 @@ def judge(judged_by: Judge, known: Known, name: str, group: str, flat: Tensor, n
     pairs = {
         field: paired(getattr(own, field), getattr(known.behaviour, field), partner) for field in Behaviour._fields
     }
-    theirs = disagreement(known.held_out.predictions[numpy.unique(partner[matched])])
+    theirs = disagreement(known.held_out.predictions[numpy.unique(partner[matched])]).item()
     counts = novelty.neighbour.bincount(minlength=len(judged_by.training)).double()
     judged = Judged(
         name=name,
@@ -107,7 +108,7 @@ def judge(judged_by: Judge, known: Known, name: str, group: str, flat: Tensor, n
         phi=pairs["phi"],
         phi_left_out=int(numpy.isnan(own.phi).sum()),
         iou=pairs["iou"],
-        disagreement=disagreement(found.predictions) / theirs if theirs > 0 else numpy.nan,
+        disagreement=disagreement(found.predictions).item() / theirs if theirs > 0 else numpy.nan,
         effective_neighbours=effective(counts) / effective_of_uniform(len(flat), len(counts)),
         ensemble_gain=(gain, held_out_gain),
     )
@@ -183,15 +184,6 @@ def paired(own: ndarray, held_out: ndarray, partner: ndarray) -> tuple[float, fl
         return float(own[kept].mean()), float(held_out[partner[kept]].mean())
     known = own[numpy.isfinite(own)]
     return (float(known.mean()) if len(known) else numpy.nan), numpy.nan
-
-
-def disagreement(predictions: Tensor) -> float:
-    """Share of different predictions of pairs of networks ``[S, n]``, their mean; NaN for fewer than two."""
-    count = len(predictions)
-    if count < 2:
-        return numpy.nan
-    votes = torch.stack([(predictions == label).sum(0) for label in range(int(predictions.max()) + 1)]).double()
-    return 1 - ((votes * (votes - 1)).sum(0) / (count * (count - 1))).mean().item()
 
 
 def effective(counts: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastws.downstream.judging.statistics import selection_optimism
 from fastws.downstream.representation import Representation
 from fastws.zoo.align import ALIGNMENT, aligned_rows
+from fastws.zoo.format.rows import last_rows, rows_of_epochs
 from fastws.zoo.format.zoo import Zoo
 
 BY = ("val_accuracy", "test_accuracy")  # what ranks anchors, the first that is known
@@ -97,16 +98,6 @@ def overstated(zoo: Zoo, by: str, best: float, values: Tensor) -> str:
 def states(config: Choice, zoo: Zoo, split: str) -> Tensor:
     """Rows of a split: those of the epochs that were asked for, or the last one of each network."""
     rows = zoo.split(split)
-    if "epoch" not in zoo.properties.column_names:
-        if config.epochs is not None:
-            raise ValueError(f"sample: epochs must be left out for {zoo.path}, which does not know them")
-        return rows
-    epoch = torch.from_numpy(zoo.numbers("epoch"))
-    if config.epochs is not None:
-        return rows[(epoch[rows] >= config.epochs[0]) & (epoch[rows] <= config.epochs[1])]
-    models = zoo.properties["model"].cast("string").to_pylist()
-    last: dict[str, int] = {}
-    for row in rows.tolist():
-        if models[row] not in last or epoch[row] >= epoch[last[models[row]]]:
-            last[models[row]] = row
-    return torch.tensor(sorted(last.values()), dtype=torch.int64)
+    if config.epochs is not None or "epoch" not in zoo.properties.column_names:
+        return rows_of_epochs(zoo, rows, config.epochs, "sample")
+    return rows[torch.isin(rows, torch.tensor(list(last_rows(zoo).values())))]

@@ -24,6 +24,7 @@ from fastws.train.ae.plateau import Plateau
 from fastws.train.ae.presets import PRESETS, Preset
 from fastws.train.ae.views import CODE, Augmentation, Batch, Source, choose, view
 from fastws.zoo.align import aligned_rows
+from fastws.zoo.format.rows import rows_of_epochs
 from fastws.zoo.format.zoo import Zoo
 
 HIDDEN_LAYERS = 10  # of the published perceptron, whose widths fall by equal steps
@@ -293,7 +294,7 @@ def contrast(projection: Tensor, kind: Contrast, temperature: float) -> Tensor:
 
 def make_source(config: Config, zoo: Zoo, device: torch.device) -> Source:
     """Reads the networks to train on and to validate on onto the device."""
-    rows = {split: loop_rows(config, zoo, split) for split in ("train", "val")}
+    rows = {split: rows_of_epochs(zoo, zoo.split(split), config.epochs, "train ae") for split in ("train", "val")}
     if len(rows["train"]) < 2:
         raise ValueError(f"train ae: zoo must have 2 networks to train on, got {len(rows['train'])} in {config.zoo}")
     if config.permute and zoo.symmetry is None:
@@ -304,16 +305,6 @@ def make_source(config: Config, zoo: Zoo, device: torch.device) -> Source:
     weights = (aligned_rows(zoo, chosen) if config.aligned else zoo.rows(chosen)).float().to(device)
     numbers = torch.arange(len(weights)).split([len(part) for part in rows.values()])
     return Source.of(weights, dict(zip(rows, numbers, strict=True)), zoo.layout, zoo.symmetry, zoo.may_flip[chosen])
-
-
-def loop_rows(config: Config, zoo: Zoo, split: str) -> Tensor:
-    rows = zoo.split(split)
-    if config.epochs is None:
-        return rows
-    if "epoch" not in zoo.properties.column_names:
-        raise ValueError(f"train ae: epochs must be left out for {zoo.path}, which does not know them")
-    epoch = torch.from_numpy(zoo.numbers("epoch"))[rows]
-    return rows[(epoch >= config.epochs[0]) & (epoch <= config.epochs[1])]
 
 
 def model_config(config: Config, source: Source) -> HyperRepresentationConfig:

@@ -26,7 +26,7 @@ def explain(config, job) -> str:
         job: What ``make.prepare`` made of it.
     """
     weights = Layout.from_checkpoint(job.plan.build()).num_weights
-    states = config.networks * (len(set(config.keep_epochs)) or config.epochs + 1)
+    states = config.networks * len(config.kept_epochs)
     size = states * weights * (2 if config.dtype == "bf16" else 4)
     parts = {name: part for name, part in (("train", job.data.train), *job.data.evaluated().items())}
     counts = ", ".join(f"{len(part.y):,} {name}" for name, part in parts.items())
@@ -69,8 +69,9 @@ def estimate(config, job) -> float:
     images = sum(len(part.y) for part in job.data.evaluated().values())
     if job.plan.train_metrics == "evaluated":
         images += len(job.data.train.y)
-    measured = len(set(config.keep_epochs)) or config.epochs + 1
-    seconds = config.epochs * job.plan.num_steps(len(job.data.train.y)) * train + measured * images * measure
+    seconds = (
+        config.epochs * job.plan.num_steps(len(job.data.train.y)) * train + len(config.kept_epochs) * images * measure
+    )
     side_by_side = cores if not job.one_by_one and config.device == "cpu" else 1
     return seconds * config.networks / len(few) / side_by_side / ranks.place().world
 

@@ -28,7 +28,17 @@ from fastws.zoo.making import beginning, ranks
 from fastws.zoo.making.architectures import Activation, Architecture, Init
 from fastws.zoo.making.explain import explain
 from fastws.zoo.making.grids import PRESETS, Preset
-from fastws.zoo.making.recipes import Augment, Optimizer, Order, Plan, Recipe, Schedule, TrainingData, TrainMetrics
+from fastws.zoo.making.recipes import (
+    Augment,
+    Optimizer,
+    Order,
+    Plan,
+    Recipe,
+    Schedule,
+    TrainingData,
+    TrainMetrics,
+    kept_epochs,
+)
 from fastws.zoo.making.resume import RESUME, read_resume, write_resume
 from fastws.zoo.making.training import Regularise, Wave
 
@@ -126,6 +136,10 @@ class Config:
         if self.schedule == "one-cycle" and set(self.optimizers) != {"momentum"}:
             raise ValueError(f"optimizers must be momentum for a one-cycle schedule, got {' '.join(self.optimizers)}")
 
+    @property
+    def kept_epochs(self) -> list[int]:
+        return kept_epochs(self.epochs, self.keep_epochs)
+
 
 class Job(NamedTuple):
     """What a configuration amounts to."""
@@ -209,7 +223,7 @@ def make(config: Config, regularise: Regularise | None = None) -> Zoo:
         raise ValueError(f"zoo make: regularise must be {what}")
     for begun in (path, *ranks.begun_parts(path)):
         check_config(begun, config)
-    ranks.check(path, place, config.networks * len(kept_epochs(config)))
+    ranks.check(path, place, config.networks * len(config.kept_epochs))
     if place.world > 1 and ranks.finished(path, place):
         ranks.remove_joined(path, place)
         return Zoo.open(path)
@@ -231,7 +245,7 @@ def make_part(config: Config, job: Job, path: Path, regularise: Regularise | Non
         return wave
 
     with open_writer(config, job, path) as writer, workers(config, job) as pool:
-        train(config, job, writer, pool, make_wave, kept_epochs(config))
+        train(config, job, writer, pool, make_wave, config.kept_epochs)
         remove(path / RESUME)
     return Zoo.open(path)
 
@@ -296,11 +310,6 @@ def train(
     bar.close()
 
 
-def kept_epochs(config: Config) -> list[int]:
-    """The epochs whose states a zoo holds."""
-    return sorted(set(config.keep_epochs)) or list(range(config.epochs + 1))
-
-
 def check_config(path: Path, config, command: str = "zoo make", may_change: Sequence[str] = MAY_CHANGE) -> None:
     """Raises ValueError if there is a zoo that was begun with another configuration, or by another command."""
     if (path / MANIFEST).exists():
@@ -342,7 +351,7 @@ def run(config: Config, regularise: Regularise | None = None) -> None:
     zoo = make(config, regularise)
     if ranks.place().rank > 0:
         return
-    last = zoo.numbers("epoch") == kept_epochs(config)[-1]
+    last = zoo.numbers("epoch") == config.kept_epochs[-1]
     accuracy = torch.from_numpy(zoo.numbers("test_accuracy")[last])
     print(f"{zoo.path}: {len(zoo):,} states of {config.networks:,} networks, {zoo.dropped} left out as not finite")
     if len(accuracy):

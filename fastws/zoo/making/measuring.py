@@ -47,6 +47,16 @@ def tally(logits_of: Logits, part: Part, *, images: int = SIDE_BY_SIDE, summed: 
     return Tally(loss / len(part.y), accuracy, predictions, torch.cat(sums) if summed else None)
 
 
+def disagreement(predictions: Tensor) -> Tensor:
+    """Share of different predictions of pairs of networks ``[G, n]``, float64 ``[]``; NaN for fewer than two."""
+    count = len(predictions)
+    if count < 2:
+        return torch.full((), torch.nan, dtype=torch.float64, device=predictions.device)
+    # a class at a time, for a thousand networks on ten thousand images
+    votes = torch.stack([(predictions == label).sum(0) for label in range(int(predictions.max()) + 1)]).double()
+    return 1 - ((votes * (votes - 1)).sum(0) / (count * (count - 1))).mean()
+
+
 def side_by_side(weights: Tensor, layers: Tensor, activation: Tensor) -> Logits:
     """Small networks ``[G, P]`` of one table, at once; ``activation`` holds the code of each, int32 ``[G]``."""
     return lambda x: small_cnn_logits(weights, x, layers, activation)

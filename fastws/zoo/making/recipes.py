@@ -1,6 +1,6 @@
 """What decides what the networks of a zoo become: a recipe for each, a plan and images for all."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,6 +30,11 @@ class Recipe(NamedTuple):
     optimizer: Optimizer
     lr: float
     weight_decay: float
+
+
+def kept_epochs(epochs: int, chosen: Sequence[int]) -> list[int]:
+    """The epochs whose states a zoo holds: those that were chosen, or all."""
+    return sorted(set(chosen)) or list(range(epochs + 1))
 
 
 def check_choices(path: Path, name: str, values: Iterable[object], known: Collection[str]) -> None:

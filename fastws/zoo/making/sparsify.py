@@ -28,7 +28,7 @@ from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.grids import Preset
 from fastws.zoo.making.make import Config as MakeConfig
-from fastws.zoo.making.make import Job, check_config, config_of, kept_epochs, prepare, train, workers
+from fastws.zoo.making.make import Job, check_config, config_of, prepare, train, workers
 from fastws.zoo.making.recipes import Part, Plan, Recipe, TrainingData, check_choices
 from fastws.zoo.making.resume import RESUME
 from fastws.zoo.making.training import SideBySide, Wave
@@ -88,7 +88,7 @@ def sparsify(config: Config) -> Zoo:
         with torch.device("meta"):
             Layout.from_checkpoint(job.plan.build()).require_same(zoo.layout, f"zoo sparsify: zoo {zoo.path}")
     recipes, weights = choose(
-        zoo, config.models, kept_epochs(made)[-1], told_by(made, job.plan) if config.architecture else {}
+        zoo, config.models, made.kept_epochs[-1], told_by(made, job.plan) if config.architecture else {}
     )
     plan = job.plan._replace(epochs=config.epochs, order="seeded")
     same = starts_the_same(plan, recipes, weights, job.data)

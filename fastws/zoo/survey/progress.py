@@ -6,6 +6,7 @@ from fastws.files import json
 from fastws.zoo.format.writer import MODELS
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making import ranks
+from fastws.zoo.making.recipes import kept_epochs
 from fastws.zoo.making.resume import RESUME
 
 
@@ -37,7 +38,8 @@ def count_wanted(zoo: Zoo) -> int:
     # a sample keeps the configuration of the zoo that it was drawn from
     if "sampled" in zoo.provenance or not isinstance(config, Mapping):
         return 0
-    counts, kept = [config.get("networks"), config.get("epochs")], config.get("keep_epochs")
-    if not all(type(count) is int for count in counts):
+    networks, epochs, kept = (config.get(name) for name in ("networks", "epochs", "keep_epochs"))
+    kept = kept or []  # of zoos of before
+    if not isinstance(kept, list) or not all(type(number) is int for number in (networks, epochs, *kept)):
         return 0
-    return counts[0] * (len(set(kept)) if kept and isinstance(kept, list) else counts[1] + 1)
+    return networks * len(kept_epochs(epochs, kept))

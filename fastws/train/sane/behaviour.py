@@ -24,7 +24,7 @@ from fastws.small_cnn.passes import forward
 from fastws.small_cnn.table import Row, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import config_of, prepare
-from fastws.zoo.making.measuring import codes_of
+from fastws.zoo.making.measuring import codes_of, disagreement
 from fastws.zoo.making.recipes import Plan
 
 QUERY, PIXELS = 2**56, 2**57  # where the draws of images and of random pixels begin in the stream of random numbers
@@ -190,10 +190,3 @@ class Behaviour:
         rest = 1 - gamma
         weights = torch.tensor([rest * (1 - self.share), rest * self.share, gamma], device=values.device)
         return (weights * values / units).sum()
-
-
-def disagreement(guesses: Tensor) -> Tensor:
-    """Share of different classes among pairs of networks, from their guesses ``[G, n]``."""
-    count = len(guesses)
-    votes = nn.functional.one_hot(guesses).sum(0).double()
-    return 1 - ((votes * (votes - 1)).sum(1) / max(1, count * (count - 1))).mean()

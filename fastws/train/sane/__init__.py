@@ -1,0 +1,1 @@
+"""SANE: its options, the windows it is trained on, its losses, and its training."""
