@@ -11,6 +11,7 @@ from scipy import stats
 
 import fastws
 from fastws.cli import main
+from fastws.compare.changes import find_change
 from fastws.compare.differences import compare_tensors
 from fastws.compare.kinds import Levels, find_levels, find_pattern, find_rank, stored_wider
 from fastws.compare.kinship import (
@@ -21,6 +22,7 @@ from fastws.compare.kinship import (
     log_empirical,
     log_fisher,
     log_poisson_tail,
+    spaced,
 )
 from fastws.compare.modules import Words
 from fastws.compare.paired import corresponding
@@ -199,6 +201,18 @@ def test_rank_of_a_merged_adapter(dtype):
     assert rank(0.05 * torch.randn(256, 320, generator=random)).full
     small = rank(change * 1e-3 * a.float().norm() / change.norm())
     assert small.rank == (8 if dtype == torch.float32 else None) and not small.full
+
+
+def test_scalar_that_was_zero_is_changed():
+    a, b = torch.zeros(()), torch.ones(())
+    for pair in ((a, b), (b, a)):
+        assert find_change(*pair, *compare_tensors({"x": pair}, progress=False)).kind == "changed"
+
+
+def test_places_of_large_tensors_are_inside():
+    count = 25088 * 4096  # between these float32 has no odd numbers
+    found = spaced(count, 1024)
+    assert found[-1] == count - 1 and len(found.unique()) == 1024
 
 
 def test_levels():

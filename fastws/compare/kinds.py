@@ -119,7 +119,7 @@ class Pruned(NamedTuple):
 def find_pruned(found: Difference, made: Tensor, source: Tensor, forward: bool) -> Pruned | None:
     """How ``made`` was pruned from ``source``; None if it was not. ``forward``: made is b and source a of ``found``."""
     new, zeros = found.new_zeros[0 if forward else 1], found.zeros[1 if forward else 0]
-    if new == 0 or new < found.numel / 100:
+    if made.dim() == 0 or new == 0 or new < found.numel / 100:
         return None
     removed = (made == 0) & (source != 0)
     sizes = source.abs()

@@ -108,7 +108,8 @@ def describe_units(tensor: Tensor, axis: int) -> Tensor:
 
 def spaced(count: int, most: int) -> Tensor:
     """At most so many of so many places, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
+    # float32 rounds the places of large tensors beyond their ends
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 # --- probabilities, in natural logarithms because they are smaller than any float
