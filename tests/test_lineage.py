@@ -98,6 +98,17 @@ def test_unreadable_files_are_named_once(tmp_path, capsys):
     assert "<img" in page and "no other network is of its architecture" in page and "broken" in page
 
 
+@pytest.mark.parametrize("words", [None, KNOWN])
+def test_network_that_diverged_is_left_out(tmp_path, words):
+    fill(tmp_path, stay)
+    diverged = relatives.network(50)
+    diverged["2.weight"][0, 0] = torch.nan
+    relatives.save(tmp_path, "diverged", diverged)
+    found = fastws.lineage(tmp_path, words=words)
+    assert found.left_out == {"diverged.safetensors": "weights must be finite, got NaN or infinity in '2.weight'"}
+    assert found_tree(found.to_dict()["groups"][0]) == TREE
+
+
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTWS_DEBUG", raising=False)
     with pytest.raises(SystemExit, match="source must be a folder of checkpoints, got nothing"):

@@ -1,16 +1,19 @@
 """The checkpoints of a folder, and which of them are of one architecture."""
 
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastws.compare.modules import Checkpoint
 from fastws.compare.paired import common_prefix, floating
 from fastws.files.torch_file import NOT_A_TORCH_FILE
+from fastws.terminal import shorten
 from fastws.zoo.readers.checkpoints import find_checkpoints
 
 FEW = 100  # files, which are opened before a bar is read
@@ -34,7 +37,7 @@ class Collection(NamedTuple):
 
 
 def collect(folder: str | os.PathLike, progress: bool = False) -> Collection:
-    """Opens all checkpoints of a folder; of safetensors files no more than their headers are read.
+    """Opens all checkpoints of a folder; those with NaN or infinite weights, as runs that diverged have, are left out.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -48,7 +51,7 @@ def collect(folder: str | os.PathLike, progress: bool = False) -> Collection:
     left_out = {name_in(root, Path(skip.path)): skip.reason for skip in search.skipped}
     groups: dict[tuple, list[Member]] = {}
     for path in tqdm(
-        search.files, desc="open", unit=" files", disable=not progress or len(search.files) < 100, leave=False
+        search.files, desc="open", unit=" files", disable=not progress or len(search.files) < FEW, leave=False
     ):
         name = name_in(root, path)
         try:
@@ -74,6 +77,8 @@ def open_member(name: str, path: Path) -> Member:
     statistics = {entry.name for entry in checkpoint.layout.entries if entry.role == "norm statistic"}
     parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for key, tensor in state.items():
+        if not math.isfinite(tensor.sum(dtype=torch.float64)):  # at once, and of 8 bits too
+            raise ValueError(f"weights must be finite, got NaN or infinity in {shorten(key)!r}")
         parts[key in statistics][key.removeprefix(prefix)] = tensor
     return Member(name, checkpoint, *parts, prefix)
 
