@@ -14,6 +14,7 @@ from fastws.compare.barrier import Config, barrier
 from fastws.compare.evaluating import Scores
 from fastws.compare.lines import barrier_of
 from fastws.compare.repair import Moments, between, layers_to_repair, moments_of, repair
+from fastws.zoo.making.measuring import in_batches
 
 DIGITS = {"architecture": "digits-cnn", "activation": "relu", "data": "digits"}
 
@@ -89,6 +90,18 @@ def test_repaired_layers_have_the_moments_of_the_goal():
     for name, found in moments_of(module, names, x).items():
         torch.testing.assert_close(found.mean, goals[name].mean, atol=2e-3, rtol=0)
         torch.testing.assert_close(found.std, goals[name].std, atol=5e-3, rtol=5e-3)
+
+
+def test_no_batch_is_of_one_image_and_large_inputs_come_in_small_ones():
+    sizes = {(501, 1, 8, 8): [501], (1000, 3, 32, 32): [500, 500], (60, 3, 224, 224): [30, 30], (3, 3, 2000, 2000): [3]}
+    for shape, expected in sizes.items():
+        x = torch.empty(shape, device="meta")
+        assert [len(part) for part, _ in in_batches(x, torch.empty(len(x)))] == expected
+    assert len([*in_batches(torch.empty(64, 1024, dtype=torch.int64, device="meta"))]) == 16
+    module, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), torch.randn(501, 4)
+    expected = module(x)
+    repair(module, moments_of(module, ["0"], x), x)
+    torch.testing.assert_close(module(x), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_repair_of_an_end_changes_nothing(trained):

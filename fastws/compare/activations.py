@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastws.compare.running import load_state
 from fastws.matching.places import units
 from fastws.symmetry.symmetry import Symmetry
-from fastws.zoo.making.measuring import ALONE
+from fastws.zoo.making.measuring import in_batches
 
 EPS = 1e-4  # of the product of two standard deviations, so that dead units correlate with nothing
 WITH_OUTPUTS = (_ConvNd, nn.Linear, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
@@ -126,7 +126,9 @@ def taps_of(name: str, layer: nn.Module, axis: int, symmetry: Symmetry, inputs: 
 def collect(modules: list[nn.Module], taps: list[Tap], x: Tensor, symmetry: Symmetry) -> list[Moments]:
     """Moments of the activations of two networks at each tap."""
     sums = [Moments(symmetry.sizes[tap.group]) for tap in taps]
-    seen: list[dict[int, list[Tensor]]] = [{}, {}]  # of each network the activations of a batch, by tap
+    waiting: list[list[Tensor]] = [
+        [] for _ in taps
+    ]  # activations of the first network, until the second one has its own
 
     def hook(network: int, number: int):
         def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -134,7 +136,11 @@ def collect(modules: list[nn.Module], taps: list[Tap], x: Tensor, symmetry: Symm
             values = inputs[0] if tap.inputs else output
             values = values if tap.last else values.movedim(1, -1)
             values = values[..., tap.index].reshape(-1, symmetry.sizes[tap.group], tap.width)
-            seen[network].setdefault(number, []).append(values.movedim(2, 1).flatten(0, 1))
+            values = values.movedim(2, 1).flatten(0, 1)
+            if network == 0:
+                waiting[number].append(values)
+            else:
+                sums[number].add(waiting[number].pop(0), values)
 
         return keep
 
@@ -143,10 +149,7 @@ def collect(modules: list[nn.Module], taps: list[Tap], x: Tensor, symmetry: Symm
             for number, tap in enumerate(taps):
                 layer = module.get_submodule(tap.module)
                 stack.callback(layer.register_forward_hook(hook(network, number)).remove)
-        for part in x.split(ALONE):
+        for (part,) in in_batches(x):
             for module in modules:
                 module(part)
-            for number, moments in enumerate(sums):
-                for pair in zip(*(one.pop(number, []) for one in seen), strict=True):
-                    moments.add(*pair)
     return sums

@@ -16,7 +16,7 @@ from fastws.runs.threads import map_on_threads
 from fastws.small_cnn.table import ACTIVATIONS, layer_table
 from fastws.symmetry.tracer import tensors_in
 from fastws.zoo.making.given import find_function
-from fastws.zoo.making.measuring import ALONE, side_by_side, tally
+from fastws.zoo.making.measuring import in_batches, side_by_side, tally
 from fastws.zoo.making.recipes import Part
 
 IGNORED = -100  # a target that does not count
@@ -167,7 +167,7 @@ def score(module: nn.Module, part: Part, precision: Precision = "fp32") -> Score
 
 def logits_of(module: nn.Module, part: Part, precision: Precision) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits ``[n, num_classes]`` and targets ``[n]``, batch by batch; positions of sequences are samples."""
-    for x, y in zip(part.x.split(ALONE), part.y.split(ALONE), strict=True):
+    for x, y in in_batches(part.x, part.y):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = next(tensors_in(module(x))).float()
         if logits.shape[:-1] != y.shape:

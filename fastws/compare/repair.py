@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fastws.zoo.making.measuring import ALONE, condition_batch_norm, norms_of
+from fastws.zoo.making.measuring import condition_batch_norm, in_batches, norms_of
 
 EPS = 1e-5  # of the variance, as batch norms have it
 Hook = Callable[[str, nn.Module, Tensor], Tensor | None]  # name, layer and output: another output, or None
@@ -79,7 +79,7 @@ def moments_of(module: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, 
         sums[name] = [count + len(values), first + values.sum(0), second + values.square().sum(0)]
 
     with hooked(module, names, add):
-        for part in x.split(ALONE):
+        for (part,) in in_batches(x):
             module(part)
     found = {}
     for name, (count, first, second) in sums.items():
@@ -124,7 +124,7 @@ def repair(module: nn.Module, goals: Mapping[str, Moments], x: Tensor) -> None:
         if norms_of(module):
             condition_batch_norm(module, x)
         else:
-            for part in x.split(ALONE):
+            for (part,) in in_batches(x):
                 module(part)
     for name, (count, var, mean) in seen.items():
         layer = module.get_submodule(name)

@@ -1,6 +1,6 @@
 """What networks do on images: where all losses and accuracies come from, while a zoo is made and afterwards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from fastws.zoo.making.recipes import Part, Plan
 
 SIDE_BY_SIDE = 2000  # images of one call for networks that run side by side
 ALONE = 500  # for networks that run one by one
+PIXELS, TOKENS = 2**22, 2**12  # of a batch: 27 images of 3 x 224 x 224, and logits of a large vocabulary in 1 GB
 Logits = Callable[[Tensor], Tensor]  # images [n, C, H, W] to logits of all networks [G, n, num_classes]
 
 
@@ -98,11 +99,22 @@ def condition_batch_norm(network: nn.Module, images: Tensor) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
-    for x in images.split(ALONE):
+    for (x,) in in_batches(images):
         network(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def in_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Batches for networks that run one by one: tensors ``[n, ..]`` in parts that belong together, of about one size.
+
+    Images or sequences that are large come in smaller batches, but never alone, for batch norms need two.
+    """
+    x = tensors[0]
+    room = (PIXELS if x.is_floating_point() else TOKENS) // max(1, x[:1].numel())
+    count = max(1, len(x) // max(2, min(ALONE, room)))
+    return zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
 
 
 def norms_of(network: nn.Module) -> list[nn.Module]:
