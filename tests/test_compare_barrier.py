@@ -11,9 +11,11 @@ from torch import nn
 import fastws.compare.evaluating as evaluating
 from fastws.cli import main
 from fastws.compare.barrier import Config, barrier
-from fastws.compare.evaluating import Scores
+from fastws.compare.evaluating import Data, Scores, load_examples, measure
 from fastws.compare.lines import barrier_of
+from fastws.compare.modules import Network
 from fastws.compare.repair import Moments, between, layers_to_repair, moments_of, repair
+from fastws.data.images import load
 from fastws.zoo.making.measuring import in_batches
 
 DIGITS = {"architecture": "digits-cnn", "activation": "relu", "data": "digits"}
@@ -174,6 +176,42 @@ def wrong():
     assert found["as they are", "stored", "test"]["loss"][0] == pytest.approx(float(expected.detach()), rel=1e-5)
     with pytest.raises(ValueError, match="own_text:wrong must return training inputs"):
         barrier(Config(**options, data="own_text:wrong"))
+
+
+def test_targets_of_a_function(trained, monkeypatch):
+    images = load("digits")
+    x, y = images.test_x[:60], images.test_y[:60]
+    network = Network(trained, x[:1], "digits-cnn")
+
+    def scores(targets):
+        monkeypatch.setattr(evaluating, "find_function", lambda *names: lambda: (x, targets, x, targets))
+        (found,) = measure(network, [lambda module: None], load_examples("barrier", Data(data="own:data")).test)
+        return found
+
+    half = y.clone()
+    half[:30] = -100  # do not count
+    assert scores(half).loss == pytest.approx(
+        2 * scores(y).loss - scores(torch.cat([y[:30], half[:30]])).loss, rel=1e-4
+    )
+    assert scores(y.int()) == scores(y)
+    for targets, said in (
+        (y + 1, r"targets must be -100 or in \[0, 10\), the logits, got 10"),
+        (y - 1, r"targets must be -100 or in \[0, 10\), the logits, got -1"),
+        (half[:1].expand(60), "some targets must count, got -100 in all of them"),
+        (y.double(), "own:data must return integers as targets, got torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            scores(targets)
+    x, y = x[:1], y[:1]
+    with pytest.raises(ValueError, match="two training inputs and one test input at least, got 1 and 1"):
+        scores(y)
+
+
+def test_limit_of_a_function_takes_evenly_spaced_samples(monkeypatch):
+    x, y = torch.arange(100.0)[:, None], torch.arange(100)
+    monkeypatch.setattr(evaluating, "find_function", lambda *names: lambda: (x, y, x[:3], y[:3]))
+    found = load_examples("barrier", Data(data="own:data", limit=4))
+    assert found.train.y.tolist() == [0, 25, 50, 75] and found.test.y.tolist() == [0, 1, 2]
 
 
 def test_bad_input_is_one_sentence(ends, tmp_path):

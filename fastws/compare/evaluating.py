@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from fastws.compare.modules import Network, Words
-from fastws.data.images import Transform, load
+from fastws.data.images import Transform, load, spaced
 from fastws.runs.threads import map_on_threads
-from fastws.small_cnn.table import ACTIVATIONS, layer_table
+from fastws.small_cnn.table import ACTIVATIONS, layer_table, rows_of
 from fastws.symmetry.tracer import tensors_in
 from fastws.zoo.making.given import find_function
 from fastws.zoo.making.measuring import in_batches, side_by_side, tally
@@ -37,7 +37,7 @@ class Data:
     statistics: int = 5000  # training images at most on which statistics are computed anew, evenly spaced
 
     def __post_init__(self):
-        for name, least in (("limit", 1), ("statistics", 1)):
+        for name, least in (("limit", 2), ("statistics", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data: {name} must be at least {least}, got {value}")
@@ -52,9 +52,7 @@ class Examples(NamedTuple):
 
     def calibrating(self, count: int) -> Part:
         """Training inputs and their targets, evenly spaced."""
-        size = len(self.train.x)
-        rows = torch.linspace(0, size - 1, min(count, size)).long()
-        return Part(self.train.x[rows], self.train.y[rows])
+        return Part(*(spaced(x, count) for x in self.train))
 
 
 class Scores(NamedTuple):
@@ -87,8 +85,15 @@ def load_examples(command: str, data: Data) -> Examples:
     if len(tensors[0]) != len(tensors[1]) or len(tensors[2]) != len(tensors[3]):
         got = ", ".join(str(len(x)) for x in tensors)
         raise ValueError(f"{command}: {data.data} must return as many inputs as targets, got {got}")
-    parts = [x[: data.limit] for x in tensors]
-    return Examples(Part(*parts[:2]), Part(*parts[2:]), data.data)
+    if len(tensors[0]) < 2 or not len(tensors[2]):
+        got = f"{len(tensors[0])} and {len(tensors[2])}"
+        raise ValueError(
+            f"{command}: {data.data} must return two training inputs and one test input at least, got {got}"
+        )
+    if any(y.is_floating_point() or y.is_complex() for y in (tensors[1], tensors[3])):
+        raise ValueError(f"{command}: {data.data} must return integers as targets, got {tensors[1].dtype}")
+    x, y, test_x, test_y = (spaced(x, data.limit) for x in tensors)
+    return Examples(Part(x, y.long()), Part(test_x, test_y.long()), data.data)
 
 
 def with_images(words: Said, examples: Examples | None) -> Said:
@@ -148,9 +153,12 @@ def table_of(network: Network, part: Part) -> tuple[Tensor | None, int]:
     if part.x.dim() != 4 or part.y.dim() != 1 or len(set(kinds)) != 1:
         return None, 0
     try:
-        return layer_table(network.module, tuple(part.x.shape[1:])), kinds[0]
+        table = layer_table(network.module, tuple(part.x.shape[1:]))
     except ValueError:
         return None, 0
+    # targets that do not count, or that no logit has, are for ``score``
+    classes = rows_of(table)[-1].out_channels
+    return (table, kinds[0]) if int(part.y.min()) >= 0 and int(part.y.max()) < classes else (None, 0)
 
 
 @torch.no_grad()
@@ -162,6 +170,8 @@ def score(module: nn.Module, part: Part, precision: Precision = "fp32") -> Score
         loss += float(cross_entropy(logits, y, ignore_index=IGNORED, reduction="none").double().sum())
         right += float(((logits.argmax(1) == y) & kept).sum())
         count += int(kept.sum())
+    if not count:
+        raise ValueError(f"data: some targets must count, got {IGNORED} in all of them")
     return Scores(loss / count, right / count)
 
 
@@ -174,6 +184,8 @@ def logits_of(module: nn.Module, part: Part, precision: Precision) -> Iterator[t
             raise ValueError(
                 f"data: targets must be {list(logits.shape[:-1])}, for logits {list(logits.shape)}, got {list(y.shape)}"
             )
-        if len(y) and not y.max() < logits.shape[-1]:
-            raise ValueError(f"data: targets must be below {logits.shape[-1]}, the logits, got {int(y.max())}")
+        wrong = y[(y != IGNORED) & ((y < 0) | (y >= logits.shape[-1]))]
+        if wrong.numel():
+            must = f"{IGNORED} or in [0, {logits.shape[-1]}), the logits"
+            raise ValueError(f"data: targets must be {must}, got {int(wrong[0])}")
         yield logits.flatten(0, -2), y.flatten()
