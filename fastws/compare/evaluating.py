@@ -90,8 +90,9 @@ def load_examples(command: str, data: Data) -> Examples:
         raise ValueError(
             f"{command}: {data.data} must return two training inputs and one test input at least, got {got}"
         )
-    if any(y.is_floating_point() or y.is_complex() for y in (tensors[1], tensors[3])):
-        raise ValueError(f"{command}: {data.data} must return integers as targets, got {tensors[1].dtype}")
+    for y in (tensors[1], tensors[3]):
+        if y.is_floating_point() or y.is_complex():
+            raise ValueError(f"{command}: {data.data} must return integers as targets, got {y.dtype}")
     x, y, test_x, test_y = (spaced(x, data.limit) for x in tensors)
     return Examples(Part(x, y.long()), Part(test_x, test_y.long()), data.data)
 
