@@ -60,6 +60,9 @@ def sharded(folder, state, dtype=torch.bfloat16):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "words.txt").write_text("some words")
+    (folder / "original" / "tables").mkdir(parents=True)
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"weights of before")
+    (folder / "original" / "tables" / "numbers.txt").write_text("some numbers")
     (folder / "README.md").write_text("a card")
     (folder / "pytorch_model.bin").write_bytes(b"weights of before")
     return str(folder)
@@ -71,12 +74,38 @@ def test_folder_keeps_shards_names_dtypes_and_other_files(tmp_path):
     (report,) = align(CONFIG(models=(other,), to=base, out=str(tmp_path / "out"))).values()
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     kept = {str(p.relative_to(tmp_path / "other")) for p in (tmp_path / "other").rglob("*") if p.is_file()}
-    assert files == sorted(kept - {"pytorch_model.bin"} | {"aligned.json"})
-    assert report["left_out"] == ["pytorch_model.bin"]
+    left_out = ["original/consolidated.00.pth", "pytorch_model.bin"]
+    assert files == sorted(kept - {*left_out} | {"aligned.json"})
+    assert report["left_out"] == left_out
     for file in ("README.md", "model.safetensors.index.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     ours, theirs = load_checkpoint(tmp_path / "out"), load_checkpoint(base)
     assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_tensor_of_a_shard_that_the_index_does_not_have_is_one_sentence(tmp_path):
+    module = network()
+    base, other = sharded(tmp_path / "base", module.state_dict()), sharded(tmp_path / "other", moved(module))
+    shard = tmp_path / "other" / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard) | {"old.weight": torch.ones(3)}, shard)
+    with pytest.raises(ValueError, match="00001-of-00002.safetensors: 'old.weight' must be in the index beside it"):
+        align(CONFIG(models=(other,), to=base, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_shards_of_torch_files_keep_their_names(tmp_path):
+    module = network()
+    for folder, state in ((tmp_path / "base", module.state_dict()), (tmp_path / "other", moved(module))):
+        folder.mkdir()
+        parts = {f"pytorch_model-0000{k}-of-00002.bin": list(state)[k - 1 :: 2] for k in (1, 2)}
+        for file, names in parts.items():
+            torch.save({f"module.{name}": state[name] for name in names}, folder / file)
+        places = {f"module.{name}": file for file in parts for name in parts[file]}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    align(CONFIG(models=(str(tmp_path / "other"),), to=str(tmp_path / "base"), out=str(tmp_path / "out")))
+    for file in parts:
+        ours, theirs = (torch.load(tmp_path / name / file, weights_only=True) for name in ("out", "base"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_torch_files_stay_torch_files(pair, tmp_path):

@@ -1,7 +1,7 @@
 """A checkpoint written again with other numbers: files, names, shapes and dtypes stay, and so does what lies beside."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastws.files.atomic import sync_folder, write_atomically
-from fastws.files.checkpoints import find_checkpoint, is_safetensors, load_part, read_headers, read_index
+from fastws.files.checkpoints import find_checkpoint, is_safetensors, open_plain, read_headers, read_index
 from fastws.files.lock import one_writer
 from fastws.files.names import plain_names
 from fastws.files.safetensors import read_description, read_safetensors_header
@@ -81,8 +81,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial)
 
 
-def copy_others(source: Path, target: Path, written: set[str]) -> list[str]:
-    """Copies what holds no weights; returns the names of the rest."""
+def copy_others(source: Path, target: Path, written: Collection[str] = ()) -> list[str]:
+    """Copies what holds no weights, in folders too; returns the names of the rest."""
     left = []
     for path in sorted(source.iterdir()):
         if path.name in written or path.name.startswith(".") or path.name.endswith((".lock", ".partial")):
@@ -90,9 +90,10 @@ def copy_others(source: Path, target: Path, written: set[str]) -> list[str]:
         if path.name.endswith(WEIGHTS):
             left.append(path.name)
         elif path.is_file():
+            target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, target / path.name, symlinks=True)
+            left += [f"{path.name}/{name}" for name in copy_others(path, target / path.name)]
     return left
 
 
@@ -110,7 +111,9 @@ def write_like(path: Path, target: Path, names: Mapping[str, str], state: Mappin
         write_safetensors_like(path, target, names, state)
         return
     # a shard is a plain dictionary, where a file alone may hold the network under a key
-    held = {name: names[name] for name in load_part(path) if name in names} if names else {name: name for name in state}
+    held = {name: name for name in state}
+    if names:
+        held = {name: names[name] for name in open_plain(path).content if name in names}
     # clones: a view would bring all of what it is a view of
     tensors = {name: state[plain].clone(memory_format=torch.contiguous_format) for name, plain in held.items()}
     with write_atomically(target) as file:
@@ -122,6 +125,10 @@ def write_safetensors_like(path: Path, target: Path, names: Mapping[str, str], s
     with open(path, "rb") as old, write_atomically(target, size) as file:
         file.write(old.read(begin))
         for name, header in sorted(headers.items(), key=lambda item: item[1].begin):
+            if name not in names:
+                raise ValueError(
+                    f"{path}: {name!r} must be in the index beside it, got a tensor that is not; remove it"
+                )
             tensor = state[names[name]]
             if tuple(tensor.shape) != header.shape or tensor.dtype != header.dtype:
                 got = f"{list(tensor.shape)} {tensor.dtype}"
