@@ -12,6 +12,7 @@ from torch import nn
 
 import fastws
 from fastws.cli import main
+from fastws.compare import merge as merge_command
 from fastws.compare import merging
 from fastws.compare.evaluating import score
 from fastws.compare.merge import Config, merge_files
@@ -69,6 +70,21 @@ def test_strangers_merge_better_with_repair_and_loss_is_measured(trained, tmp_pa
     assert expected == pytest.approx(tuple(scores["merged"].values()), rel=1e-4)
     assert scores[paths[0]]["accuracy"] > 0.9
     assert json.loads((tmp_path / "merged.safetensors.merged.json").read_text())["report"] == report
+
+
+def test_models_of_one_name_and_folders_full_of_them_are_all_drawn(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("zoo/one.pth", "zoo/two.pth", "other/one.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(trained.state_dict(), tmp_path / name)
+    drawn = []
+    monkeypatch.setattr(merge_command.pages, "figure", lambda figure, caption: drawn.append(figure) or "")
+    models = (str(tmp_path / "zoo"), str(tmp_path / "other/one.pth"))
+    report = merge_files(Config(models=models, out=str(tmp_path / "out"), data="digits", statistics=100, **DIGITS))
+    scores = report["test"]["scores"]
+    assert [*scores][2:] == [str(tmp_path / name) for name in ("zoo/one.pth", "zoo/two.pth", "other/one.pth")]
+    bars = {(bar.get_y(), bar.get_width()) for bar in drawn[0].axes[0].patches}
+    assert len({place for place, _ in bars}) == 5 and {loss for _, loss in bars} == {x["loss"] for x in scores.values()}
 
 
 def test_batch_norms_of_a_merged_network_are_reset(tmp_path):

@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,6 @@ from fastws.compare.lines import Statistics, mixed
 from fastws.compare.merging import Merged, merge, shares_of
 from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
 from fastws.compare.running import load_state
-from fastws.compare.states import State
 from fastws.files.atomic import write_file, write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
 from fastws.runs.begun import plain
@@ -92,28 +91,39 @@ def merge_files(config: Config) -> dict[str, Any]:
     network = require_network(models[0], with_images(config, examples))
     for model in models[1:]:
         require_fit(model, network)
-    part = None if examples is None else examples.calibrating(config.statistics)
-    options = {"align": config.align, "matching": config, "statistics": config.merged_statistics}
-    states = [model.state for model in models]
-    options |= {"data": part, "precision": config.precision, "weights": shares}
-    merged = merge(states, network.module, network.inputs, **options)
+    merged = merge(
+        [model.state for model in models],
+        network.module,
+        network.inputs,
+        weights=shares,
+        align=config.align,
+        matching=config,
+        data=None if examples is None else examples.calibrating(config.statistics),
+        statistics=config.merged_statistics,
+        precision=config.precision,
+    )
     report = {"merged": str(place), "models": [str(path) for path in paths], "weights": list(shares)}
     report |= {"module": network.name, "statistics": merged.statistics, "aligned": config.align}
     report["cosines"] = [{"raw": one.raw.cosine, "aligned": one.aligned.cosine} for one in merged.aligned]
     report["training"] = {name: one._asdict() for name, one in merged.scores.items()}
-    report["test"] = evaluated(config, network, states, merged, examples, shares)
+    report["test"] = evaluated(config, network, models, merged, examples, shares)
     write(config, models[0], merged, place, report)
     return report
 
 
 def evaluated(
-    config: Config, network: Network, states: list[State], merged: Merged, examples: Examples | None, shares
+    config: Config,
+    network: Network,
+    models: Sequence[Checkpoint],
+    merged: Merged,
+    examples: Examples | None,
+    shares: Sequence[float],
 ) -> dict[str, Any] | str:
     """Loss and accuracy on test inputs of the merged network, the networks, and their mean as they are."""
     if examples is None:
         return "not evaluated"
-    named = {"merged": merged.state, "mean without alignment": mixed(states, shares)}
-    named |= {path: state for path, state in zip(config.models, states, strict=True)}
+    states = {str(model.path): model.state for model in models}
+    named = {"merged": merged.state, "mean without alignment": mixed([*states.values()], shares)} | states
     loads = [partial(load_state, state=state) for state in named.values()]
     found = measure(network, loads, examples.test, precision=config.precision)
     return {"data": examples.name, "inputs": len(examples.test.x)} | {
@@ -164,9 +174,11 @@ def body(report: dict[str, Any]) -> Iterator[str]:
     yield "<h1>A merged network</h1>"
     yield from (f"<p>{html.escape(row)}</p>" for row in lines_of(report) if not row.startswith("  "))
     drawn, axes = pages.make_figure(2)
+    places = range(len(scores))  # models of several folders have one name
     for axis, what in zip(axes, ("loss", "accuracy"), strict=True):
         colours = [pages.ORANGE if name == "merged" else pages.GREY for name in scores]
-        axis.barh([Path(name).name for name in scores], [one[what] for one in scores.values()], color=colours)
+        axis.barh(places, [one[what] for one in scores.values()], color=colours)
+        axis.set_yticks(places, [Path(name).name for name in scores])
         axis.invert_yaxis()
         axis.set(xlabel=f"test {what}")
     yield pages.figure(drawn, f"Loss (nats) and accuracy on {test['inputs']:,} test inputs of {test['data']}.")
