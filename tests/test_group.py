@@ -23,6 +23,7 @@ from torch import nn
 
 import fastws
 import fastws.group.group
+from fastws.group.finding import null_vectors
 from fastws.symmetry.verify import randomise
 
 IMAGE = torch.linspace(-1, 1, 3 * 64).sin().view(1, 3, 8, 8)
@@ -109,6 +110,11 @@ def test_the_canonical_form_does_not_depend_on_what_is_continuous(name):
     other, _ = group.canonical(group.apply(group.without("P").random(6), state))
     for key, tensor in canonical.items():  # what is left are signs, phases and rotations, which keep norms
         torch.testing.assert_close(other[key].norm(), tensor.norm(), rtol=1e-5, atol=1e-9)
+
+
+def test_null_vectors_of_many_outputs_need_no_square_of_them():
+    slopes = torch.randn(2_000_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert null_vectors(torch.cat([slopes, -2 * slopes[:, :1]], 1)) == [[2, 0, 1]]
 
 
 def test_what_is_discrete_rounds_nothing_in_half_precision():

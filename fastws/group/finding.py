@@ -29,7 +29,9 @@ def null_vectors(slopes: Tensor) -> list[list[int]]:
     alive = (lengths > TINY * lengths.max().clamp(min=1e-300)).nonzero().flatten()
     if not len(alive):
         return []
-    _, values, right = torch.linalg.svd(slopes[:, alive] / lengths[alive], full_matrices=True)
+    # of many outputs the triangle alone is decomposed: it has the same singular values and right vectors
+    _, triangle = torch.linalg.qr(slopes[:, alive] / lengths[alive], mode="r")
+    _, values, right = torch.linalg.svd(triangle, full_matrices=True)
     rank = int((values > NULL).sum())
     basis = right[rank:] / lengths[alive]
     basis = basis / basis.abs().amax(1, keepdim=True).clamp(min=1e-300)
