@@ -170,6 +170,18 @@ class Experts(nn.Module):
         return self.head((self.router(x).softmax(-1).T[:, :, None] * ((F.silu(gate) * up) @ self.down)).sum(0))
 
 
+class Beside(nn.Module):
+    """Two heads that read the entries of a convolution's channels beside five others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.heads = nn.Conv2d(3, 4, 6), nn.ModuleList(nn.Linear(4 * 9 + 5, n) for n in (3, 4))
+
+    def forward(self, x):
+        entries = torch.cat([F.gelu(self.first(x)).flatten(1), x[:, 0, 0, :5]], 1)
+        return [head(entries) for head in self.heads]
+
+
 class Latent(nn.Module):
     """Attention whose keys and values come from a normalised latent."""
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from group_networks import (
     GPT,
     TOKENS,
+    Beside,
     Experts,
     Gated,
     GroupNormed,
@@ -43,6 +44,7 @@ CASES = {
     "interleaved": (Llama(rotary="interleaved"), TOKENS, {"N1": 3, "N2": 1, "A2": 1, "A4": 1, "G": 1, "P": 1}),
     "grouped convolution": (ResNeXt(), IMAGE, {"P": 2}),
     "few wide groups": (ResNeXt(2, 8, 8, F.relu), IMAGE, {"P": 2, "S+": 2}),
+    "flattened beside others": (Beside(), IMAGE, {}),
     "experts": (Experts(), X, {"G": 1, "P": 1}),
     "latent": (Latent(), torch.linspace(-3, 3, 40).sin().view(1, 5, 8), {"N1": 1, "N2": 1, "A2": 1, "A3": 1}),
     "post-norm": (PostNorm(), X, {"N1": 1, "N5": 1}),

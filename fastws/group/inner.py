@@ -53,6 +53,7 @@ def find_inner(
 
 def spaces(symmetry: Symmetry, group: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, list[Place]]]:
     """Numbers of positions, and the places that can have so many."""
+    pieces = [piece for piece in pieces if piece.even]
     blocks = {piece.block for piece in pieces if piece.block > 1}
     free = [(piece, axis) for piece in pieces for axis in free_axes(symmetry, piece)]
     lengths = {symmetry.shapes[piece.name][axis] for piece, axis in free if len(symmetry.shapes[piece.name]) > 2}
@@ -66,10 +67,9 @@ def spaces(symmetry: Symmetry, group: int, pieces: Sequence[Piece]) -> Iterator[
                 whole += [place(symmetry, group, piece, axis, length, parts, order) for order in (False, True)]
         yield length, whole
     for larger, smaller in itertools.permutations(sorted(blocks), 2):
-        parts = smaller if larger % smaller == 0 else 0
-        if parts:
-            held = [piece for piece in pieces if piece.block == larger]
-            yield larger // parts, [place(symmetry, group, p, p.axis, larger // parts, parts, True) for p in held]
+        if larger % smaller == 0:
+            held, length = [piece for piece in pieces if piece.block == larger], larger // smaller
+            yield length, [place(symmetry, group, piece, piece.axis, length, smaller, True) for piece in held]
 
 
 def place(

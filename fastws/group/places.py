@@ -94,6 +94,7 @@ class Piece(NamedTuple):
     block: int
     negated: bool
     reads: bool
+    even: bool  # whether the whole axis can be cut into blocks of this size, the first of the units among them
 
 
 def find_pieces(symmetry: Symmetry) -> list[list[Piece] | None]:
@@ -117,7 +118,9 @@ def pieces_of(symmetry: Symmetry, name: str, axis: int) -> Iterator[tuple[int, P
     for group, count, block, negated in symmetry.axes[name][axis] or ():
         if group is not None:
             whole = count == symmetry.sizes[group]
-            yield group, Piece(name, axis, first, block, negated, reads(symmetry, name, axis, group)) if whole else None
+            even = first % block == 0 and symmetry.shapes[name][axis] % block == 0
+            read = reads(symmetry, name, axis, group)
+            yield group, Piece(name, axis, first, block, negated, read, even) if whole else None
         first += count * block
 
 
@@ -146,7 +149,7 @@ def across(symmetry: Symmetry, group: int, pieces: list[Piece]) -> Space:
         start[piece.axis], stop[piece.axis] = piece.first, piece.first + size * piece.block
         if piece.block == 1:
             places.append(Place(piece.name, shape, tuple(start), tuple(stop), -1, piece.axis, piece.axis, piece.reads))
-        elif piece.first % piece.block == 0 and shape[piece.axis] % piece.block == 0:
+        elif piece.even:
             cut = shape[piece.axis] // piece.block
             seen = (*shape[: piece.axis], cut, piece.block, *shape[piece.axis + 1 :])
             begin = piece.first // piece.block
@@ -185,7 +188,7 @@ def free_axes(symmetry: Symmetry, piece: Piece) -> list[int]:
 def slots(symmetry: Symmetry, group: int, piece: Piece, length: int) -> Iterator[Place]:
     """The places of ``length`` positions inside the units of a piece: parts of each block, and parts of other axes."""
     size, shape = symmetry.sizes[group], symmetry.shapes[piece.name]
-    if piece.first % piece.block or shape[piece.axis] % piece.block:
+    if not piece.even:
         return
     begin = piece.first // piece.block
     seen = [*shape[: piece.axis], shape[piece.axis] // piece.block, piece.block, *shape[piece.axis + 1 :]]
