@@ -157,17 +157,21 @@ class ResNeXt(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of gated experts, stacked."""
+    """A mixture of experts, stacked, gated or else with ReLU."""
 
-    def __init__(self, experts=3, width=4, units=5):
+    def __init__(self, experts=3, width=4, units=5, gated=True):
         super().__init__()
         self.router, self.head = nn.Linear(width, experts), nn.Linear(width, 3)
-        self.gate_up = nn.Parameter(torch.randn(experts, width, 2 * units))
+        self.up = nn.Parameter(torch.randn(experts, width, (1 + gated) * units))
         self.down = nn.Parameter(torch.randn(experts, units, width))
+        self.gated = gated
 
     def forward(self, x):
-        gate, up = torch.einsum("td,edi->eti", x, self.gate_up).chunk(2, -1)
-        return self.head((self.router(x).softmax(-1).T[:, :, None] * ((F.silu(gate) * up) @ self.down)).sum(0))
+        up = torch.einsum("td,edi->eti", x, self.up)
+        if self.gated:
+            gate, up = up.chunk(2, -1)
+        units = F.silu(gate) * up if self.gated else F.relu(up)
+        return self.head((self.router(x).softmax(-1).T[:, :, None] * (units @ self.down)).sum(0))
 
 
 class Beside(nn.Module):

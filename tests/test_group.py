@@ -46,6 +46,7 @@ CASES = {
     "few wide groups": (ResNeXt(2, 8, 8, F.relu), IMAGE, {"P": 2, "S+": 2}),
     "flattened beside others": (Beside(), IMAGE, {}),
     "experts": (Experts(), X, {"G": 1, "P": 1}),
+    "experts with relu": (Experts(gated=False), X, {"S+": 1, "P": 1}),
     "latent": (Latent(), torch.linspace(-3, 3, 40).sin().view(1, 5, 8), {"N1": 1, "N2": 1, "A2": 1, "A3": 1}),
     "post-norm": (PostNorm(), X, {"N1": 1, "N5": 1}),
     "projected lstm": (Recurrent(2), torch.linspace(-3, 3, 18).sin().view(1, 6, 3), {"L": 1}),

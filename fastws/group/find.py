@@ -26,7 +26,7 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
     }
     lines: list = []
     failed: list[str] = []
-    memory = Memory()
+    multiplied, permuted = Memory(), Memory()
     for group, pieces in enumerate(find_pieces(symmetry)):
         if pieces is None:
             failed.append(
@@ -35,14 +35,14 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
             continue
         for space in (across(symmetry, group, pieces), *inside(symmetry, group, pieces)):
             if len(space.places) > 1 and space.positions > 0:
-                found = memory.recall(function, space)
+                found = multiplied.recall(function, space)
                 if not found:
                     found, failures = find_linear(function, space, offsets)
-                    memory.keep(space, found)
+                    multiplied.keep(space, found)
                     failed += failures
                 lines += found
         found, failures = find_inner(
-            function, symmetry, group, pieces, [x for x in lines if isinstance(x, Linear)], memory
+            function, symmetry, group, pieces, [x for x in lines if isinstance(x, Linear)], permuted
         )
         lines += found
         failed += failures
