@@ -137,6 +137,18 @@ def test_lines_can_be_chosen_and_switched_off():
     assert {move.line for move in group.only("P").random()} == {"P", "P:blocks.0.attention.q.weight"}
     with pytest.raises(ValueError, match="group: lines must be of A2, A4, G, N1, N2, P, got XY"):
         group.only("XY")
+    with pytest.raises(ValueError, match="group: lines must be of A2, A4, G, N1, N2, got P"):
+        group.without("P").only("P")
+
+
+def test_lines_are_chosen_where_none_can_be_looked_for(monkeypatch):
+    def refuse(*_):
+        raise ValueError("group: module must run in float64 on the examples")
+
+    monkeypatch.setattr(fastws.group.group, "Function", refuse)
+    assert not fastws.Group.trace(mlp(), X).only("P").lines
+    with pytest.raises(ValueError, match="group: lines must be of P, got S+"):
+        fastws.Group.trace(mlp(), X, lines=["S+"])
 
 
 def test_states_that_do_not_fit_are_refused():
@@ -145,6 +157,10 @@ def test_states_that_do_not_fit_are_refused():
         group.apply((), state | {"0.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"group: state must hold 0.bias \[8\], got no such tensor"):
         group.apply((), {name: tensor for name, tensor in state.items() if name != "0.bias"})
+    for name in ("gpt", "relu"):
+        broken = {key: torch.full_like(tensor, torch.nan) for key, tensor in CASES[name][0].state_dict().items()}
+        with pytest.raises(ValueError, match="group: weights must be finite, got others in"):
+            traced(name).canonical(broken)
     with pytest.raises(ValueError, match="group: moves must be of the lines of this group, got S:x"):
         group.apply((("S:x", torch.ones(8)),), state)
 

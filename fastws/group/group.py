@@ -54,7 +54,7 @@ class Group:
             lines: Ids of lines to keep (``"P"`` are the permutations); by default all.
 
         Raises:
-            ValueError: As ``Symmetry.trace`` does.
+            ValueError: As ``Symmetry.trace`` and ``only`` do.
 
         Example:
             >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
@@ -69,8 +69,9 @@ class Group:
         try:
             function = Function(module, examples)
         except ValueError as error:
-            return cls(symmetries[0], (), [str(error)])
-        group = max((cls(one, *find_lines(module, one, function)) for one in symmetries), key=cls.permutations)
+            group = cls(symmetries[0], (), [str(error)])
+        else:
+            group = max((cls(one, *find_lines(module, one, function)) for one in symmetries), key=cls.permutations)
         return group if lines is None else group.only(*lines)
 
     def permutations(self) -> float:
@@ -84,11 +85,12 @@ class Group:
 
         Raises ValueError for an id that no line has.
         """
-        known = {"P", *(line.id for line in self.lines)}
+        known = {*(["P"] if self.permutes else []), *(line.id for line in self.lines)}
         strange = sorted(set(ids) - known)
         if strange:
             raise ValueError(f"group: lines must be of {', '.join(sorted(known))}, got {strange[0]}")
-        return Group(self.symmetry, [line for line in self.lines if line.id in ids], self.failed, "P" in ids)
+        kept = [line for line in self.lines if line.id in ids]
+        return Group(self.symmetry, kept, self.failed, self.permutes and "P" in ids)
 
     def without(self, *ids: str) -> "Group":
         """The same group without some lines, by their ids; those that no line has are passed over."""
@@ -196,9 +198,12 @@ class Group:
             The checkpoint, float64 by the names of ``symmetry`` without aliases, and the element that made it.
 
         Raises:
-            ValueError: As ``apply`` does, or if a gain that must be folded is 0.
+            ValueError: As ``apply`` does, if a gain that must be folded is 0, or if numbers are not finite.
         """
         work = {name: tensor.double() for name, tensor in self.given(state).items()}
+        broken = [name for name, tensor in work.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"group: weights must be finite, got others in {broken[0]}")
         moves: list[Move] = []
 
         def move(line, value: Tensor) -> None:
@@ -214,7 +219,7 @@ class Group:
             if isinstance(line, Shift):
                 move(line, line.to_zero(work))
         scaled = [line for line in self.lines if isinstance(line, Scales | Pairs | Matrices) and line.key not in folded]
-        moves += balance([line for line in scaled if not getattr(line, "unit", False)], work, self.statistics)
+        moves += balance([x for x in scaled if not isinstance(x, Scales) or not x.unit], work, self.statistics)
         return work, tuple(moves)
 
     def verify(
