@@ -40,7 +40,7 @@ def balance(lines: list[Linear], state: dict[str, Tensor], statistics: Collectio
 def best(line: Linear, state: Mapping[str, Tensor], statistics: Collection[str]) -> tuple[Tensor, float]:
     """What balances a line, and how far it is from doing nothing."""
     if isinstance(line, Matrices):
-        return best_matrices(line, state, statistics)
+        return best_matrices(line, state)
     squares, powers = [], []
     for place, power, _ in line.parts:
         if place.name not in statistics:
@@ -83,7 +83,7 @@ def least(squares: Tensor, powers: Tensor) -> Tensor:
     return torch.where(dead, 0.0, log).exp()
 
 
-def best_matrices(line: Matrices, state: Mapping[str, Tensor], statistics: Collection[str]) -> tuple[Tensor, float]:
+def best_matrices(line: Matrices, state: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """The matrices after which both sides have the same Gram matrix, which is diagonal: U S^(1/2) and S^(1/2) V^T."""
     grams = [torch.zeros(line.units, line.positions, line.positions, dtype=torch.float64) for _ in range(2)]
     for place, power, _ in line.parts:

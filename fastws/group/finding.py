@@ -139,7 +139,7 @@ def first_above(errors: Iterable[float], limit: float) -> float:
 
 
 class Memory:
-    """The lines of one search in each shape of space, so that layers that are alike need not be searched, only tried."""
+    """The lines of one search in each shape of space: layers that are alike need not be searched, only tried."""
 
     def __init__(self):
         self.known: dict[tuple, tuple[Space, list[Linear]]] = {}

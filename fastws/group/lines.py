@@ -5,16 +5,15 @@ of power -1 ``(M^-T x)[u, i]``, where M is diagonal (``Scales``), any matrix (``
 of positions (``Pairs``) or a permutation (``Inner``). Products of the two, which the network computes with, stay.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from fastws.group.places import Place
-
-Layout = str  # "interleaved": pairs of positions (2f, 2f + 1); "halves": (f, f + n / 2)
 
 
 class Move(NamedTuple):
@@ -36,7 +35,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(ABC):
     """A line of a space ``[units, positions]``.
 
     Attributes:
@@ -56,7 +55,7 @@ class Linear:
     positions: int
     parts: tuple[Part, ...]
     approximate: bool = False
-    exact: ClassVar[bool] = False  # whether it rounds nothing in half precision
+    said: ClassVar[str]  # what it is, in words
 
     @property
     def key(self) -> str:
@@ -76,12 +75,21 @@ class Linear:
             changed[place.name] = place.put(tensor, moved)
         return changed
 
+    @abstractmethod
     def moved(self, entries: Tensor, value: Tensor, power: int) -> Tensor:
-        raise NotImplementedError
+        """Entries ``[U, n, m]`` of a place of some power, moved."""
+
+    @abstractmethod
+    def random(self, generator: Generator) -> Tensor:
+        """A random value, well conditioned."""
+
+    @abstractmethod
+    def invert(self, value: Tensor) -> Tensor:
+        """The value that undoes another."""
 
     def discrete(self) -> "Linear | None":
         """What of the line rounds nothing in half precision."""
-        return self if self.exact else None
+        return None
 
     def describe(self) -> str:
         count = f"{self.units} x {self.positions}" if self.units > 1 else f"{self.positions}"
@@ -90,10 +98,6 @@ class Linear:
         text += f" against {', '.join(sides[1])}" if sides[1] else ""
         return text + (", but for a small constant in a norm" if self.approximate else "")
 
-    @property
-    def said(self) -> str:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Scales(Linear):
@@ -101,10 +105,6 @@ class Scales(Linear):
 
     signed: bool = False
     unit: bool = False
-
-    @property
-    def exact(self) -> bool:
-        return self.unit
 
     @property
     def said(self) -> str:
@@ -148,9 +148,12 @@ class Matrices(Linear):
 
 @dataclass(frozen=True)
 class Pairs(Linear):
-    """A complex number per pair of positions, ``[U, n / 2]`` complex128: what commutes with rotary position codes."""
+    """A complex number per pair of positions, ``[U, n / 2]`` complex128: what commutes with rotary position codes.
 
-    layout: Layout = "halves"
+    Pairs are positions ``(f, f + n / 2)`` in layout ``"halves"``, ``(2f, 2f + 1)`` in ``"interleaved"``.
+    """
+
+    layout: Literal["halves", "interleaved"] = "halves"
     said: ClassVar[str] = "complex numbers"
 
     def to_complex(self, entries: Tensor) -> Tensor:
@@ -178,8 +181,10 @@ class Pairs(Linear):
 class Inner(Linear):
     """A permutation of the positions of each unit, int64 ``[U, n]``: ``new[u, i] = old[u, value[u, i]]``."""
 
-    exact: ClassVar[bool] = True
     said: ClassVar[str] = "permutations"
+
+    def discrete(self) -> "Inner":
+        return self
 
     def moved(self, entries: Tensor, value: Tensor, power: int) -> Tensor:
         return entries.gather(1, value[..., None].expand_as(entries))

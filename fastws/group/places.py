@@ -56,18 +56,22 @@ class Place(NamedTuple):
 
     def put(self, tensor: Tensor, values: Tensor) -> Tensor:
         """A float64 copy of a tensor in which the part holds ``values``, ``[U, n, m]``."""
-        changed = tensor.detach().double().clone(memory_format=torch.contiguous_format)
+        changed = tensor.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         part = self._seen(changed)
         part.copy_(values.reshape(part.shape))
         return changed
 
     @property
+    def extent(self) -> tuple[int, int, int]:
+        """How many units, positions, and numbers that belong to each position: ``U, n, m``."""
+        sizes = [b - a for a, b in zip(self.start, self.stop, strict=True)]
+        units, positions = 1 if self.units < 0 else sizes[self.units], sizes[self.positions]
+        return units, positions, math.prod(sizes) // max(1, units * positions)
+
+    @property
     def numbers(self) -> int:
         """How many numbers belong to one position, ``m``."""
-        total = math.prod(b - a for a, b in zip(self.start, self.stop, strict=True))
-        width = self.stop[self.positions] - self.start[self.positions]
-        count = 1 if self.units < 0 else self.stop[self.units] - self.start[self.units]
-        return total // max(1, width * count)
+        return self.extent[2]
 
 
 class Space(NamedTuple):

@@ -4,6 +4,7 @@ Softmax over keys does not see what is added to all of them, a norm takes off th
 added to values comes out of attention as it is, because its shares sum to 1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +20,7 @@ from fastws.layout.roles import bias_name
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(ABC):
     """A line that adds numbers.
 
     Attributes:
@@ -33,9 +34,7 @@ class Shift:
     name: str
     group: int
     places: tuple[Place, ...]
-    approximate: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    said: ClassVar[str] = ""
+    said: ClassVar[str]  # what it is, in words
 
     @property
     def key(self) -> str:
@@ -46,8 +45,17 @@ class Shift:
         return list(dict.fromkeys(place.name for place in self.places))
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Of what is added."""
+
+    @abstractmethod
+    def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+        """The tensors that change, float64."""
+
+    @abstractmethod
+    def to_zero(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The value that takes a state to the one place that all its shifts share."""
 
     def random(self, generator: Generator) -> Tensor:
         return torch.randn(self.shape, generator=generator, dtype=torch.float64)
@@ -66,12 +74,11 @@ class Shift:
 class Free(Shift):
     """The same numbers, ``[U, n, m]``, are added to all places."""
 
-    extent: tuple[int, ...] = ()
     said: ClassVar[str] = "free to move"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.extent
+        return self.places[0].extent
 
     def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
         return {
@@ -119,9 +126,7 @@ class Carried(Shift):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.extent
-
-    extent: tuple[int, ...] = ()
+        return self.places[0].extent[:2]
 
     def act(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
         (place,) = self.places
@@ -145,8 +150,7 @@ def find_free(function: Function, space: Space, shapes: Mapping[str, tuple[int, 
         if place in means:
             continue
         for together in ((place,), *((place, mean) for mean in means)):
-            extent = (space.units, space.positions, place.numbers)
-            line = Free("A8" if len(together) == 1 else "B2", place.name, space.group, together, extent)
+            line = Free("A8" if len(together) == 1 else "B2", place.name, space.group, together)
             if tried(function, line) < EXACT:
                 lines.append(line)
                 break
@@ -163,8 +167,7 @@ def find_carried(function: Function, line: Linear, shapes: Mapping[str, tuple[in
     for place in (part.place for part in line.parts if part.power > 0 and len(shapes[part.place.name]) == 1):
         if len(targets) != 1 or shapes.get(min(targets)) != (readers[0].numbers,):
             continue
-        extent = (line.units, line.positions)
-        carried = Carried("A9", place.name, line.group, (place,), readers, min(targets), extent)
+        carried = Carried("A9", place.name, line.group, (place,), readers, min(targets))
         if tried(function, carried) < EXACT:
             found.append(carried)
     return found

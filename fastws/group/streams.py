@@ -60,8 +60,6 @@ class Rotation:
     folds: tuple[Fold, ...]
     ones: bool = False
     units: ClassVar[int] = 1
-    approximate: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
