@@ -8,9 +8,9 @@ from typing import Any
 from fastws.files import json
 from fastws.files.checkpoints import FOLDER_FILES
 from fastws.runs.begun import require_same
+from fastws.zoo.readers.checkpoints import SUFFIXES
 
 RECORD = "aligned.json"  # what was done, in a folder that was written; of a file its own name comes first
-ENDINGS = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")  # of checkpoints in a folder of them
 
 
 def is_model_folder(path: Path) -> bool:
@@ -31,7 +31,7 @@ def model_paths(command: str, models: Sequence[str], base: str | None) -> list[P
             found.append(path)
             continue
         inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
-        inside = [one for one in inside if is_model_folder(one) or (one.is_file() and one.suffix in ENDINGS)]
+        inside = [one for one in inside if is_model_folder(one) or (one.is_file() and one.suffix in SUFFIXES)]
         inside = [one for one in inside if base is None or one.resolve() != Path(base).resolve()]
         if not inside:
             beside = "" if base is None else f" beside {base}"

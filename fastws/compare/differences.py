@@ -12,7 +12,6 @@ from tqdm import tqdm
 CHUNK = 2**18  # numbers of each network that are in cache at a time
 LONG = 2**28  # bytes, which take a second: less needs no bar
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of a number
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass

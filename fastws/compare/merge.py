@@ -15,7 +15,7 @@ import tyro
 
 from fastws import pages
 from fastws.compare.align import open_whole
-from fastws.compare.align_files import ENDINGS, begun, model_paths, reading, record_of
+from fastws.compare.align_files import begun, model_paths, reading, record_of
 from fastws.compare.aligning import Matching
 from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, with_images
 from fastws.compare.lines import Statistics, mixed
@@ -25,6 +25,7 @@ from fastws.compare.running import load_state
 from fastws.files.atomic import write_file, write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
 from fastws.runs.begun import plain
+from fastws.zoo.readers.checkpoints import SUFFIXES
 
 RECORD, PAGE = "merged.json", "merged.html"  # beside what is written; of a file its own name comes first
 
@@ -133,7 +134,7 @@ def evaluated(
 
 def place_of(first: Path, out: Path) -> Path:
     """What is written: the folder or file ``out``, or a file in it with the name of the first model."""
-    return out if first.is_dir() or out.suffix in ENDINGS else out / first.name
+    return out if first.is_dir() or out.suffix in SUFFIXES else out / first.name
 
 
 def write(config: Config, first: Checkpoint, merged: Merged, place: Path, report: dict[str, Any]) -> None:

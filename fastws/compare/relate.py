@@ -1,7 +1,7 @@
 """Relatives among networks of one architecture: candidates, families, and what is told of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
@@ -16,6 +16,7 @@ from fastws.compare.kinship import LEAST_NULL, Family, agreement, discoveries, f
 from fastws.compare.moving import Mover
 from fastws.compare.screening import distances_of, gram_of_changes, log_chance, screen
 from fastws.compare.sketches import closeness, nearest_pairs, sketch_all
+from fastws.compare.states import State
 from fastws.compare.tree import Edge, find_family
 from fastws.compare.verdict import RELATED
 
@@ -25,7 +26,6 @@ NOTHING = 2.0  # standard deviations in stored coordinates that are no sign of k
 CANDIDATE = 4.0  # spreads of all pairs that sketches of candidates are closer than those of the median pair
 MOST_EACH = 4  # candidates of each network, by each kind of sketch
 MATCHED_WEIGHTS = 2**31  # of all pairs that are matched: fewer are where networks are large
-State = Mapping[str, Tensor]
 
 
 class Group(NamedTuple):

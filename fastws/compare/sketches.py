@@ -6,7 +6,7 @@ leaves the function as it is. Both say something only beside what they are among
 by the median and the spread of all pairs of a folder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from fastws.compare.moving import Mover
-from fastws.symmetry.copies import Inputs
+from fastws.symmetry.copies import FAILURES, Inputs, example_of
 from fastws.symmetry.symmetry import Symmetry
+from fastws.symmetry.tracer import tensors_in
 
 VECTORS = 16  # Gaussian ones, on which fixed axes are projected
 EXAMPLES = 16  # random inputs, where inputs are floating
 FARTHEST = 8.0  # spreads from the median, of one number of a sketch
 OUTPUTS = 4096  # of a network that are kept, at most
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 def fixed_axes(symmetry: Symmetry) -> dict[str, int]:
@@ -69,25 +69,12 @@ class Outputs:
 
     def sketch(self, state: Mapping[str, Tensor]) -> Tensor:
         """Outputs less their mean over the last axis, float64 ``[at most 4096]``."""
-        given, named = self.inputs, {}
-        if isinstance(given, Mapping):
-            given, named = (), dict(given)
-        given = given if isinstance(given, tuple) else (given,)
         dtypes = {name: tensor.dtype for name, tensor in self.module.state_dict().items()}
         state = {name: tensor.to(dtypes[name]) for name, tensor in state.items() if name in dtypes}
         with torch.no_grad():
-            answer = functional_call(self.module, state, given, named)
-        flat = [(x - x.mean(-1, keepdim=True)).flatten() for x in floating(answer) if x.dim()]
+            answer = tensors_in(functional_call(self.module, state, *example_of(self.module, self.inputs)))
+        flat = [(x - x.mean(-1, keepdim=True)).flatten() for x in answer if x.is_floating_point() and x.dim()]
         return torch.cat(flat)[:OUTPUTS].double()
-
-
-def floating(answer: object) -> Iterator[Tensor]:
-    if isinstance(answer, Tensor):
-        if answer.is_floating_point():
-            yield answer
-    elif isinstance(answer, Mapping | list | tuple):
-        for part in answer.values() if isinstance(answer, Mapping) else answer:
-            yield from floating(part)
 
 
 def sketch_all(

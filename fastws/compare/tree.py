@@ -13,8 +13,8 @@ from torch import Tensor
 from fastws.compare.changes import Summary, find_changes, summarise
 from fastws.compare.differences import CHUNK, compare_tensors, rounding
 from fastws.compare.kinds import find_levels
+from fastws.compare.states import State
 
-State = Mapping[str, Tensor]
 Direction = Literal["certain", "strong", "unknown"]
 EXACT = 4.0  # times the rounding: what may lie between duplicates, and between an average and what it was made of
 MOST_SOURCES = 16  # nearest relatives of which a network may be an average
