@@ -21,10 +21,9 @@ from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.readers.checkpoints import find_checkpoints
 
 MOST_NULL = 32  # networks of a folder of strangers: 496 pairs
-IN_MEMORY = 2**28  # weights of all networks that are matched together; more lie in a temporary file
+IN_MEMORY = 2**28  # weights of all networks that are matched together, or kept; more lie in a temporary file
 SMALL = 2**20  # weights of a network whose whole group is looked for without being asked for
 HELPFUL = 0.5  # of a distance after permutations, from which on scales and rotations are worth their rounding
-FORMS = 512  # canonical forms that are kept
 LARGEST = 2**28  # weights of a network that is matched without being asked for by --architecture
 
 
@@ -131,7 +130,7 @@ class Mover:
             return
         step = max(1, IN_MEMORY // 16 // self.layout.num_weights)
 
-        @lru_cache(FORMS)
+        @lru_cache(max(2, IN_MEMORY // self.layout.num_weights))
         def forms(number: int) -> Tensor:
             return self.flatten(self.canonical(states[number]))
 
