@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
 
-from fastws.compare.aligning import Aligner, Matching
+from fastws.compare.aligning import Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, Examples, load_examples
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
 from fastws.compare.modules import Network
-from fastws.compare.running import same_function
 from fastws.files.atomic import write_json, write_tensors
 from fastws.files.checkpoints import load_checkpoint
 from fastws.runs.begun import begin
@@ -146,9 +145,7 @@ def measure(config: Config, network: Network, states: list[dict[str, Tensor]], e
     seconds = {"as they are": states[1]}
     for name, how in ways.items():
         moved = Aligner(network, how, x).pair(*states)
-        checked = same_function(network, states[1], moved.state)
-        if not checked.holds(moved.exact):
-            raise ValueError(f"barriers: {name} must keep the function, got relative error {checked.error:.1e}")
+        require_function(f"barriers: {name}", network, states[1], moved)
         seconds[name] = moved.state
     barriers, ends = {}, []
     for name, state in seconds.items():

@@ -1,10 +1,11 @@
 """What a command says: text from files without what a terminal would obey, and an end in one sentence."""
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import TextIO
 
 LAYOUT = frozenset("\n\t\r")  # not printable, and harmless
@@ -89,6 +90,20 @@ def handled(handler, *numbers: int) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def json_alone(wanted: bool) -> AbstractContextManager:
+    """A context in which everything that is printed goes to stderr, where stdout is for JSON alone."""
+    return redirect_stdout(sys.stderr) if wanted else nullcontext()
+
+
+def tell(found: Mapping, lines: Iterable[str], as_json: bool) -> None:
+    """Prints what a command found, as JSON or in lines."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for line in lines:
+        print(line)
 
 
 def escaped_output() -> redirect_stdout:

@@ -9,10 +9,10 @@ import tyro
 from tqdm import tqdm
 
 from fastws.compare.align_files import begun, model_paths, places_of, reading, record_of
-from fastws.compare.aligning import Aligned, Aligner, Matching
+from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, load_examples, with_images
-from fastws.compare.modules import Checkpoint, Network, Words, require_network
-from fastws.compare.running import Checked, same_function
+from fastws.compare.modules import Checkpoint, Words, require_network
+from fastws.compare.running import Checked
 from fastws.files.atomic import write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
 from fastws.runs.begun import plain
@@ -95,7 +95,7 @@ def aligned_models(
         model = open_whole(path)
         network = require_network(model, words)
         found = together[path] if base is None else Aligner(network, config, x).pair(base.state, model.state)
-        checked = check_function(model, network, found)
+        checked = require_function(str(path), network, model.state, found)
         yield path, write(config, model, found, checked, places[path])
 
 
@@ -103,21 +103,6 @@ def open_whole(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint.open(path)
     checkpoint.require_whole()
     return checkpoint
-
-
-def check_function(model: Checkpoint, network: Network, found: Aligned) -> Checked:
-    """Compares the outputs of a network before and after.
-
-    Raises:
-        ValueError: If they differ by more than rounding explains.
-    """
-    checked = same_function(network, model.state, found.state)
-    if not checked.holds(found.exact):
-        raise ValueError(
-            f"{model.path}: outputs must stay what they are, got relative error {checked.error:.1e} of {network.name} "
-            "after alignment; nothing was written"
-        )
-    return checked
 
 
 def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, place: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastws.compare.activations import match_activations
 from fastws.compare.modules import Network
+from fastws.compare.running import Checked, same_function
 from fastws.compare.states import Distance, State, comparable, distance, mean_of
 from fastws.group.group import Group
 from fastws.layout.layout import Layout
@@ -144,7 +145,7 @@ class Aligner:
 
     def _whole_together(self, states: Sequence[State]) -> list[Aligned]:
         """Generalised Procrustes analysis at the whole group; a round that does not gain is not kept."""
-        first = Aligned(dict(states[0]), Distance(0.0, 1.0), Distance(0.0, 1.0), 0.0, [], exact=True)
+        first = unmoved(states[0])
         best = [first, *(self.pair(states[0], state) for state in states[1:])]
         for _ in range(MOST_ROUNDS):
             found = [first]
@@ -161,6 +162,24 @@ class Aligner:
         moved = moved_by(self.symmetry, row, state)
         distances = (distance(base, one, unmatched) for one in (state, moved))
         return Aligned(moved, *distances, moved_share(self.symmetry, row), [*unmatched.values()], exact=True)
+
+
+def require_function(where: str, network: Network, state: State, found: Aligned) -> Checked:
+    """Compares the outputs of a network before and after alignment.
+
+    Raises:
+        ValueError: If they differ by more than rounding explains.
+    """
+    checked = same_function(network, state, found.state)
+    if not checked.holds(found.exact):
+        got = f"relative error {checked.error:.1e} of {network.name} after alignment"
+        raise ValueError(f"{where}: outputs must stay what they are, got {got}; nothing was written")
+    return checked
+
+
+def unmoved(state: State) -> Aligned:
+    """The network in whose coordinates others are."""
+    return Aligned(dict(state), Distance(0.0, 1.0), Distance(0.0, 1.0), 0.0, [], exact=True)
 
 
 def closeness_of(found: Sequence[Aligned]) -> float:

@@ -1,12 +1,9 @@
 """The loss barrier between two networks: on the line between them, as they are and after alignment."""
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from sys import stderr
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,14 +11,15 @@ from torch import Tensor
 
 from fastws import pages
 from fastws.compare import barrier_page
-from fastws.compare.align import check_function, open_whole
-from fastws.compare.aligning import Aligned, Aligner, Matching
+from fastws.compare.align import open_whole
+from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, Precision, load_examples, with_images
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
 from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
 from fastws.files.atomic import write_file, write_json
 from fastws.runs.begun import begin
 from fastws.runs.stages import stage
+from fastws.terminal import json_alone, tell
 from fastws.zoo.making.recipes import Part
 
 Parts = Literal["test", "train", "both"]
@@ -61,15 +59,9 @@ class Config(Words, Matching, Data):
 def run(config: Config) -> None:
     if config.out is not None:
         pages.require_matplotlib("barrier")
-    with redirect_stdout(stderr) if config.json else nullcontext():
+    with json_alone(config.json):
         results = barrier(config)
-    if config.json:
-        print(json.dumps(results, indent=2))
-        return
-    for row in lines_of(results):
-        print(row)
-    if config.out is not None:
-        print(f"report: {Path(config.out) / 'report.html'}")
+    tell(results, lines_of(config, results), config.json)
 
 
 def barrier(config: Config) -> dict[str, Any]:
@@ -117,7 +109,7 @@ def align_ends(config: Config, network: Network, ends: Sequence[Checkpoint], x: 
     moved = {}
     for name, way in ways.items():
         moved[name] = Aligner(network, way, x).pair(*(end.state for end in ends))
-        check_function(ends[1], network, moved[name])
+        require_function(str(ends[1].path), network, ends[1].state, moved[name])
     return moved
 
 
@@ -129,7 +121,7 @@ def curve(mixer: Mixer, config: Config, found: dict[str, str], part: Part) -> di
     return found | {"barrier": barrier_of(scores)._asdict(), "loss": loss, "accuracy": accuracy}
 
 
-def lines_of(results: dict[str, Any]) -> Iterator[str]:
+def lines_of(config: Config, results: dict[str, Any]) -> Iterator[str]:
     """The table of the command line."""
     images, cosine = results["images"], results["cosine"]
     yield f"{results['points']} networks from {results['a']} to {results['b']}"
@@ -138,3 +130,5 @@ def lines_of(results: dict[str, Any]) -> Iterator[str]:
     yield " ".join(f"{name:>{width}}" for name, width in barrier_page.COLUMNS)
     for row in map(barrier_page.cells, results["curves"]):
         yield " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, barrier_page.COLUMNS, strict=True))
+    if config.out is not None:
+        yield f"report: {Path(config.out) / 'report.html'}"

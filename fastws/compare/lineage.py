@@ -1,6 +1,5 @@
 """``fastws lineage``: which checkpoints of a folder are relatives, and how they descend from each other."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from fastws.compare.modules import Words
 from fastws.compare.moving import Mover, find_mover
 from fastws.compare.relate import Group, relate
 from fastws.files.atomic import write_file, write_json
+from fastws.terminal import json_alone, tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +60,16 @@ def run(config: Config) -> None:
         pages.require_matplotlib("lineage")
         if not config.out.endswith(".html"):
             raise ValueError(f"lineage: out must be a page that ends with .html, got {config.out}")
-    found = lineage(config.folder, words=config, whole=config.whole, progress=not config.json)
+    with json_alone(config.json):
+        found = lineage(config.folder, words=config, whole=config.whole, progress=not config.json)
     described = found.to_dict()
     if config.out is not None:
         path = Path(config.out)
         write_json(path.with_suffix(".json"), described)
         title = f"lineage of {Path(config.folder).resolve().name}"
         write_file(path, pages.document(title, lineage_page.body(title, found.groups, found.left_out)).encode())
-    if config.json:
-        print(json.dumps(described, indent=1))
-        return
-    for line in lines_of(found):
-        print(line)
-    if config.out is not None:
-        print(f"report: {config.out}")
+    report = [] if config.out is None else [f"report: {config.out}"]
+    tell(described, [*lines_of(found), *report], config.json)
 
 
 def lineage(

@@ -1,14 +1,11 @@
 """The mean of networks as an ordinary checkpoint, and what it loses."""
 
 import html
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from sys import stderr
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -25,6 +22,7 @@ from fastws.compare.running import load_state
 from fastws.files.atomic import write_file, write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
 from fastws.runs.begun import plain
+from fastws.terminal import json_alone, tell
 from fastws.zoo.readers.checkpoints import SUFFIXES
 
 RECORD, PAGE = "merged.json", "merged.html"  # beside what is written; of a file its own name comes first
@@ -60,14 +58,11 @@ class Config(Words, Matching, Data):
 
 
 def run(config: Config) -> None:
-    with redirect_stdout(stderr) if config.json else nullcontext():
+    with json_alone(config.json):
         report = merge_files(config)
-    if config.json:
-        print(json.dumps(report, indent=2))
-        return
     place = place_of(Path(config.models[0]), Path(config.out))
     with reading("merge", record_of(place, place.is_dir(), RECORD)):
-        print("\n".join(lines_of(report)))
+        tell(report, lines_of(report), config.json)
 
 
 def merge_files(config: Config) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fastws.compare.aligning import Aligned, Aligner, Matching
+from fastws.compare.aligning import Aligned, Aligner, Matching, require_function, unmoved
 from fastws.compare.evaluating import Precision, Scores, measure
 from fastws.compare.lines import Mixer, Statistics, mixed, statistics_of
 from fastws.compare.modules import Network
-from fastws.compare.running import same_function
 from fastws.compare.states import State
 from fastws.symmetry.copies import Inputs
 from fastws.zoo.making.recipes import Part
@@ -110,17 +109,11 @@ def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
 def align_all(network: Network, states: Sequence[State], how: Matching, x: Tensor | None) -> list[Aligned]:
     """The networks in coordinates that fit each other, each with its function as it was."""
     aligner = Aligner(network, how, x)
-    if len(states) == 2:
-        found = [aligner.pair(states[0], states[0]), aligner.pair(*states)]
-    else:
-        found = aligner.together(states)
+    found = [unmoved(states[0]), aligner.pair(*states)] if len(states) == 2 else aligner.together(states)
     for number, (one, state) in enumerate(zip(found, states, strict=True)):
         if one.unmatched:
             raise ValueError(f"merge: networks must have the same shapes to be averaged, but {one.unmatched[0]}")
-        checked = same_function(network, state, one.state)
-        if not checked.holds(one.exact):
-            got = f"relative error {checked.error:.1e} of network {number}"
-            raise ValueError(f"merge: outputs must stay what they are under alignment, got {got}")
+        require_function(f"merge: network {number}", network, state, one)
     return found
 
 

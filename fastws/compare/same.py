@@ -1,6 +1,5 @@
 """``fastws same``: whether two checkpoints are one network, relatives or strangers."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from fastws.compare.modules import Checkpoint, Words
 from fastws.compare.moving import HELPFUL, Mover, find_mover
 from fastws.compare.paired import Paired, pair, why_not
 from fastws.compare.verdict import Same, lines_of, say_related
-from fastws.terminal import shorten
+from fastws.terminal import json_alone, shorten, tell
 
 EXACT = 4.0  # times the rounding of the coarser dtype: what may be left between two orders of one network
 FEW_ROWS = 16  # of a tensor that has grown, below which it is a new head
@@ -44,12 +43,9 @@ class Config(Words):
 
 def run(config: Config) -> None:
     options = {"null": config.null, "whole": config.whole, "progress": not config.json}
-    found = same(config.a, config.b, words=config, **options)
-    if config.json:
-        print(json.dumps(found.to_dict(), indent=1))
-        return
-    for line in lines_of(found):
-        print(line)
+    with json_alone(config.json):
+        found = same(config.a, config.b, words=config, **options)
+    tell(found.to_dict(), lines_of(found), config.json)
 
 
 class Question(NamedTuple):

@@ -13,7 +13,6 @@ from fastws.layout.roles import bias_name
 from fastws.symmetry.segments import Segments, group_names
 from fastws.symmetry.symmetry import Symmetry
 
-AxesToPerm = dict[str, tuple[str | None, ...]]
 Places = Mapping[str, tuple[object, ...]]  # tensor: for each axis a permutation, None for those that stay
 SIGNS = "signs of units are left out"
 
