@@ -15,6 +15,7 @@ from fastws.compare.states import Distance
 from fastws.files.checkpoints import load_checkpoint
 from fastws.files.safetensors import read_description
 from fastws.group.group import Group
+from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.making.architectures import build
 
 CONFIG = partial(Config, architecture="digits-cnn", activation="relu")
@@ -137,6 +138,17 @@ def test_several_models_meet_in_the_coordinates_of_the_first(tmp_path):
     for place in align(CONFIG(models=models, out=str(tmp_path / "out"))):
         found = load_file(place)
         assert all(torch.equal(found[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_module_with_a_name_is_traced_once_for_all_models_that_it_fits(tmp_path, monkeypatch):
+    module, traced, trace = network(), [], Symmetry.trace
+    monkeypatch.setattr(Symmetry, "trace", lambda *given: traced.append(given) or trace(*given))
+    base = save(module.state_dict(), tmp_path / "base.safetensors")
+    models = [save(moved(module, seed), tmp_path / f"{seed}.safetensors") for seed in range(3)]
+    traced.clear()
+    for place in align(CONFIG(models=tuple(models), to=base, out=str(tmp_path / "out"))):
+        assert all(torch.equal(tensor, load_file(base)[name]) for name, tensor in load_file(place).items())
+    assert len(traced) == 1
 
 
 def test_folder_of_models_without_the_base(pair, tmp_path):

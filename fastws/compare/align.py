@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fastws.compare.align_files import begun, model_paths, places_of, reading, record_of
 from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, load_examples, with_images
-from fastws.compare.modules import Checkpoint, Words, require_network
+from fastws.compare.modules import Checkpoint, Words, difference, require_network
 from fastws.compare.running import Checked
 from fastws.files.atomic import write_json
 from fastws.files.rewrite import rewrite_file, rewritten_folder
@@ -85,24 +85,23 @@ def aligned_models(
     examples = load_examples("align", config) if config.data is not None else None
     x = None if examples is None else examples.calibrating(config.statistics).x
     words, together = with_images(config, examples), {}
+    base = network = aligner = None
     if config.to is None:
-        models = {path: open_whole(path) for path in places}
+        models = {path: Checkpoint.open_whole(path) for path in places}
         network = require_network(next(iter(models.values())), words)
         results = Aligner(network, config, x).together([model.state for model in models.values()])
         together = dict(zip(places, results, strict=True))
-    base = None if config.to is None else open_whole(config.to)
+    else:
+        base = Checkpoint.open_whole(config.to)
     for path in tqdm([path for path in places if path not in done], desc="align", unit=" networks"):
-        model = open_whole(path)
-        network = require_network(model, words)
-        found = together[path] if base is None else Aligner(network, config, x).pair(base.state, model.state)
+        model = Checkpoint.open_whole(path)
+        # what has a name is one module for all networks that it fits, while config.json is that of one network
+        if network is None or words.architecture is None or difference(model, network.module):
+            network = require_network(model, words)
+            aligner = base and Aligner(network, config, x)
+        found = aligner.pair(base.state, model.state) if base else together[path]
         checked = require_function(str(path), network, model.state, found)
         yield path, write(config, model, found, checked, places[path])
-
-
-def open_whole(path: str | Path) -> Checkpoint:
-    checkpoint = Checkpoint.open(path)
-    checkpoint.require_whole()
-    return checkpoint
 
 
 def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, place: Path) -> dict[str, Any]:

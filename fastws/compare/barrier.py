@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastws import pages
 from fastws.compare import barrier_page
-from fastws.compare.align import open_whole
 from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, Precision, load_examples, with_images
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
@@ -76,7 +75,7 @@ def barrier(config: Config) -> dict[str, Any]:
         OSError: If a file cannot be read or written.
     """
     examples = load_examples("barrier", config)
-    ends = [open_whole(path) for path in (config.a, config.b)]
+    ends = [Checkpoint.open_whole(path) for path in (config.a, config.b)]
     network = require_network(ends[0], with_images(config, examples))
     require_fit(ends[1], network)
     folder = None if config.out is None else Path(config.out)

@@ -56,7 +56,7 @@ def collect(folder: str | os.PathLike, progress: bool = False) -> Collection:
         name = name_in(root, path)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what require_whole says in a sentence
+                warnings.simplefilter("ignore")  # what open_whole says in a sentence
                 member = open_member(name, path)
         except (OSError, *NOT_A_TORCH_FILE) as error:
             left_out[name] = str(error).splitlines()[0].removeprefix(f"{path}: ") if str(error) else "damaged"
@@ -71,8 +71,7 @@ def collect(folder: str | os.PathLike, progress: bool = False) -> Collection:
 
 
 def open_member(name: str, path: Path) -> Member:
-    checkpoint = Checkpoint.open(path)
-    checkpoint.require_whole()
+    checkpoint = Checkpoint.open_whole(path)
     state, prefix = floating(checkpoint), common_prefix(checkpoint.state)
     statistics = {entry.name for entry in checkpoint.layout.entries if entry.role == "norm statistic"}
     parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}

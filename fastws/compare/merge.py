@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastws import pages
-from fastws.compare.align import open_whole
 from fastws.compare.align_files import begun, model_paths, reading, record_of
 from fastws.compare.aligning import Matching
 from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, with_images
@@ -83,7 +82,7 @@ def merge_files(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     examples = load_examples("merge", config) if config.data is not None else None
-    models = [open_whole(path) for path in paths]
+    models = [Checkpoint.open_whole(path) for path in paths]
     network = require_network(models[0], with_images(config, examples))
     for model in models[1:]:
         require_fit(model, network)

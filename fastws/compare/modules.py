@@ -55,11 +55,18 @@ class Checkpoint(NamedTuple):
         state = load_checkpoint(path)
         return cls(Path(path), Layout.from_checkpoint(path), state)
 
-    def require_whole(self) -> None:
-        """Raises ValueError if some of the weights are quantised, and so in no tensor that can be computed with."""
-        if lost := self.layout.lost:
+    @classmethod
+    def open_whole(cls, path: str | Path) -> "Checkpoint":
+        """``open`` for what cannot do without some weights.
+
+        Raises:
+            ValueError: Also if some of the weights are quantised, and so in no tensor that can be computed with.
+        """
+        opened = cls.open(path)
+        if lost := opened.layout.lost:
             fix = "dequantise it where it was made"
-            raise ValueError(f"{self.path}: checkpoint must hold its weights as floats, got {lost:,} quantised; {fix}")
+            raise ValueError(f"{path}: checkpoint must hold its weights as floats, got {lost:,} quantised; {fix}")
+        return opened
 
 
 class Network(NamedTuple):

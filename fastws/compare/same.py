@@ -92,9 +92,7 @@ def same(
         FileNotFoundError: If there is no such file.
         ValueError: If a file is damaged or quantised, the module does not fit, or weights are not finite.
     """
-    one, two = Checkpoint.open(a), Checkpoint.open(b)
-    for checkpoint in (one, two):
-        checkpoint.require_whole()
+    one, two = Checkpoint.open_whole(a), Checkpoint.open_whole(b)
     paired = pair(one, two)
     if reason := why_not(paired, one, two):
         return Same("not comparable", f"not comparable: {reason}")
