@@ -225,6 +225,8 @@ def write(folder: Path, states: Mapping[str, State]) -> Path:
 def find(folder: Path) -> dict[str, Any]:
     words = Words(architecture="lineage:factory")
     (group,) = fastws.lineage(folder, words=words, whole=True).to_dict()["groups"]
+    for names in (*group["families"], *(edge["networks"] for edge in group["relations"])):
+        names[:] = [name.removesuffix(".safetensors") for name in names]
     return group
 
 
@@ -233,21 +235,18 @@ def score_tree(config: Config, zoo: Zoo, kind: str) -> dict[str, Any]:
     group = find(write(Path(config.out, kind.replace(" ", "-")), zoo.states))
     pairs = list(itertools.combinations(zoo.states, 2))
     true = {pair for pair in pairs if related(zoo, pair)}
-    families = [{name.removesuffix(".safetensors") for name in family} for family in group["families"]]
-    found = {pair for pair in pairs if any(set(pair) <= family for family in families)}
+    found = {pair for pair in pairs if any(set(pair) <= set(family) for family in group["families"])}
     cosines = {pair: raw_cosine(*(zoo.states[name] for name in pair)) for pair in pairs}
     # the cosine is given what lineage is not: a limit that no stranger passes
     limit = max(cosines[pair] for pair in pairs if pair not in true)
     parents: dict[str, set[str]] = {}
     for edge in group["relations"]:
-        parent, child = (name.removesuffix(".safetensors") for name in edge["networks"])
+        parent, child = edge["networks"]
         if edge["direction"] == "unknown" and child not in zoo.parents:
             continue
         parents.setdefault(child, set()).add(parent)
     certain = [edge for edge in group["relations"] if edge["direction"] == "certain"]
-    right = [
-        set_of(edge) for edge in certain if edge["networks"][0].removesuffix(".safetensors") in ancestors(zoo, edge)
-    ]
+    right = sum(parent in ancestors(zoo, child) for parent, child in (edge["networks"] for edge in certain))
     return {
         "relatives": len(true),
         "precision": len(found & true) / max(1, len(found)),
@@ -256,17 +255,12 @@ def score_tree(config: Config, zoo: Zoo, kind: str) -> dict[str, Any]:
         "parents right": sum(parents.get(child) == own for child, own in zoo.parents.items() if own)
         / max(1, sum(map(bool, zoo.parents.values()))),
         "certain directions": len(certain),
-        "of them right": len(right) / max(1, len(certain)),
+        "of them right": right / max(1, len(certain)),
     }
 
 
-def set_of(edge: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(edge["networks"])
-
-
-def ancestors(zoo: Zoo, edge: Mapping[str, Any]) -> set[str]:
-    """All that the child of a relation was made of, and what that was made of."""
-    child = edge["networks"][1].removesuffix(".safetensors")
+def ancestors(zoo: Zoo, child: str) -> set[str]:
+    """All that a network was made of, and what that was made of."""
     found, left = set(), [child]
     while left:
         new = zoo.parents.get(left.pop(), set()) - found
