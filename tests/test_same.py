@@ -84,6 +84,14 @@ def test_moved_networks_need_a_module_and_a_null(tmp_path, base):
     assert fastws.same(base, stranger, words=KNOWN, null=tmp_path / "null").verdict == "stranger"
 
 
+def test_null_may_lie_beside_the_two(tmp_path, base):
+    tuned = relatives.save(tmp_path, "tuned", relatives.moved(relatives.tuned(BASE)))
+    for seed in range(6):
+        relatives.save(tmp_path, f"stranger{seed}", relatives.network(100 + seed))
+    found = fastws.same(base, tuned, words=KNOWN, null=tmp_path)
+    assert found.verdict == "relative" and "27 pairs of strangers" in found.notes[-1]
+
+
 def test_scaled_networks_are_the_same_at_the_whole_group(tmp_path, base):
     other = relatives.save(tmp_path, "scaled", relatives.scaled(relatives.moved(BASE)))
     found = fastws.same(base, other, words=KNOWN)

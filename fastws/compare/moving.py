@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.compare.modules import Checkpoint, Network, Words, find_network
+from fastws.files.checkpoints import find_checkpoint
 from fastws.group.group import Group
 from fastws.group.lines import Scales
 from fastws.group.shifts import Shift
@@ -142,12 +143,15 @@ class Mover:
     def strangers(self, folder: str | os.PathLike, pair: Sequence[Checkpoint], progress: bool = False) -> list[float]:
         """Distances of all pairs of unrelated networks, and of each of them to the two that are asked about.
 
+        The folder may hold these two as well.
+
         Raises:
             FileNotFoundError: If there is no such folder.
             ValueError: If no checkpoint in it is of the architecture.
         """
-        states = []
-        for path in find_checkpoints(Path(folder)).files[:MOST_NULL]:
+        states, own = [], [find_checkpoint(checkpoint.path).resolve() for checkpoint in pair]
+        files = [path for path in find_checkpoints(Path(folder)).files if path.resolve() not in own]
+        for path in files[:MOST_NULL]:
             checkpoint = Checkpoint.open(path)
             if checkpoint.layout.fingerprint == self.layout.fingerprint:
                 states.append(checkpoint.state)
