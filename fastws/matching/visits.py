@@ -194,13 +194,15 @@ class Visitor:
 
     def _inside(self, units: Units, state: State, known: Collection[str] | None) -> list[tuple[Linear, Tensor]]:
         """What to do inside the units: permutations first get what does not depend on them."""
-        order = {line.key: line for line in self._in_order(units.inner)}
-        permuted = {part.place.name for line in order.values() if isinstance(line, Inner) for part in line.parts}
+        permuting = [line for line in units.inner if isinstance(line, Inner)]
+        others = [line for line in units.inner if not isinstance(line, Inner)]
+        # canonical form has left no choice of positive scales
+        others = [line for line in others if not isinstance(line, Scales) or line.signed]
+        permuted = {part.place.name for line in permuting for part in line.parts}
         state, done = dict(state), []
-        steps = [(line, [part for part in line.parts if part.place.name not in permuted]) for line in order.values()]
-        steps = [(line, parts) for line, parts in steps if permuted and parts and not isinstance(line, Inner)]
-        steps += [(line, line.parts) for line in order.values() if isinstance(line, Inner)]
-        steps += [(line, line.parts) for line in order.values() if not isinstance(line, Inner)]
+        steps = [(line, [part for part in line.parts if part.place.name not in permuted]) for line in others]
+        steps = [(line, parts) for line, parts in steps if permuted and parts]
+        steps += [(line, line.parts) for line in (*permuting, *others)]
         for line, parts in steps:
             value = fit(line, parts, self.reference, state, known, signs_of(line, units.inner))
             if value is not None:
@@ -208,19 +210,11 @@ class Visitor:
                 done.append((line, value))
         return done
 
-    @staticmethod
-    def _in_order(lines: tuple[Linear, ...]) -> list[Linear]:
-        """Lines that have more than an orthogonal or discrete choice left are passed over."""
-        return [line for line in lines if not isinstance(line, Scales) or line.signed]
-
     def _assignment(self, units: Units, known: Collection[str] | None) -> Tensor:
         """The row of permutations that gives each unit its best place."""
-        symmetry = self.group.symmetry
-        row = symmetry.identity()[0].clone()
-        start, size = symmetry.starts[units.group], symmetry.sizes[units.group]
         seen = [place for place in units.places if known is None or place.name in known]
         if not seen:
-            return row
+            return self.group.symmetry.identity()[0]
         if units.inner:
             similarity, signs = self._by_shifts(units, seen, known), None
         else:
@@ -229,8 +223,14 @@ class Visitor:
         chosen = best.int()
         if signs is not None:
             chosen = torch.where(signs.gather(1, best[:, None])[:, 0] < 0, ~chosen, chosen)
-        row[start : start + size] = chosen
-        return symmetry.expand(row[: symmetry.starts[-1]])
+        return self._row(units, chosen)
+
+    def _row(self, units: Units, chosen: Tensor) -> Tensor:
+        """The row of permutations that moves the units of one group."""
+        symmetry = self.group.symmetry
+        row, start = symmetry.identity()[0, : symmetry.starts[-1]].clone(), symmetry.starts[units.group]
+        row[start : start + len(chosen)] = chosen
+        return symmetry.expand(row)
 
     def _by_units(self, units: Units, seen: list[Place]) -> tuple[Tensor, Tensor | None]:
         """What each unit of the other network is worth in each place, and the sign in which it is."""
@@ -253,17 +253,14 @@ class Visitor:
 
     def _by_shifts(self, units: Units, seen: list[Place], known: Collection[str] | None) -> Tensor:
         """What each pairing of units is worth once what is inside of them is matched: all units are shifted at once."""
-        symmetry, size = self.group.symmetry, self.group.symmetry.sizes[units.group]
+        size = self.group.symmetry.sizes[units.group]
         state = {name: tensor for name, tensor in self.state.items() if name in units.names}
         similarity = torch.empty(size, size, dtype=torch.float64)
         everyone = torch.arange(size)
         for shift in range(size):
             paired = (everyone + shift) % size
-            row = symmetry.identity()[0].clone()
-            start = symmetry.starts[units.group]
-            row[start : start + size] = paired.int()
-            row = symmetry.expand(row[: symmetry.starts[-1]])
-            moved = {name: symmetry._permuted(name, tensor, row) for name, tensor in state.items()}
+            row = self._row(units, paired.int())
+            moved = {name: self.group.symmetry.permute_tensor(name, tensor, row) for name, tensor in state.items()}
             for line, value in self._inside(units, moved, known):
                 moved |= line.act(moved, value)
             worth = [

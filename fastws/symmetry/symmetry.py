@@ -298,9 +298,10 @@ class Symmetry:
         held = unwrap_names(state)
         self._require_tensors("state", {name: tuple(held[name].shape) for name in self.axes if name in held})
         row = self.expand(permutations)
-        return {name: self._permuted(plain, state[name], row) for name, plain in plain_names(state).items()}
+        return {name: self.permute_tensor(plain, state[name], row) for name, plain in plain_names(state).items()}
 
-    def _permuted(self, name: str, tensor: Tensor, row: Tensor) -> Tensor:
+    def permute_tensor(self, name: str, tensor: Tensor, row: Tensor) -> Tensor:
+        """Permutes one tensor of a state dict. ``row``: permutations ``[S]``."""
         for axis, segments in enumerate(self.axes.get(name, ())):
             if segments is not None:
                 first, units, block = self._place(segments, rows=axis == 0)
@@ -449,7 +450,7 @@ class Symmetry:
             for name, tensor in load_state(module).items():
                 if storage_key(name, tensor) not in done:
                     done.add(storage_key(name, tensor))
-                    tensor.copy_(self._permuted(name, tensor, row))
+                    tensor.copy_(self.permute_tensor(name, tensor, row))
 
         return permute_module
 
