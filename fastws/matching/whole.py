@@ -84,7 +84,7 @@ def match_whole(
         group: Of the architecture of both.
         a: A state dict, the reference.
         b: A state dict, which is to be moved.
-        restarts: Starts outwards from fixed axes; all but the first begin with a random element.
+        restarts: Starts outwards from fixed axes; all but the first begin with random permutations and signs.
         seed: Of the restarts.
 
     Returns:
@@ -105,18 +105,20 @@ def match_whole(
     permuted = group.act(permuting, stored_b)
     reference, to_reference = group.canonical(a)
     units = find_units(group)
-    ends = []
+    best = None
     for start in range(restarts + 1):
         if start == restarts:
             begin, state = permuting, permuted
         else:
-            begin = discrete_start(group, seed + start) if start else ()
+            begin = group.discrete().random(seed + start) if start else ()
             state = group.act(begin, stored_b)
         canonical, to_canonical = group.canonical(state)
         visitor = Visitor(group, reference, canonical)
         rounds = climb(visitor, units, outwards=start < restarts)
-        ends.append((visitor.objective(), -start, (*begin, *to_canonical, *visitor.moves), visitor.state, rounds))
-    _, _, moves, state, rounds = max(ends, key=lambda end: end[:2])
+        reached = visitor.objective()
+        if best is None or reached > best[0]:  # of equals the first
+            best = reached, (*begin, *to_canonical, *visitor.moves), visitor.state, rounds
+    _, moves, state, rounds = best
     element = group.compose(moves, group.inverse(to_reference))
     apart = group.statistics
     report = Report(
@@ -127,11 +129,6 @@ def match_whole(
         rounds,
     )
     return element, report
-
-
-def discrete_start(group: Group, seed: int) -> Element:
-    """A random element of what is discrete."""
-    return tuple(move for move in group.discrete().random(seed) if move.line == "P")
 
 
 def match_permutations(group: Group, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Element:
