@@ -84,6 +84,16 @@ def test_moved_networks_need_a_module_and_a_null(tmp_path, base):
     assert fastws.same(base, stranger, words=KNOWN, null=tmp_path / "null").verdict == "stranger"
 
 
+def test_what_was_tuned_within_the_rounding_of_half_precision_is_not_the_same(tmp_path):
+    half = {name: x.bfloat16() for name, x in BASE.items()}
+    base = relatives.save(tmp_path, "half", half)
+    moved = relatives.save(tmp_path, "moved", relatives.moved(half))
+    assert fastws.same(base, moved, words=KNOWN).verdict == "same network"
+    tuned = {name: x.bfloat16() for name, x in relatives.tuned(BASE, 0.005).items()}
+    found = fastws.same(base, relatives.save(tmp_path, "tuned", tuned), words=KNOWN)
+    assert 0 < found.distances["matched"] < 0.0069 and found.verdict == "relative"
+
+
 def test_null_may_lie_beside_the_two(tmp_path, base):
     tuned = relatives.save(tmp_path, "tuned", relatives.moved(relatives.tuned(BASE)))
     for seed in range(6):

@@ -18,7 +18,7 @@ from fastws.compare.paired import Paired, pair, why_not
 from fastws.compare.verdict import Same, lines_of, say_related
 from fastws.terminal import json_alone, shorten, tell
 
-EXACT = 4.0  # times the rounding of the coarser dtype: what may be left between two orders of one network
+ROUNDED = 4.0  # times the rounding of the coarsest dtype: what may be left of one network that was cast or scaled
 FEW_ROWS = 16  # of a tensor that has grown, below which it is a new head
 
 
@@ -142,17 +142,19 @@ def match_both(asked: Question, result: Same) -> tuple[Mapping[str, tuple[Tensor
     base, other = ({name: tensors[side] for name, tensors in everything.items()} for side in (0, 1))
     moved = mover.move(other, base)
     aligned, matched = beside(paired, moved, asked.progress)
-    least = result.distances["matched"] = total(matched).distance
+    least = permuted = result.distances["matched"] = total(matched).distance
     if mover.group is not None:
         moved, least = mover.move_whole(other, base)
         result.distances["whole group"] = least
-        if least < HELPFUL * result.distances["matched"]:
+        if least < HELPFUL * permuted:
             aligned, matched = beside(paired, moved, asked.progress)
-        least = min(least, result.distances["matched"])
+        least = min(least, permuted)
     result.scope = mover.scope
     result.notes += mover.notes
     closer = total(matched).gap < total(asked.weights).gap
-    if least <= EXACT * rounding(coarser(*matched[0].dtypes)):
+    # neurons that only moved are what they were, bit for bit; casts, scales and rotations round
+    exact = least >= HELPFUL * permuted and all(one == other for one, other in (x.dtypes for x in matched))
+    if least <= (0 if exact else ROUNDED * max(rounding(coarser(*x.dtypes)) for x in matched)):
         what = f"equal but for {mover.scope} of neurons" if closer else "equal but for rounding"
         result.verdict, result.sentence, result.log_p = "same network", f"same network: {what}", None
         return aligned, matched
