@@ -1,9 +1,9 @@
 """fastws.attention, forward and backward, against torch's fused attention and its reference, eager and compiled.
 
-Predicted for 64 windows of 256 tokens in 8 heads of 8 entries in fp32, with vectors of 8 numbers: each of 33.6 M
+Predicted for 32 windows of 256 tokens in 8 heads of 8 entries in fp32, with vectors of 8 numbers: each of 16.8 M
 similarities takes 16 fused multiply-adds forward and 40 backward, and an exponential of about a dozen operations each
-time. At two operations a cycle that is (16 + 12 + 40 + 14) / 2 / 8 = 5.1 cycles, at 3 GHz 58 ms, if all of them were
-issued without a gap; at two thirds of that 87 ms. Bytes (100 MB) do not matter. Torch's kernel multiplies such thin
+time. At two operations a cycle that is (16 + 12 + 40 + 14) / 2 / 8 = 5.1 cycles, at 3 GHz 29 ms, if all of them were
+issued without a gap; at two thirds of that 43 ms. Bytes (50 MB) do not matter. Torch's kernel multiplies such thin
 matrices at some GFLOP/s.
 
 ``step`` is one of SANE at width 64 and depth 2 with 8 windows of 256 tokens in two views. Attention was two thirds of

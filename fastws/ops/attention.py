@@ -7,8 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastws import _native
 
 MAX_TOKENS = 1024  # up to which a block of similarities of the compiled kernel stays in cache
-MAX_SIZE = {torch.float32: 24, torch.float64: 24}  # entries of a head; with 16 it is a third faster, with 32 even
-MAX_HALF_SIZE = 128  # of half precision, whose gradients take torch several times as long
+MAX_SIZE = {torch.float32: 24, torch.float64: 24}  # entries of a head; see benchmarks/bench_attention.py
+MAX_HALF_SIZE = 128  # of half precision, whose gradients are slow in torch
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
