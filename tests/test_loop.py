@@ -117,7 +117,7 @@ def test_steps_that_are_skipped_change_nothing(name):
 
     def step(number, skipped=None):
         for model, optimizer in zip(models, optimizers, strict=True):
-            loop.differentiate(losses(model, draw(CONFIG, number))["loss"], model, None)
+            loop.differentiate(losses(model, draw(CONFIG, number))["loss"], model, optimizer, None)
             if model is models[0]:
                 optimizer.step()
             elif skipped is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -31,6 +32,7 @@ CONFIG = sane.Config(
     out="unset", zoo="small", size="tiny", window=8, batch_size=8, steps=10, lr=3e-3, log_every=1, eval_every=5,
     val_batches=2, device="cpu",
 )  # fmt: skip
+SPLIT = replace(CONFIG, shard=True, keep_every=4, clip=100.0)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,18 @@ def test_two_processes_equal_one(ten_steps, tmp_path):
         assert read_losses(tmp_path, split) == pytest.approx(read_losses(ten_steps, split), rel=1e-5)
     # Adam divides by the root of tiny second moments, which magnifies rounding
     torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_may_be_split_over_processes(zoo, ten_steps, tmp_path):
+    run_two_processes(__file__, tmp_path / "whole", "shard")
+    (tmp_path / "one").mkdir()
+    # one process goes on from the middle, as if the run of two had been killed there
+    shutil.copy(tmp_path / "whole/checkpoint-4.pt", tmp_path / "one/checkpoint.pt")
+    sane.train(replace(SPLIT, out=str(tmp_path / "one")), zoo, CPU)
+    for run in ("whole", "one"):
+        *_, last = read_losses(tmp_path / run)
+        assert last == pytest.approx(read_losses(ten_steps)[-1], rel=1e-5)
+        torch.testing.assert_close(load_weights(tmp_path / run), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", devices())
@@ -308,6 +322,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with processes.join("cpu"), TemporaryDirectory() as temporary:
         out = f"{temporary}/run" if sys.argv[1] == "golden" else sys.argv[1]
-        sane.train(replace(CONFIG, out=out), make_small_zoo(f"{temporary}/zoo"), CPU)
+        config = SPLIT if "shard" in sys.argv else CONFIG
+        sane.train(replace(config, out=out), make_small_zoo(f"{temporary}/zoo"), CPU)
         if sys.argv[1] == "golden":
             GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in read_losses(out)))

@@ -55,7 +55,7 @@ def sane_steps(changes: dict, zoo, move: Move) -> Callable[[int], None]:
     def step(number: int) -> None:
         loop.set_one_cycle(optimizer, config, number)
         metrics = sane.losses(config, model, sane.draw(config, source, "train", number))
-        loop.differentiate(metrics["loss"], model, config.clip)
+        loop.differentiate(metrics["loss"], model, optimizer, config.clip)
         optimizer.step()
 
     return step
@@ -78,7 +78,7 @@ def ae_steps(changes: dict, zoo, move: Move) -> Callable[[int], None]:
         plateau.set_rates(optimizer, config, number)
         metrics = objective.losses(model, objective.draw(number))
         plateau.see(metrics["loss"])
-        loop.differentiate(metrics["loss"], model, config.clip)
+        loop.differentiate(metrics["loss"], model, optimizer, config.clip)
         optimizer.step()
 
     return step
@@ -99,7 +99,7 @@ def nern_steps(changes: dict, zoo, move: Move) -> Callable[[int], None]:
     def step(number: int) -> None:
         nern.set_rate(optimizer, config, number)
         metrics = nern.compute_losses(config, job, model, nern.draw(config, job, number, device))
-        loop.differentiate(metrics["loss"], model, config.clip)
+        loop.differentiate(metrics["loss"], model, optimizer, config.clip)
         nern.clip_each(list(model.parameters()), config.clip_each, config.clip_value)
         if config.data_free:
             loop.step_unless(watch.skips(metrics, model=model), optimizer, model)

@@ -25,7 +25,7 @@ from fastws.runs import processes, rates
 from fastws.runs.begun import plain, require_same
 from fastws.runs.log import Log
 from fastws.terminal import AGAIN, Stopped
-from fastws.train import files
+from fastws.train import files, sharding
 
 MAY_CHANGE = (
     "out",
@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "compile",
     "device",
     "sample_every",
+    "shard",
 )  # may change when a run is resumed
 Metrics = dict[str, Tensor]
 
@@ -120,14 +121,15 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
     if config.compile:
         model.compile()  # in place: the names in checkpoints stay as they are
-    parallel = DistributedDataParallel(model) if processes.world() > 1 else model
+    alone = processes.world() == 1 or sharding.is_sharded(model)
+    parallel = model if alone else DistributedDataParallel(model)
     with processes.stop_requests() as stop, Recorder(folder, config, done, device) as recorder:
         drawn = batch(done) if done < config.steps else None
         while done < config.steps:
             set_rates(optimizer, config, done)
             with autocast:
                 metrics = loss(parallel, drawn)
-            metrics |= differentiate(metrics["loss"], model, config.clip)
+            metrics |= differentiate(metrics["loss"], model, optimizer, config.clip)
             skipped = None if skip is None else skip(metrics)
             if skipped is None:
                 optimizer.step()
@@ -158,21 +160,26 @@ def train(
                 with torch.no_grad(), autocast:
                     recorder.write("sample", look[1](model))
                 model.train()
-            if saving and processes.rank() == 0:
-                state = {"config": plain(config), "step": done, "extra": extra or {}}
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "carried": carried}
-                files.save(folder / "checkpoint.pt", state)
-                if keeping:
-                    files.keep(folder / "checkpoint.pt", done)
+            if saving:
+                state = {"config": plain(config), "step": done, "extra": extra or {}, "carried": carried}
+                state |= sharding.whole({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                if processes.rank() == 0:
+                    files.save(folder / "checkpoint.pt", state)
+                    if keeping:
+                        files.keep(folder / "checkpoint.pt", done)
+                del state
             if stopping and not last:
                 raise Stopped(f"stopped after step {done} of {config.steps}; {AGAIN}", stop.number)
     return recorder.latest
 
 
-def differentiate(loss: Tensor, model: nn.Module, clip: float | None) -> Metrics:
-    model.zero_grad(set_to_none=True)
+def differentiate(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Metrics:
+    optimizer.zero_grad()  # not the model: one that is split holds other tensors between its passes
     loss.backward()
-    return {} if clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
+    if clip is None:
+        return {}
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return {"gradient_norm": norm.full_tensor() if sharding.is_part(norm) else norm}
 
 
 @torch.no_grad()
@@ -195,9 +202,10 @@ def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer, model: nn.Mod
 def require_finite(model: nn.Module, done: int) -> None:
     """Raises FloatingPointError for weights that a gradient spoilt although the loss was finite."""
     weights = dict(model.named_parameters())
-    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
-    for name, fine in zip(weights, finite, strict=True):
-        if not fine:
+    parts = [weight.to_local() if sharding.is_part(weight) else weight for weight in weights.values()]
+    broken = processes.total(torch.stack([~part.isfinite().all() for part in parts]).float()).tolist()
+    for name, count in zip(weights, broken, strict=True):
+        if count:
             got = f"NaN or infinity in {name} after step {done}"
             raise FloatingPointError(f"train: weights must be finite, got {got}; lower lr or set clip")
 
@@ -243,8 +251,7 @@ def restore(
     for name, value in extra.items():
         if name in state["extra"] and not same(value, state["extra"][name]):
             raise ValueError(f"train: {name} must be what it was to resume {folder}, got another; give another --out")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    sharding.load(model, optimizer, state)
     for name in carried.keys() & state["carried"].keys():
         carried[name].copy_(state["carried"][name])
     return state["step"]

@@ -44,6 +44,7 @@ class Config(loop.Config):
     epochs: tuple[int, int] | None = None  # first and last epoch of the states to train on; all by default
     aligned: bool = False  # networks in the order that fastws zoo align found; views permute them from there
     memory: float | None = None  # gigabytes that networks may take; more are read as needed; by default half of all
+    shard: bool = False  # under torchrun: each process holds a part of the model, for one that fits no GPU
 
     size: Size = "small"  # of the model, with options; all but the first two are published
     width: int | None = None  # of the transformers; by default that of the size

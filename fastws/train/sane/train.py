@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastws
 from fastws.nn.sane import PRESETS, SANE, SANEConfig
 from fastws.runs import processes, rates
-from fastws.train import loop
+from fastws.train import loop, sharding
 from fastws.train.sane.batches import Batch, Source, count_windows, draw, make_source, read_splits
 from fastws.train.sane.behaviour import Behaviour
 from fastws.train.sane.config import Config
@@ -64,7 +64,10 @@ def train(
     source = make_source(config, zoos, device)
     config = with_steps(config, source)
     torch.manual_seed(config.seed)
-    model = SANE(model_config(config, source)).to(device)
+    model = SANE(model_config(config, source))
+    if config.shard and processes.world() > 1:
+        sharding.shard(model, device, ("encode", "decode"))
+    model = model.to(device)
     if processes.rank() == 0:
         tell(config, source)
     extra = describe(config, source, model.config)
