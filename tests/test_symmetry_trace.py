@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from fastws.symmetry import influence
 from fastws.symmetry.copies import Example
 from fastws.symmetry.symmetry import Symmetry
 from fastws.symmetry.verify import Check
@@ -258,6 +259,13 @@ def test_groups_that_outputs_do_not_depend_on_stay(case):
     with pytest.raises(ValueError, match="outputs must depend on group 1, b.weight to be checked"):
         whole.verify(net, torch.randn(4, 3), only=1)
     assert whole.verify(net, torch.randn(4, 3), only=0) < 1e-12
+
+
+def test_gradients_of_batch_norms_show_what_counts(monkeypatch):
+    """Without changing weights group after group, which takes two runs for each: a minute for deep networks."""
+    monkeypatch.setattr(influence, "moves", None)
+    assert len(Symmetry.trace(*architectures.resnet((1, 1), width=4)).sizes) == 4
+    assert len(Symmetry.trace(*architectures.densenet()).sizes) == 12
 
 
 def attention(net, x):

@@ -86,9 +86,11 @@ def sensitivities(check: Check, number: int, groups: Groups) -> dict[int, float]
 
 
 def smallest(state: Mapping[str, Tensor], places: Sequence[Place]) -> list[Place]:
-    """The places in vectors, which cost least; where there is none, that in the smallest tensor."""
-    vectors = [place for place in places if state[place.name].dim() == 1]
-    return vectors or [min(places, key=lambda place: state[place.name].numel())]
+    """The places in learned vectors, which cost least; where there is none, that in the smallest tensor."""
+    # batch norms have no gradient of their moments, and one that is asked for costs those of all
+    learned = [place for place in places if isinstance(state[place.name], nn.Parameter)] or places
+    vectors = [place for place in learned if state[place.name].dim() == 1]
+    return vectors or [min(learned, key=lambda place: state[place.name].numel())]
 
 
 def weighted_sum(x: Tensor, scale: Tensor) -> Tensor:
