@@ -16,6 +16,7 @@ from tqdm import tqdm
 import fastws
 from fastws.devices import find_device
 from fastws.downstream.encoder import Encoder, Pool, average, chunk, default_halo, encode, pool_shape, suit
+from fastws.downstream.hub import embed_hub, open_for, require_one, require_room, save_hub
 from fastws.downstream.representation import BATCH, Representation, Tokens, load
 from fastws.files.atomic import write_atomically, write_tensors
 from fastws.files.json import parse
@@ -27,17 +28,20 @@ from fastws.zoo.format.zoo import Zoo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Embeds every network of a zoo, whose architecture may be another than the one that a SANE was trained on.
+    """Embeds every network of a zoo, or of a folder, of any architecture, also another than a SANE was trained on.
 
     fastws embed --model runs/sane/checkpoint.pt --zoo zoos/digits --out embeddings.safetensors
     fastws embed --model runs/sane/checkpoint.pt --zoo zoos/digits --pool layers --out embeddings.parquet
+    fastws embed --model runs/hub/checkpoint.pt --hub models --out embeddings.safetensors
 
-    A safetensors file has "embeddings" [M, E] in the order of the zoo's rows; a parquet file one row for each vector,
-    with the model and the epoch of the network, the layer or the token, and the vector.
+    A safetensors file has "embeddings" [M, E] in the order of the zoo's rows, or of the models of a hub by name, which
+    it holds; a parquet file one row for each vector, with the model and the epoch of the network, the layer or the
+    token, and the vector. The models of a hub are the safetensors files of a folder, by their paths in it.
     """
 
     model: str  # checkpoint.pt of fastws train sane or train ae
-    zoo: str  # folder of the zoo
+    zoo: str | None = None  # folder of the zoo
+    hub: str | None = None  # in place of a zoo, a folder of safetensors files of any architectures, read in place
     out: str  # file to write, .safetensors or .parquet
     aligned: bool = False  # networks in the order that fastws zoo align found, as the model should have been trained
 
@@ -51,10 +55,18 @@ class Config:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"embed: batch_size must be at least 1, got {self.batch_size}")
+        require_one("embed", self.zoo, self.hub)
+        if self.hub is not None:
+            require_room(self.out, self.pool)
+            if self.aligned:
+                raise ValueError("embed: aligned must be left out for a hub, whose models have no alignment, got True")
 
 
 def run(config: Config) -> None:
     device = find_device(config.device)
+    if config.hub is not None:
+        run_hub(config, device)
+        return
     model, zoo = load(config.model, device), Zoo.open(config.zoo)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     with one_writer(Path(config.out)), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -78,6 +90,25 @@ def run(config: Config) -> None:
         trained, now = (("aligned" if x else "stored") for x in (model.aligned, config.aligned))
         print(f"note: the model was trained on networks as {trained}, these are embedded as {now}; see --aligned")
     print(f"embeddings {list(embeddings.shape)}: {config.out}")
+
+
+def run_hub(config: Config, device: torch.device) -> None:
+    model = load(config.model, device)
+    if not isinstance(model, Tokens):
+        raise ValueError(f"embed: model must be of fastws train sane for a hub, got one of train ae: {config.model}")
+    hub = open_for(model.encoder, config.hub)
+    print(*hub.describe(), sep="\n")
+    halo = None if config.one_pass else default_halo(model.encoder) if config.halo is None else config.halo
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    with one_writer(Path(config.out)), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        embedded = embed_hub(model.encoder, hub, halo=halo, batch_size=config.batch_size, pool=config.pool)
+        for name, reason in embedded.left_out.items():
+            print(f"left out: {name}: {reason}")
+        if not embedded.models:
+            raise ValueError(f"embed: hub {config.hub} must hold a model that can be embedded, got none")
+        save_hub(config.out, embedded, config.pool)
+    count, size = sum(map(len, embedded.vectors)), embedded.vectors[0].shape[1]
+    print(f"embeddings {[count, size]} of {len(embedded.models):,} models: {config.out}")
 
 
 @torch.no_grad()

@@ -28,6 +28,12 @@ class Encoder(NamedTuple):
     shift: Tensor  # [L]
     aligned: bool = False  # whether it was trained on aligned networks
     others: tuple["Encoder", ...] = ()  # the same for the other architectures that it was trained on
+    hub: bool | None = None  # of a hub, whether the layers of each network were standardised by themselves; else None
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether layers of networks of other architectures are to be standardised, as those of its own were."""
+        return self.hub if self.hub is not None else not ((self.scale == 1).all() and (self.shift == 0).all())
 
 
 def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder:
@@ -63,7 +69,9 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
         Encoder(model.eval(), layout, (1 / std).to(device), (-mean / std).to(device), aligned)
         for layout, mean, std in described
     ]
-    return encoders[0]._replace(others=tuple(encoders[1:]))
+    hub = state["extra"].get("hub")
+    standardized = hub.get("standardize") is True if isinstance(hub, dict) else None
+    return encoders[0]._replace(others=tuple(encoders[1:]), hub=standardized)
 
 
 def check(config: SANEConfig, layout: fastws.Layout, mean: Tensor, std: Tensor) -> None:
@@ -99,7 +107,7 @@ def suit(encoder: Encoder, zoo: Zoo, where: str = "embed") -> Encoder:
         ValueError: If the zoo has more tokens, layers or output units than the model has positions for.
     """
     known = [one for one in (encoder, *encoder.others) if one.layout.fingerprint == zoo.layout.fingerprint]
-    if known:
+    if known and encoder.hub is None:
         return known[0]
     layout = zoo.layout.with_tokens(encoder.layout.token_size, encoder.layout.norm, encoder.layout.span)
     needed, known = tuple((layout.positions.amax(0) + 1).tolist()), encoder.model.config.max_positions
@@ -107,7 +115,7 @@ def suit(encoder: Encoder, zoo: Zoo, where: str = "embed") -> Encoder:
         what = f"at most {known} tokens, layers and output units, for which the model has positions, got {needed}"
         raise ValueError(f"{where}: zoo {zoo.path} must have {what}")
     mean, std = torch.zeros(len(layout.table)), torch.ones(len(layout.table))
-    if not ((encoder.scale == 1).all() and (encoder.shift == 0).all()):
+    if encoder.standardizes:
         rows = zoo.split("train") if len(zoo.split("train")) else torch.arange(len(zoo))
         mean, std = layer_moments(zoo.rows(rows[:: max(1, len(rows) // SAMPLED)]), layout)
     device = encoder.scale.device

@@ -1,15 +1,19 @@
 """Which networks of a zoo are most like each other, by their embeddings."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastws.downstream.embed import load_embeddings
+from fastws.downstream.hub import load_hub, require_one
 from fastws.zoo.format.rows import last_rows
+from fastws.windows.hub import read_models
 from fastws.zoo.format.zoo import Zoo
 
 Metric = Literal["cosine", "l2"]
@@ -21,11 +25,13 @@ class Config:
     """Prints for each network those that are nearest to it by embedding, other states of itself left out.
 
     fastws neighbors --embeddings embeddings.safetensors --zoo zoos/digits
+    fastws neighbors --embeddings embeddings.safetensors --hub models --count 3
     fastws neighbors --embeddings embeddings.safetensors --zoo zoos/digits --model 000012 --metric l2 --json
     """
 
     embeddings: str  # safetensors file of fastws embed
-    zoo: str  # folder of the zoo that was embedded
+    zoo: str | None = None  # folder of the zoo that was embedded
+    hub: str | None = None  # or the folder of safetensors files that was embedded
 
     model: tuple[str, ...] = ()  # ids of the networks whose neighbours are wanted; by default all
     count: int = 5  # neighbours of each network
@@ -36,6 +42,7 @@ class Config:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"neighbors: count must be at least 1, got {self.count}")
+        require_one("neighbors", self.zoo, self.hub)
 
 
 class Neighbors(NamedTuple):
@@ -45,29 +52,51 @@ class Neighbors(NamedTuple):
     distance: Tensor  # [q, k] float64
 
 
+class States(NamedTuple):
+    """Networks that are compared: one state of each, or all of them."""
+
+    embeddings: Tensor  # [n, E]
+    models: list[str]  # ids of the networks
+    epochs: list[int | None]
+
+
 def run(config: Config) -> None:
-    zoo = Zoo.open(config.zoo)
-    embeddings = load_embeddings(config.embeddings, len(zoo), zoo.layout)
-    models = zoo.properties["model"].cast("string").to_pylist()
-    rows = torch.arange(len(zoo)) if config.every else torch.tensor(sorted(last_rows(zoo).values()))
-    unknown = sorted(set(config.model) - set(models))
+    states = states_of_zoo(config) if config.hub is None else states_of_hub(config)
+    unknown = sorted(set(config.model) - set(states.models))
     if unknown:
-        known = f"those of the zoo, for example {', '.join(models[:3])}"
+        known = f"those of the {'zoo' if config.hub is None else 'hub'}, for example {', '.join(states.models[:3])}"
         raise ValueError(f"neighbors: model must be of {known}, got {unknown[0]!r}")
-    owners = [models[row] for row in rows.tolist()]
-    asked = [place for place, model in enumerate(owners) if not config.model or model in config.model]
-    found = nearest(embeddings[rows], owners, torch.tensor(asked), config.count, config.metric)
-    epochs = zoo.numbers("epoch")[rows.numpy()].tolist() if "epoch" in zoo.properties.column_names else None
+    asked = [place for place, model in enumerate(states.models) if not config.model or model in config.model]
+    found = nearest(states.embeddings, states.models, torch.tensor(asked), config.count, config.metric)
 
     def state(place: int) -> dict[str, Any]:
-        known = epochs is not None and epochs[place] == epochs[place]
-        return {"model": owners[place], "epoch": int(epochs[place]) if known else None}
+        return {"model": states.models[place], "epoch": states.epochs[place]}
 
     answers = []
     for query, index, distance in zip(asked, found.index.tolist(), found.distance.tolist(), strict=True):
         near = [state(place) | {"distance": value} for place, value in zip(index, distance, strict=True) if place >= 0]
         answers.append(state(query) | {"neighbors": near})
     print(json.dumps({"metric": config.metric, "networks": answers}) if config.json else table(answers))
+
+
+def states_of_zoo(config: Config) -> States:
+    zoo = Zoo.open(config.zoo)
+    embeddings = load_embeddings(config.embeddings, len(zoo), zoo.layout)
+    models = zoo.properties["model"].cast("string").to_pylist()
+    rows = torch.arange(len(zoo)) if config.every else torch.tensor(sorted(last_rows(zoo).values()))
+    known = "epoch" in zoo.properties.column_names
+    epochs = zoo.numbers("epoch")[rows.numpy()].tolist() if known else [math.nan] * len(rows)
+    owners = [models[row] for row in rows.tolist()]
+    return States(embeddings[rows], owners, [None if math.isnan(epoch) else int(epoch) for epoch in epochs])
+
+
+def states_of_hub(config: Config) -> States:
+    models, embeddings = load_hub(config.embeddings)
+    gone = sorted(set(models) - {model.name for model in read_models(Path(config.hub))[0]})
+    if gone:
+        what = f"the models of hub {config.hub}, got {gone[0]!r}, which it does not hold"
+        raise ValueError(f"neighbors: {config.embeddings} must be of {what}")
+    return States(embeddings, models, [None] * len(models))
 
 
 def nearest(

@@ -22,6 +22,7 @@ class Arena(NamedTuple):
 
     bytes: Tensor  # uint8 [A], which must not be written to
     begins: Tensor  # int64 [files], where each begins
+    end: int = 0  # where the last one ends, at the end of its page
 
     def prefetch(self, begin: Sequence[int], size: Sequence[int]) -> None:
         """Asks the system to read these bytes ahead; returns at once."""
@@ -62,8 +63,8 @@ class Mapping:
             C.munmap(self.address, self.size)
 
 
-def map_files(paths: Sequence[Path]) -> Arena:
-    """Maps whole files, which must stay as they are meanwhile.
+def map_files(paths: Sequence[Path], zeros: int = 0) -> Arena:
+    """Maps whole files, which must stay as they are meanwhile, and so many zeros behind them, which take no memory.
 
     Raises:
         OSError: If a file cannot be opened, or there are more than the system maps.
@@ -75,7 +76,7 @@ def map_files(paths: Sequence[Path]) -> Arena:
         begins.append(end)
         opened.append(size)
         end += -(-size // PAGE) * PAGE
-    mapping = Mapping(max(end, PAGE))
+    mapping = Mapping(max(end + -(-zeros // PAGE) * PAGE, PAGE))
     for path, begin, size in zip(paths, begins, opened, strict=True):
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size < size:
@@ -83,7 +84,7 @@ def map_files(paths: Sequence[Path]) -> Arena:
             if size:
                 mapping.map(mapping.address + begin, size, file.fileno())
                 C.madvise(mapping.address + begin, size, RANDOM)  # only what is asked for is read
-    return Arena(as_tensor(mapping), torch.tensor(begins, dtype=torch.int64))
+    return Arena(as_tensor(mapping), torch.tensor(begins, dtype=torch.int64), end)
 
 
 def as_tensor(mapping: Mapping) -> Tensor:

@@ -49,8 +49,21 @@ class Header(NamedTuple):
     end: int
 
 
+class Contents(NamedTuple):
+    """What the header of a safetensors file tells."""
+
+    headers: dict[str, Header]
+    data: int  # byte at which the numbers begin
+    size: int  # of the file, in bytes
+
+
 def read_safetensors_header(path: str | Path) -> dict[str, Header]:
-    """Name, shape, dtype and place of every tensor of a safetensors file; reads the header only and checks all of it.
+    """Name, shape, dtype and place of every tensor of a safetensors file; see ``read_contents``."""
+    return read_contents(path).headers
+
+
+def read_contents(path: str | Path) -> Contents:
+    """Reads the header of a safetensors file, no more, and checks all of it.
 
     Raises:
         ValueError: If the file is truncated, or its header is not one, or names bytes that overlap, leave gaps or are
@@ -61,7 +74,7 @@ def read_safetensors_header(path: str | Path) -> dict[str, Header]:
     described.pop("__metadata__", None)
     headers = {name: parse_tensor(f"{path}: {shorten(name)!r}", entry, data) for name, entry in described.items()}
     check_places(path, headers, data, size)
-    return headers
+    return Contents(headers, data, size)
 
 
 def read_ties(path: Path) -> dict[str, str]:

@@ -15,10 +15,13 @@ from fastws.devices import to_device
 from fastws.files.arena import Arena
 from fastws.layout.layout import Layout
 from fastws.symmetry.symmetry import Symmetry
-from fastws.table import Row
+from fastws.table import Row, table_columns
 from fastws.tokens import Tokens
+from fastws.windows.measured import Measured
 
 OFFSETS = [Row._fields.index(name) for name in ("weight_offset", "bias_offset")]
+FIRST_TOKEN = Row._fields.index("first_token")
+LARGE = 2**40  # more tokens than a network has
 
 
 class Kind(NamedTuple):
@@ -54,6 +57,7 @@ class Population(NamedTuple):
     may_flip: Tensor | None = None  # which networks keep their function when units change their sign, bool [m]
     aligned: Tensor | None = None  # permutations that align each network, int32 [m, S]; None: they are as they lie
     arena: Arena | None = None  # the files that the weights are in; None: they are in memory
+    measured: Measured | None = None  # scales of each network for itself, in place of scale and shift
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +66,12 @@ class Population(NamedTuple):
     @property
     def token_size(self) -> int:
         return self.kinds[0].layout.token_size
+
+    @property
+    def of_row(self) -> Tensor:
+        """The architecture of each row of the tables, int64 ``[sum L]``, on the CPU."""
+        counts = torch.tensor([len(kind.layout.table) for kind in self.kinds])
+        return torch.arange(len(counts)).repeat_interleave(counts)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -184,22 +194,53 @@ def cut(
     """
     device = population.device
     if population.arena is not None:
-        prefetch(population, model, start, window)
+        view, row = touched(population, model, start, window)
+        prefetch(population, model[view], start[view], row, window)
+        if population.measured is not None:
+            population.measured.measure(population, model[view], row)
     model_there, start = to_device(model, device), to_device(start, device)
+    own, chosen = (population, model_there) if population.measured is None else narrow(population, model)
     found = [
         fastws.token_views(
-            weights, table, population.token_size, model_there, start, window, permutations,
-            scale=population.scale, shift=population.shift, dtype=torch.float32, base=base,
-            layers=population.layers, **augmentation,
+            weights, table, population.token_size, chosen, start, window, permutations,
+            scale=own.scale, shift=own.shift, dtype=torch.float32, base=base, layers=own.layers, **augmentation,
         )
-        for weights, table, base in zip(population.weights, population.tables, population.bases, strict=True)
+        for weights, table, base in zip(own.weights, own.tables, own.bases, strict=True)
     ]  # fmt: skip
     values, lengths, positions = found[0]
     if len(found) > 1:
         which = population.where[rows_of_tokens(population, model_there, positions)][..., None]
         for number, other in enumerate(found[1:], start=1):
             values = torch.where(which == number, other.values, values)
+    if population.measured is not None:
+        values = population.measured.clean(values, model)
     return Tokens(values, lengths, positions)
+
+
+def narrow(population: Population, model: Tensor) -> tuple[Population, Tensor]:
+    """The tables of networks ``[B]`` alone, each with scales of its own, and where each of them then is, ``[B]``.
+
+    Layers of another dtype are read from the zeros behind the files.
+    """
+    chosen, place = model.unique(return_inverse=True)
+    counts = population.layers[chosen, 1] - population.layers[chosen, 0]
+    ends = counts.cumsum(0)
+    owner = torch.arange(len(chosen)).repeat_interleave(counts)
+    row = torch.arange(len(owner)) + (population.layers[chosen, 0] - ends + counts)[owner]
+    tables, bases, where = [], [], population.where[row]
+    for number, (table, base) in enumerate(zip(population.tables, population.bases, strict=True)):
+        own, base = table[row], base[chosen]
+        if len(population.tables) > 1:
+            zeros = population.arena.end // population.weights[number].element_size() - base[owner]
+            elsewhere, offsets = (where != number)[:, None], own[:, OFFSETS]
+            own[:, OFFSETS] = torch.where(elsewhere & (offsets >= 0), zeros[:, None], offsets)
+        tables.append(own)
+        bases.append(base)
+    known = population.measured.first[chosen][owner] + row
+    scale = 1 / population.measured.std[known]
+    shift = -population.measured.mean[known] * scale
+    fields = {"layers": torch.stack([ends - counts, ends], 1), "scale": scale, "shift": shift, "where": where}
+    return population._replace(tables=tuple(tables), bases=tuple(bases), **fields), place
 
 
 def rows_of_tokens(population: Population, model: Tensor, positions: Tensor) -> Tensor:
@@ -207,27 +248,34 @@ def rows_of_tokens(population: Population, model: Tensor, positions: Tensor) -> 
     return population.layers[model, 0][:, None] + positions[..., 1]
 
 
-def prefetch(population: Population, model: Tensor, start: Tensor, window: int) -> None:
-    """Asks for the bytes of windows in files, layer by layer; rows that are permuted are read when they are needed."""
-    begins, sizes = [], []
-    size = population.token_size
-    for number, first in zip(model.tolist(), start.tolist(), strict=True):
-        begin, end = population.layers[number].tolist()
-        dtypes = population.where[begin:end].tolist()
-        rows = population.tables[0][begin:end]
-        tokens = rows[:, Row._fields.index("first_token")].contiguous()
-        low = max(0, int(torch.searchsorted(tokens, first, right=True)) - 1)
-        high = max(low + 1, int(torch.searchsorted(tokens, first + window)))
-        for layer in range(low, high):
-            which = dtypes[layer]
-            row = Row(*population.tables[which][begin + layer].tolist())
-            width = population.weights[which].element_size()
-            skipped = max(0, first * size - row.first_entry(size)) // row.stride(size)
-            wanted = -(-((first + window) * size - row.first_entry(size)) // row.stride(size))
-            stop = min(row.rows, wanted)
-            if row.first_out >= 0 or stop <= skipped:
-                continue
-            base = int(population.bases[which][number])
-            begins.append((base + row.weight_offset + skipped * row.row_length) * width)
-            sizes.append((stop - skipped) * row.row_length * width)
-    population.arena.prefetch(begins, sizes)
+def touched(population: Population, model: Tensor, start: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Views and rows of the tables, ``[P]`` each: every layer that a window has tokens of."""
+    first, last = population.layers[model].unbind(1)
+    tokens = population.tables[0][:, FIRST_TOKEN]
+    # tables lie one below the other: with the number of its architecture before it the first token of a row grows
+    place = population.kind[model] * LARGE
+    keys = tokens + population.of_row * LARGE
+    low = torch.searchsorted(keys, place + start, right=True) - 1
+    high = torch.searchsorted(keys, place + start + window)
+    low = torch.maximum(low, first)
+    counts = torch.minimum(high, last) - low
+    view = torch.arange(len(model)).repeat_interleave(counts)
+    return view, torch.arange(len(view)) + (low - counts.cumsum(0) + counts)[view]
+
+
+def prefetch(population: Population, model: Tensor, start: Tensor, row: Tensor, window: int) -> None:
+    """Asks for the bytes of windows of layers ``row`` ``[P]``; rows that are permuted are read when they are needed."""
+    size, where = population.token_size, population.where[row]
+    begins, sizes = torch.zeros_like(row), torch.zeros_like(row)
+    for number, (weights, table, base) in enumerate(
+        zip(population.weights, population.tables, population.bases, strict=True)
+    ):
+        own, width = table_columns(table[row]), weights.element_size()
+        first, stride = own.first_entry(size), own.stride(size)
+        skipped = (start * size - first).clamp(min=0) // stride
+        stop = torch.minimum(own.rows, -((first - (start + window) * size) // stride))
+        length = torch.where(own.first_out >= 0, 0, (stop - skipped).clamp(min=0) * own.row_length) * width
+        begin = (base[model] + own.weight_offset + skipped * own.row_length) * width
+        begins, sizes = (torch.where(where == number, *pair) for pair in ((begin, begins), (length, sizes)))
+    some = sizes > 0
+    population.arena.prefetch(begins[some].tolist(), sizes[some].tolist())

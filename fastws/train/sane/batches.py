@@ -14,6 +14,7 @@ from fastws.random.integers import epoch_rows
 from fastws.random.philox import philox_reference
 from fastws.runs import processes
 from fastws.train.sane.config import Config
+from fastws.windows.hub import Hub, split_models
 from fastws.windows.places import Places, places_of
 from fastws.windows.population import Population, align, cut, random_permutations, rows_of_tokens
 from fastws.windows.zoos import Group, layouts_of, open_zoos
@@ -77,6 +78,20 @@ def make_source(config: Config, zoos: Zoo | Sequence[Zoo], device: torch.device)
     return Source(population, tuple(groups), window, describe_places(config, population))
 
 
+def make_hub_source(config: Config, hub: Hub) -> Source:
+    """The models of a folder to train and to validate on; their windows are always cut on the CPU, from the files."""
+    population = hub.population
+    train, val = split_models(hub)
+    if len(train) < 2:
+        raise ValueError(f"train sane: hub must have 2 models to train on, got {len(train)} in {hub.path}")
+    longest = int(population.num_tokens.max())
+    window = min(PRESETS[config.size]["window"], longest) if config.window is None else config.window
+    if window > longest:
+        raise ValueError(f"train sane: window must be at most the {longest} tokens of a network, got {window}")
+    group = Group(hub.path.name, train, val)
+    return Source(population, (group,), window, describe_places(config, population))
+
+
 def describe_places(config: Config, population: Population) -> Places | None:
     if not (config.relative or config.layer_types):
         return None
@@ -92,12 +107,14 @@ def draw(config: Config, source: Source, split: str, step: int, rows: Tensor | N
     """This process's share of batch ``step`` of a split, or of ``rows`` of it; the same for any number of processes.
 
     Each process cuts the windows of all, because the noise of a window depends on its place in the batch: that costs
-    microseconds beside the milliseconds of the model.
+    microseconds beside the milliseconds of the model. Of files it reads its own share only.
     """
     training, batch, population = split == "train", config.batch_size, source.population
     device = population.device
     stream = step + (0 if training else VALIDATION)
     model, start = choose(config, source, source.rows(split) if rows is None else rows, step, stream)
+    if population.arena is not None:
+        model, start = leave_to_others(model), leave_to_others(start)
     model, start = model.repeat(2), start.repeat(2)
     permutations = None
     if config.permute != "none":
@@ -129,6 +146,14 @@ def draw(config: Config, source: Source, split: str, step: int, rows: Tensor | N
     seed = (config.seed + stream * processes.world() + processes.rank()) % 2**63
     networks = tuple(model[:batch][processes.share(batch)].tolist())
     return Batch(values, target, lengths[0], positions[0, 0] if shared else positions[0], seed, networks, stream)
+
+
+def leave_to_others(x: Tensor) -> Tensor:
+    """What is chosen for each window of a batch, with the first of this process in the places of other processes."""
+    own = processes.share(len(x))
+    mine = x[own.start].expand_as(x).clone()
+    mine[own] = x[own]
+    return mine
 
 
 def choose(config: Config, source: Source, rows: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor]:

@@ -34,13 +34,15 @@ Normalize = Literal["none", "masked", "token", "window", "batch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(loop.Config):
-    """Pretrains SANE on zoos. The published code runs with --permute none --shared-window.
+    """Pretrains SANE on zoos, or a folder of models. The published code runs with --permute none --shared-window.
 
     fastws train sane --zoo zoos/digits --aligned --steps 2000 --out runs/sane
+    fastws train sane --hub models --steps 2000 --out runs/hub
     fastws train sane --zoo zoos/digits zoos/mnist --positions sinusoidal --normalize window --out runs/both
     """
 
-    zoo: tuple[str, ...]  # folders of zoos, which may be of several architectures
+    zoo: tuple[str, ...] = ()  # folders of zoos, which may be of several architectures
+    hub: str | None = None  # in place of zoos, a folder of safetensors files of any architectures, read in place
     epochs: tuple[int, int] | None = None  # first and last epoch of the states to train on; all by default
     aligned: bool = False  # networks in the order that fastws zoo align found; views permute them from there
     memory: float | None = None  # gigabytes that networks may take; more are read as needed; by default half of all
@@ -53,15 +55,15 @@ class Config(loop.Config):
     latent: int | None = None  # entries per token embedding; by default those of the size
     window: int | None = None  # tokens per training sample; by default those of the size
     dropout: float | None = None  # probability of dropout in the model; by default that of the size
-    positions: Positions | None = None  # learned, or sines, which are bound to no architecture; by default of the size
+    positions: Positions | None = None  # learned, or sines, bound to no architecture; by default of the size or hub
     relative: bool = False  # positions are parts of the network, of 1024, whatever its size
     layer_types: bool = False  # whether tokens are told what kind of layer they are of
     max_positions: tuple[int, int, int] | None = None  # most tokens, layers and units; by default what the zoo has
-    token_size: int | None = None  # weights per token; by default the longest row of the architectures
+    token_size: int | None = None  # weights per token; by default the longest row of the architectures, 288 of a hub
     norm: Literal["keep", "skip"] = "skip"  # whether norm layers have tokens
     span: Span = "row"  # what a token may span; layer: dense tokens, which rows share
 
-    standardize: bool = True  # scale each layer's weights by a statistic of the training split
+    standardize: bool = True  # scale each layer's weights by a statistic of the training split; of each model of a hub
     statistic: Statistic | Literal["none"] | None = None  # std, to [-1, 1], to length 1, none; by default of the size
     permute: Literal["none", "second", "both"] | None = None  # views whose neurons are permuted at random
     flips: bool = True  # where neurons are permuted, change their signs at random too, if the network allows it
@@ -98,9 +100,13 @@ class Config(loop.Config):
                 object.__setattr__(self, name, value)
         if self.steps is None and self.passes is None:
             object.__setattr__(self, "steps", STEPS)
+        if self.hub is not None and self.positions is None:
+            object.__setattr__(self, "positions", "sinusoidal")
         super().__post_init__()
-        if not self.zoo or len(set(self.zoo)) < len(self.zoo):
+        if len(set(self.zoo)) < len(self.zoo) or not (self.zoo or self.hub):
             raise ValueError(f"train sane: zoo must be folders, each once, got {', '.join(self.zoo) or 'none'}")
+        if self.hub is not None:
+            self.check_hub()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"train sane: gamma must be in [0, 1], got {self.gamma}")
         if self.batch_size < 2:
@@ -120,3 +126,15 @@ class Config(loop.Config):
             raise ValueError(f"train sane: sample_every must be at least 1, got {self.sample_every}")
         if self.span == "network" and len(self.zoo) > 1:
             raise ValueError(f"train sane: span must be row or layer for {len(self.zoo)} zoos, got network")
+
+    def check_hub(self) -> None:
+        """Raises ValueError if something is asked of a folder of models that only zoos have."""
+        if self.zoo:
+            raise ValueError(f"train sane: hub must be left out where there are zoos, got {self.hub} and {self.zoo[0]}")
+        if self.span == "network" or self.statistic not in ("std", "none"):
+            got = f"{self.span} and {self.statistic}"
+            raise ValueError(f"train sane: span must be row or layer, and statistic std or none, for a hub, got {got}")
+        asked = {"epochs": self.epochs, "aligned": self.aligned, "behaviour": self.behaviour, "memory": self.memory}
+        for name, value in (asked | {"sample_every": self.sample_every}).items():
+            if value not in (None, False, 0):
+                raise ValueError(f"train sane: {name} must be left out for a hub, got {value}")

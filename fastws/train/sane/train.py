@@ -19,10 +19,19 @@ import fastws
 from fastws.nn.sane import PRESETS, SANE, SANEConfig
 from fastws.runs import processes, rates
 from fastws.train import loop, sharding
-from fastws.train.sane.batches import Batch, Source, count_windows, draw, make_source, read_splits
+from fastws.train.sane.batches import (
+    Batch,
+    Source,
+    count_windows,
+    draw,
+    make_hub_source,
+    make_source,
+    read_splits,
+)
 from fastws.train.sane.behaviour import Behaviour
 from fastws.train.sane.config import Config
 from fastws.windows.ahead import Ahead
+from fastws.windows.hub import Hub, open_hub
 from fastws.windows.places import LAYER_TYPES, PARTS
 from fastws.windows.zoos import Group
 from fastws.zoo.format.zoo import Zoo
@@ -36,17 +45,23 @@ MakeLook = Callable[[Config, Zoo, dict[str, Any]], Look]  # from the first zoo a
 def run(config: Config, make_look: MakeLook | None = None) -> None:
     """Trains; ``make_look`` comes from above, because trainers know nothing of what samples from what they learn."""
     with processes.join(config.device) as device:
-        metrics = train(config, [Zoo.open(folder) for folder in config.zoo], device, make_look)
+        networks = [Zoo.open(folder) for folder in config.zoo] if config.hub is None else find_hub(config)
+        metrics = train(config, networks, device, make_look)
         if processes.rank() == 0:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             print(numbers or f"all {config.steps or 'its'} steps were done before")
             print(f"model and log: {Path(config.out) / 'checkpoint.pt'}, {Path(config.out) / 'log.jsonl'}")
 
 
+def find_hub(config: Config) -> Hub:
+    options = {name: getattr(config, name) for name in ("token_size", "norm", "span")}
+    return open_hub(config.hub, standardize=config.standardize and config.statistic != "none", **options)
+
+
 def train(
-    config: Config, zoos: Zoo | Sequence[Zoo], device: torch.device, make_look: MakeLook | None = None
+    config: Config, zoos: Zoo | Sequence[Zoo] | Hub, device: torch.device, make_look: MakeLook | None = None
 ) -> dict[str, float]:
-    """Trains on open zoos; see ``loop.train``.
+    """Trains on open zoos, or on a hub; see ``loop.train``.
 
     Args:
         config: What is trained, and how.
@@ -54,14 +69,14 @@ def train(
         device: Of this process.
         make_look: Makes what is called with the model every ``sample_every`` steps.
     """
-    zoos = [zoos] if isinstance(zoos, Zoo) else list(zoos)
+    hub, zoos = (zoos, []) if isinstance(zoos, Hub) else (None, [zoos] if isinstance(zoos, Zoo) else list(zoos))
     if config.sample_every is not None and make_look is None:
         what = "None where nothing is given that samples; call fastws train sane"
         raise ValueError(f"train sane: sample_every must be {what}, got {config.sample_every}")
     if config.batch_size % processes.world():
         count = processes.world()
         raise ValueError(f"train sane: batch_size must be a multiple of {count} processes, got {config.batch_size}")
-    source = make_source(config, zoos, device)
+    source = make_source(config, zoos, device) if hub is None else make_hub_source(config, hub)
     config = with_steps(config, source)
     torch.manual_seed(config.seed)
     model = SANE(model_config(config, source))
@@ -69,8 +84,8 @@ def train(
         sharding.shard(model, device, ("encode", "decode"))
     model = model.to(device)
     if processes.rank() == 0:
-        tell(config, source)
-    extra = describe(config, source, model.config)
+        tell(config, source, hub)
+    extra = describe(config, source, model.config, hub)
     behaviour = make_behaviour(config, zoos, source)
     look = None if config.sample_every is None else (config.sample_every, make_look(config, zoos[0], extra))
 
@@ -118,14 +133,21 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> No
         group["lr"], group["betas"] = rate, (momentum, group["betas"][1])
 
 
-def tell(config: Config, source: Source) -> None:
+def tell(config: Config, source: Source, hub: Hub | None = None) -> None:
     """Prints what is trained on, and what may be unexpected of it."""
     population = source.population
+    if hub is not None:
+        print(*hub.describe(), sep="\n")
+        short = int((population.num_tokens < source.window).sum())
+        if short:
+            print(f"note: {short:,} models have fewer tokens than a window of {source.window}; the rest is padding")
     if config.cycle != 1:
         first, last = (
             rates.one_cycle(config.lr, step, round(config.cycle * config.steps))[0] for step in (0, config.steps - 1)
         )
         print(f"rate: {first:.3g} at first, {last:.3g} at last, of a cycle {config.cycle:g} times as long as the run")
+    if hub is not None:
+        return
     if population.arena is not None and len(source.groups):
         print("note: networks are read from their files as windows are cut; --memory says how much may be held")
     for group, kind in zip(source.groups, population.kinds, strict=False):
@@ -134,11 +156,18 @@ def tell(config: Config, source: Source) -> None:
             print(f"note: networks of {group.name} have {count} tokens, fewer than a window; the rest is padding")
 
 
-def describe(config: Config, source: Source, model: SANEConfig) -> dict[str, Any]:
-    """What is saved for those who use the model: its size, and how weights become its tokens, of each architecture."""
-    kinds = [{"layout": kind.layout.to_dict(), "mean": kind.mean, "std": kind.std} for kind in source.population.kinds]
+def describe(config: Config, source: Source, model: SANEConfig, hub: Hub | None = None) -> dict[str, Any]:
+    """What is saved for those who use the model: its size, and how weights become its tokens, of each architecture.
+
+    Of a hub, which may have thousands, the one that most models have, and what tells whether it is the same hub.
+    """
+    kinds = source.population.kinds if hub is None else [source.population.kinds[hub.usual]]
+    kinds = [{"layout": kind.layout.to_dict(), "mean": kind.mean, "std": kind.std} for kind in kinds]
     extra = {"sane": asdict(model), "aligned": config.aligned} | kinds[0]
     extra["networks"] = {split: len(source.rows(split)) for split in ("train", "val")}
+    if hub is not None:
+        # first, so that it is what is named where another hub is found
+        return {"hub": {"digest": hub.digest, "standardize": hub.population.measured.standardize}} | extra
     return extra | ({"others": kinds[1:]} if len(kinds) > 1 else {})
 
 
