@@ -36,9 +36,7 @@ def open_for(encoder: Encoder, folder: str | Path) -> Hub:
 
 
 @torch.no_grad()
-def embed_hub(
-    encoder: Encoder, hub: Hub, *, halo: int | None, batch_size: int = 64, pool: Pool = "mean"
-) -> Embedded:
+def embed_hub(encoder: Encoder, hub: Hub, *, halo: int | None, batch_size: int = 64, pool: Pool = "mean") -> Embedded:
     """Embeds all models of a hub by a SANE; shows progress.
 
     A vector is a function of the encoder and the model's own file, whatever else lies in the folder. Models with more

@@ -205,8 +205,9 @@ def plain_of(found: Sequence[tuple[str, Header, Path]]) -> list[str]:
 
 def check_tensor(name: str, header: Header) -> None:
     """Raises ValueError if numbers are no weights as they stand, or lie where they cannot be read in place."""
-    dtype, name = header.dtype, repr(shorten(name))
-    if is_quantised(name.strip("'"), dtype, len(header.shape)) or (dtype.is_floating_point and dtype not in NATIVE):
+    dtype, quantised = header.dtype, is_quantised(name, header.dtype, len(header.shape))
+    name = repr(shorten(name))
+    if quantised or (dtype.is_floating_point and dtype not in NATIVE):
         raise ValueError(f"weights must not be quantised, got {name} of {dtype}; dequantise it where it was made")
     if dtype.is_complex:
         raise ValueError(f"weights must be real numbers, got {name} of {dtype}")
@@ -288,5 +289,3 @@ def in_entries(table: Tensor, dtype: torch.dtype, own: Tensor) -> Tensor:
     there = torch.where(own[:, None], offsets // dtype.itemsize, 0)
     table[:, OFFSETS] = torch.where(offsets < 0, offsets, there)
     return table
-
-

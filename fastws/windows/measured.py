@@ -43,14 +43,13 @@ class Measured:
         self.not_finite: set[int] = set()  # networks in whose windows there were such numbers
 
     def measure(self, population, model: Tensor, row: Tensor) -> None:
-        """Measures layers, rows ``[P]`` of the tables, of networks ``[P]``, that were not measured before."""
+        """Measures layers, rows ``[P]`` of the tables of a population, of networks ``[P]``, but those that are known."""
         place = self.first[model] + row
         some = (~self.known[place]).nonzero().flatten()
         if not len(some):
             return
-        wanted = dict(zip(place[some].tolist(), zip(model[some].tolist(), row[some].tolist(), strict=True), strict=True))
         ranges = {}
-        for key, (network, number) in wanted.items():
+        for key, network, number in zip(*(x[some].tolist() for x in (place, model, row)), strict=True):
             which = int(population.where[number])
             layer = Row(*population.tables[which][number].tolist())
             ranges[key] = which, sampled(layer, int(population.bases[which][network]))

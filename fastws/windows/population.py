@@ -271,11 +271,15 @@ def prefetch(population: Population, model: Tensor, start: Tensor, row: Tensor, 
         zip(population.weights, population.tables, population.bases, strict=True)
     ):
         own, width = table_columns(table[row]), weights.element_size()
-        first, stride = own.first_entry(size), own.stride(size)
-        skipped = (start * size - first).clamp(min=0) // stride
-        stop = torch.minimum(own.rows, -((first - (start + window) * size) // stride))
-        length = torch.where(own.first_out >= 0, 0, (stop - skipped).clamp(min=0) * own.row_length) * width
-        begin = (base[model] + own.weight_offset + skipped * own.row_length) * width
+        first, stride, length = own.first_entry(size), own.stride(size), own.row_length
+        low, high = ((token * size - first).clamp(min=0) for token in (start, start + window))
+        high = torch.minimum(high, own.rows * stride)
+        skipped, stop = (x // stride * length + torch.minimum(x % stride, length) for x in (low, high))
+        whole = own.first_in >= 0  # columns are permuted, so that any of a row may be needed
+        skipped = torch.where(whole, low // stride * length, skipped)
+        stop = torch.where(whole, -(-high // stride) * length, stop)
+        begin = (base[model] + own.weight_offset + skipped) * width
+        length = torch.where(own.first_out >= 0, 0, stop - skipped) * width
         begins, sizes = (torch.where(where == number, *pair) for pair in ((begin, begins), (length, sizes)))
     some = sizes > 0
     population.arena.prefetch(begins[some].tolist(), sizes[some].tolist())
