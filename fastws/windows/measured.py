@@ -43,7 +43,7 @@ class Measured:
         self.not_finite: set[int] = set()  # networks in whose windows there were such numbers
 
     def measure(self, population, model: Tensor, row: Tensor) -> None:
-        """Measures layers, rows ``[P]`` of the tables of a population, of networks ``[P]``, but those that are known."""
+        """Measures layers, rows ``[P]`` of a population's tables, of networks ``[P]``, but those that are known."""
         place = self.first[model] + row
         some = (~self.known[place]).nonzero().flatten()
         if not len(some):
