@@ -59,6 +59,7 @@ class Plan:
     more: tuple[int, ...] = (1,)  # epochs of training after which samples are measured again
     model: dict[str, Any] = field(default_factory=dict)  # options of the learner
     other_data: str | None = None  # a data set that samples are trained on as well
+    judged: bool = True  # whether distances to training networks are measured as well
     baselines: bool = True  # of zoo compare
     device: str | None = None
 
@@ -78,17 +79,7 @@ def run(plan: Plan) -> dict[str, Any]:
         learn = {"window": zoo.layout.with_tokens(None, "skip").num_tokens} | learn
         sane.run(sane.Config(**learn))
     sets = {name: measure_set(plan, name, common) for name in plan.sets}
-    judged = compare_zoos.compare(
-        compare_zoos.Config(
-            samples=tuple(str(plan.out / name) for name in plan.sets),
-            out=str(plan.out / "compare"),
-            count=plan.count,
-            baselines=plan.baselines,
-            train=str(zoo.path),
-            epochs=plan.states,
-            device=plan.device,
-        )
-    )
+    judged = judge(plan, zoo) if plan.judged else {"sets": [], "verdicts": {}, "recall": None}
     for one in judged["sets"]:
         sets.setdefault(one["name"], {}).update(
             {name: one[name][0] for name in ("accuracy", "novelty", "spread", "apart")}
@@ -106,6 +97,21 @@ def run(plan: Plan) -> dict[str, Any]:
     write_json(plan.out / "results.json", found)
     print_table(found, plan.more)
     return found
+
+
+def judge(plan: Plan, zoo: Zoo) -> dict[str, Any]:
+    """How new the sets are, and whether they are better than cheap baselines."""
+    return compare_zoos.compare(
+        compare_zoos.Config(
+            samples=tuple(str(plan.out / name) for name in plan.sets),
+            out=str(plan.out / "compare"),
+            count=plan.count,
+            baselines=plan.baselines,
+            train=str(zoo.path),
+            epochs=plan.states,
+            device=plan.device,
+        )
+    )
 
 
 def measure_set(plan: Plan, name: str, common: dict[str, Any]) -> dict[str, float]:

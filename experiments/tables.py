@@ -93,11 +93,14 @@ def hyperrep(found: dict) -> str:
     for name, row in found["sets"].items():
         accuracies = [f"{value:.3f}" for key, value in row.items() if key.startswith("epoch ")]
         if accuracies:
-            where = f"novelty {row['novelty']:.2f}, spread {row['spread']:.2f}"
-            parts.append(f"{name} {', '.join(accuracies)} ({where})")
+            where = f" (novelty {row['novelty']:.2f}, spread {row['spread']:.2f})" if "novelty" in row else ""
+            parts.append(f"{name} {', '.join(accuracies)}{where}")
     epochs = ", ".join(["0", *(key.removeprefix("epoch ") for key in found["scratch"])])
     scratch = ", ".join(f"{value:.3f}" for value in found["scratch"].values())
     about = f"seed {found['seed']}, {found['networks']} networks: zoo {found['zoo']:.3f}; scratch {scratch}"
+    for line in found.get("results", []):
+        if line["target"] == "test_accuracy":
+            about += "; {features}: R² of accuracy {test_r2:.3f}, tau {test_tau:.3f}".format(**line)
     return f"{about}; accuracy at epochs {epochs}: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
 
 

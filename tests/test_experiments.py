@@ -48,6 +48,16 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_sane_resnets(experiment, tmp_path, capsys):
+    module = experiment("sane_cifar100_resnet18")
+    module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
+    found = results(tmp_path)
+    assert set(found["sets"]) == set(module.SMOKE)
+    assert {"embedding", "statistics"} <= {line["features"] for line in found["results"]}
+    table = experiment("tables").hyperrep(found)
+    assert "sub 0." in table and "R² of accuracy" in table and "published" in capsys.readouterr().out
+
+
 def test_hyperrep_digits(experiment, tmp_path, capsys):
     module = experiment("hyperrep_digits")
     module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))

@@ -1,5 +1,7 @@
 """Samplers, the command that writes what they draw as a zoo, and the accuracy of such zoos."""
 
+from functools import partial
+
 import numpy
 import pytest
 import torch
@@ -45,7 +47,7 @@ def models(zoo, tmp_path_factory):
     out = tmp_path_factory.mktemp("models")
     torch.set_num_threads(1)
     ae.train(ae.Config(zoo=str(zoo.path), out=str(out / "ae"), steps=3, batch_size=8, device="cpu"), zoo, CPU)
-    options = {"size": "tiny", "steps": 2, "batch_size": 4, "window": 20, "device": "cpu"}
+    options = {"size": "tiny", "steps": 2, "batch_size": 4, "window": 8, "device": "cpu"}
     sane.train(sane.Config(zoo=str(zoo.path), out=str(out / "sane"), **options), zoo, CPU)
     return {name: str(out / name / "checkpoint.pt") for name in ("ae", "sane")}
 
@@ -271,6 +273,22 @@ def test_what_cannot_be_sampled_is_said_before_anything_is_written(zoo, models, 
     refused("model must be a checkpoint of fastws train ae or train sane, got .*junk.pt", model=str(junk))
 
 
+def test_halo_is_what_a_sane_sees_beside(zoo, models, tmp_path):
+    refused = partial(config, zoo, tmp_path / "made", method="direct")
+    with pytest.raises(ValueError, match="representation: halo must be left out for an autoencoder of whole networks"):
+        sample.sample(refused(model=models["ae"], halo=1))
+    with pytest.raises(ValueError, match="sample: halo must be left out without a model, got 1"):
+        refused(halo=1)
+    with pytest.raises(ValueError, match=r"halo must be in \[0, .*\] for a window of .* tokens, got 99"):
+        sample.sample(refused(model=models["sane"], halo=99))
+    assert not (tmp_path / "made").exists()
+    made = [
+        sample.sample(config(zoo, tmp_path / f"made-{n}", method="direct", model=models["sane"], halo=n))
+        for n in (0, 1)
+    ]
+    assert not torch.equal(made[0].weights, made[1].weights)
+
+
 # --- candidates
 
 
@@ -287,7 +305,9 @@ def test_densities_of_tokens(zoo, models, tmp_path, mode, density):
     codes = representation.encode(anchors.read(zoo, anchors.rows))
     width = {"dimension": 1, "token": codes.shape[2], "joint": codes.shape[1] * codes.shape[2]}[density]
     draw = generators.kde_reference if mode == "reference" else generators.kde
-    drawn = draw(codes.flatten(1), 6, 0.2, *([] if mode == "reference" else [generator()]), width=width)
+    cloud = codes.flatten(1)
+    options = (0.2,) if mode == "reference" else (0.2 * cloud.std(0, correction=0), generator())
+    drawn = draw(cloud, 6, *options, width=width)
     torch.testing.assert_close(made.weights, representation.decode(drawn.points.view(6, *codes.shape[1:])))
 
 

@@ -69,9 +69,9 @@ class Tokens:
 
     bandwidth = TOKEN_BANDWIDTH
 
-    def __init__(self, encoder: Encoder, aligned: bool):
+    def __init__(self, encoder: Encoder, aligned: bool, halo: int | None = None):
         self.encoder, self.layout, self.aligned = encoder, encoder.layout, aligned
-        self.halo = default_halo(encoder)
+        self.halo = default_halo(encoder) if halo is None else halo
 
     def encode(self, flat: Tensor) -> Tensor:
         return torch.cat([encode(self.encoder, part, halo=self.halo) for part in flat.split(BATCH)])
@@ -85,11 +85,16 @@ class Tokens:
 
     def suit(self, zoo: Zoo, where: str) -> "Tokens":
         encoder = suit(self.encoder, zoo, where)
-        return self if encoder is self.encoder else Tokens(encoder, self.aligned)
+        return self if encoder is self.encoder else Tokens(encoder, self.aligned, self.halo)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Representation:
+def load(path: str | Path, device: torch.device | str = "cpu", halo: int | None = None) -> Representation:
     """Loads what ``fastws train ae`` or ``fastws train sane`` wrote.
+
+    Args:
+        path: Of the checkpoint.
+        device: That codes are computed on.
+        halo: Tokens that a SANE sees on both sides of those that it codes; None: a quarter of its window.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -102,7 +107,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Representation
         state = load_plain(path)
         extra = state["extra"]
         if "sane" in extra:
-            return Tokens(load_encoder(path, device), bool(extra.get("aligned", False)))
+            return Tokens(load_encoder(path, device), bool(extra.get("aligned", False)), halo)
         if "hyper_representation" not in extra:
             raise ValueError("the checkpoint of another program")
         layout = fastws.Layout.from_dict(extra["layout"])
@@ -114,4 +119,6 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Representation
     except DAMAGED as error:
         got = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"representation: {expected}, got {path}: {got}") from error
+    if halo is not None:
+        raise ValueError(f"representation: halo must be left out for an autoencoder of whole networks, got {halo}")
     return WholeNetworks(model.to(device), layout, bool(extra["aligned"]))

@@ -254,13 +254,15 @@ def set_scene(config: Config, zoo: Zoo, anchors: Anchors) -> tuple[Scene, Tensor
     rows = states_of(zoo, "train", anchors.activation)
     rows = rows_of_epochs(zoo, rows, config.epochs, "zoo compare")
     held_out = states_of(zoo, "test", anchors.activation, last=True)
+    if len(held_out) < SMALLEST:  # nothing was learned from those of the validation split either
+        held_out = torch.cat([held_out, states_of(zoo, "val", anchors.activation, last=True)])
     by = next((name for name in BY if name in zoo.properties.column_names), None)
     if config.best < 1 and by is not None:  # as accurate as the anchors have to be
         values = torch.from_numpy(zoo.numbers(by))
         held_out = held_out[values[held_out] >= values[anchors.rows].min()]
     held_out = held_out[: config.count]
     if len(held_out) < SMALLEST:
-        what = f"{SMALLEST} networks of activation {anchors.activation} in its test split, got {len(held_out)}"
+        what = f"{SMALLEST} networks of activation {anchors.activation} in its test and val splits, got {len(held_out)}"
         raise ValueError(f"zoo compare: zoo must have at least {what}; take a larger zoo")
     training, others = aligned_rows(zoo, rows).float(), aligned_rows(zoo, held_out).float()
     judged_by = Judge(training, others, zoo.symmetry, zoo.layout, flips_of(zoo, anchors))

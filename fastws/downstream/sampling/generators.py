@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 REFERENCE_SEED = 42  # of the released sampler of KDE
-BANDWIDTH = 0.002  # of the published KDE, in units of codes that a tanh bounds
+BANDWIDTH = 0.002  # of the published KDE of codes that a tanh bounds
 TOKEN_BANDWIDTH = 0.2  # of the published KDE of SANE's tokens
 MANIFOLD = 3  # dimensions of the plane in which neighbours are looked for
 
@@ -54,7 +54,7 @@ def prior(anchors: Tensor, count: int, std: float, generator: torch.Generator) -
     return Drawn(std * normals((count, anchors.shape[1]), anchors, generator), nobody(count))
 
 
-def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generator, *, width: int = 1) -> Drawn:
+def kde(anchors: Tensor, count: int, bandwidth: float | Tensor, generator: torch.Generator, *, width: int = 1) -> Drawn:
     """Every part j from an anchor of its own, plus noise: ``z[s, j] = anchors[i[s, j], j] + bandwidth * normal``.
 
     That is sampling a Gaussian kernel density of each part: of each dimension, as arXiv 2209.14733 describes it, of
@@ -63,7 +63,7 @@ def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generato
     Args:
         anchors: ``[n, d]``.
         count: Points to draw.
-        bandwidth: Standard deviation of the noise.
+        bandwidth: Standard deviation of the noise, or that of each dimension, ``[d]``.
         generator: Of the random numbers.
         width: Consecutive entries that make a part; d is a multiple of it.
     """
@@ -77,7 +77,8 @@ def kde(anchors: Tensor, count: int, bandwidth: float, generator: torch.Generato
     chosen.mul_(parts).add_(torch.arange(parts, dtype=dtype, device=chosen.device))
     table = anchors.flatten() if width == 1 else anchors.reshape(-1, width)
     points = table.index_select(0, chosen.flatten()).view(count, size)
-    return Drawn(points.add_(normals((count, size), anchors, generator), alpha=bandwidth), anchor)
+    noise = normals((count, size), anchors, generator)
+    return Drawn(points.addcmul_(noise, torch.as_tensor(bandwidth, dtype=noise.dtype, device=noise.device)), anchor)
 
 
 def kde_reference(anchors: Tensor, count: int, bandwidth: float, *, width: int = 1) -> Drawn:

@@ -54,11 +54,12 @@ class Config:
     best: float = 1.0  # share of the anchors to keep, the most accurate ones on validation images
     by: str | None = None  # property that ranks anchors by accuracy; by default val_accuracy, else test_accuracy
     activation: str | None = None  # of the anchors; by default the commonest
+    halo: int | None = None  # tokens that a SANE sees on both sides of what it codes; by default a quarter of a window
     aligned: bool | None = None  # anchors in the order of zoo align; by default as the model was trained, else if there
 
     mode: Literal["independent", "reference"] = "independent"  # kde: as the paper describes it, or as it was released
     density: Literal["dimension", "token", "joint"] = "dimension"  # kde: what of a code has an anchor of its own
-    bandwidth: float | None = None  # kde: std of the noise; as published, 0.2 for codes of tokens, else 0.002
+    bandwidth: float | None = None  # kde: std of the noise, in reference mode as it is, else in units of the anchors'
     prior_std: float = 10.0  # prior: std of codes, which are normal around zero, whatever the anchors are
     noise: float = 0.2  # noise: std, in units of the std of a layer's weights, or of a code's entry
     together: int = 2  # average: anchors of each mean
@@ -97,6 +98,8 @@ class Config:
             raise ValueError(f"sample: rounds must be {what}, got {self.rounds}")
         if self.architecture is not None and self.data is None:
             raise ValueError("sample: data must be given with architecture, got none; give --data")
+        if self.halo is not None and self.model is None:
+            raise ValueError(f"sample: halo must be left out without a model, got {self.halo}")
         if self.condition == 1:
             raise ValueError("sample: condition must be 0, or at least 2 images, got 1")
 
@@ -124,7 +127,7 @@ def sample(config: Config) -> Zoo:
         raise ValueError(f"sample: out must be a new folder, got the zoo {out}; give another, or remove it")
     device = find_device(config.device)
     zoo = Zoo.open(config.zoo)
-    representation = None if config.model is None else load(config.model, device).suit(zoo, "sample")
+    representation = None if config.model is None else load(config.model, device, config.halo).suit(zoo, "sample")
     anchors = choose_anchors(config.choice, zoo, representation)
     made = make(config, zoo, representation, anchors, set_up(config, zoo, anchors.activation, device), device)
     number = range(len(made.weights))
@@ -268,7 +271,7 @@ def density(
     if config.mode == "reference":
         drawn = generators.kde_reference(cloud, count, bandwidth, width=width)
     else:
-        drawn = generators.kde(cloud, count, bandwidth, generator, width=width)
+        drawn = generators.kde(cloud, count, bandwidth * cloud.std(0, correction=0), generator, width=width)
     return drawn, {"bandwidth": bandwidth}
 
 
