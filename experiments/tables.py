@@ -172,7 +172,22 @@ def lineage(found: dict) -> str:
     return f"{'. '.join(lines)}; {found['seconds'] / 60:.0f} min"
 
 
+def hub(found: dict) -> str:
+    """How many models have a nearest neighbour of their own family, by what is compared."""
+    parts = [
+        "{features} ({metric}) {accuracy:.3f}, of the same shapes {same shapes:.3f}".format(**line)
+        for line in found["lines"]
+    ]
+    families = ", ".join(name if x is None else f"{name} {x:.3f}" for name, x in found["families"].items())
+    return (
+        f"seed {found['seed']}, {found['models']} models of {len(found['families'])} families (test accuracy: "
+        f"{families}), {found['same shapes']} of them with the shapes of another family; {found['steps']:,} steps; "
+        f"nearest neighbour of the same family: {'; '.join(parts)}; {found['seconds'] / 60:.0f} min"
+    )
+
+
 KINDS = {
+    "hub": hub,
     "barriers": barriers,
     "lineage": lineage,
     "verdicts": verdicts,

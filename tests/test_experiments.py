@@ -58,6 +58,21 @@ def test_sane_resnets(experiment, tmp_path, capsys):
     assert "sub 0." in table and "R² of accuracy" in table and "published" in capsys.readouterr().out
 
 
+def test_sane_hub(experiment, tmp_path):
+    module = experiment("sane_hub")
+    (tmp_path / "more").mkdir()
+    torch.save(CIFARResNet(8, "b", width=4).state_dict(), tmp_path / "more/resnet8.pt")
+    options = {"more": str(tmp_path / "more"), "smoke": True, "device": "cpu"}
+    module.run(module.Config(out=str(tmp_path / "run"), **options))
+    found = results(tmp_path / "run")
+    lines = {(line["features"], line["metric"]): line for line in found["lines"]}
+    assert found["models"] == 17 and found["same shapes"] == 14
+    # among six of three families one of five others is of the own one, among four of two one of three
+    assert lines["shapes", "l2"]["same shapes"] == pytest.approx((6 / 5 + 8 / 3) / 14)
+    assert all(0 <= line["accuracy"] <= 1 for line in lines.values()) and len(lines) == 2 * len(module.MODELS) + 2
+    assert "of the same shapes" in experiment("tables").hub(found)
+
+
 def test_hyperrep_digits(experiment, tmp_path, capsys):
     module = experiment("hyperrep_digits")
     module.run(module.Config(out=str(tmp_path), smoke=True, device="cpu"))
