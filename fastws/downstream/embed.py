@@ -30,7 +30,6 @@ from fastws.zoo.format.zoo import Zoo
 class Config:
     """Embeds every network of a zoo, or of a folder, of any architecture, also another than a SANE was trained on.
 
-    fastws embed --model runs/sane/checkpoint.pt --zoo zoos/digits --out embeddings.safetensors
     fastws embed --model runs/sane/checkpoint.pt --zoo zoos/digits --pool layers --out embeddings.parquet
     fastws embed --model runs/hub/checkpoint.pt --hub models --out embeddings.safetensors
 

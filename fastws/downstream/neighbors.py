@@ -24,7 +24,6 @@ AT_ONCE = 1024  # networks whose distances to all others are in memory
 class Config:
     """Prints for each network those that are nearest to it by embedding, other states of itself left out.
 
-    fastws neighbors --embeddings embeddings.safetensors --zoo zoos/digits
     fastws neighbors --embeddings embeddings.safetensors --hub models --count 3
     fastws neighbors --embeddings embeddings.safetensors --zoo zoos/digits --model 000012 --metric l2 --json
     """

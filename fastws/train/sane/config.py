@@ -38,7 +38,6 @@ class Config(loop.Config):
 
     fastws train sane --zoo zoos/digits --aligned --steps 2000 --out runs/sane
     fastws train sane --hub models --steps 2000 --out runs/hub
-    fastws train sane --zoo zoos/digits zoos/mnist --positions sinusoidal --normalize window --out runs/both
     """
 
     zoo: tuple[str, ...] = ()  # folders of zoos, which may be of several architectures
