@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from fastws.group.slopes import MOST, STEP, OpenNorms, chosen, gradients, tangents
 from fastws.layout.roles import load_state, storage_key
 from fastws.symmetry.copies import FAILURES, Example, fresh, fresh_example, plain_kernels, told
 from fastws.symmetry.tracer import tensors_in
 from fastws.symmetry.verify import randomise
 
 State = Mapping[str, Tensor]
+SPARE = 8  # more outputs than actions whose derivatives are looked at
+CLOSE = 0.05  # of derivatives, of which differences tell no more where a ReLU lies between
 SizedAction = Callable[[State, float], Mapping[str, Tensor]]  # the same of a state and a size
 Action = Callable[[State], Mapping[str, Tensor]]  # of a state the tensors that it changes, by name
 
@@ -29,6 +33,7 @@ class Function:
         self.expected: list[list[Tensor]] = []  # the outputs for each draw
         self.tries = draws
         self.loaded = -1  # the draw whose weights the module has
+        self.drawn: dict[int, dict[str, Tensor]] = {}  # the weights of each draw, where they are few
         self.plain = False  # whether it makes the same outputs without a look at each operation
         self.draw(1)
         self.plain = self._runs_plainly()
@@ -39,18 +44,26 @@ class Function:
         while len(self.expected) < count:
             self._load(len(self.expected))
             try:
-                self.expected.append(self._run())
+                with torch.no_grad():
+                    self.expected.append(self._run())
             except FAILURES as error:
                 raise ValueError(f"group: module must run in float64 on the examples, got {told(error)}") from error
 
     def _load(self, number: int) -> None:
-        if number != self.loaded:
-            with torch.no_grad():
+        if number == self.loaded:
+            return
+        with torch.no_grad():
+            if number in self.drawn:
+                for name, tensor in self.drawn[number].items():
+                    self.state[name].copy_(tensor)
+            else:
                 randomise(self.module, self.seed + number)
-            self.loaded = number
+                if (len(self.drawn) + 1) * sum(x.numel() for x in self.state.values()) <= MOST:
+                    self.drawn[number] = {name: tensor.detach().clone() for name, tensor in self.state.items()}
+        self.loaded = number
 
     def _run(self) -> list[Tensor]:
-        with torch.no_grad(), nullcontext() if self.plain else plain_kernels(True):
+        with nullcontext() if self.plain else plain_kernels(True):
             results = [x for e in self.examples for x in tensors_in(self.module(*e.args, **e.kwargs))]
             numbers = [x for x in results if x.is_floating_point() or x.is_complex()]
             return [torch.view_as_real(x) if x.is_complex() else x for x in numbers]
@@ -58,7 +71,8 @@ class Function:
     def _runs_plainly(self) -> bool:
         self.plain = True
         try:
-            found = self._run()
+            with torch.no_grad():
+                found = self._run()
         except FAILURES:
             return False
         pairs = zip(found, self.expected[0], strict=True)
@@ -95,20 +109,55 @@ class Function:
                 break
         return max(errors)
 
-    def slopes(self, actions: Sequence[SizedAction], draws: int, step: float = 1e-4) -> Tensor:
-        """The derivatives of all outputs by the size of each action, ``[outputs, actions]``, by central differences.
+    def slopes(self, actions: Sequence[SizedAction], draws: int) -> Tensor:
+        """The derivatives of outputs by the size of each action, ``[n, actions]``.
 
-        Outputs of all draws are relative to the largest of their tensor.
+        Outputs of all draws are relative to the largest of their tensor; of many some random sums are taken.
         """
         self.draw(draws)
-        columns: list[list[Tensor]] = [[] for _ in actions]
-        for number, expected in enumerate(self.expected[:draws]):
-            for action, column in zip(actions, columns, strict=True):
-                up, down = (self.outputs(number, lambda x, a=action, by=by: a(x, by)) for by in (step, -step))
-                for before, high, low in zip(expected, up, down, strict=True):
-                    scale = before[before.isfinite()].abs().max() if before.isfinite().any() else 1.0
-                    column.append(((high - low) / (2 * step * scale)).nan_to_num(0.0, 0.0, 0.0).flatten())
-        return torch.stack([torch.cat(column) for column in columns], 1)
+        rows = -(-(len(actions) + SPARE) // draws)
+        find = self._slopes if self._goes_back else self._differences
+        return torch.cat([find(number, actions, rows) for number in range(draws)])
+
+    def _slopes(self, number: int, actions: Sequence[SizedAction], rows: int) -> Tensor:
+        """``slopes`` of one draw by gradients. Raises what torch raises where there are none."""
+        self._load(number)
+        changes = [tangents(action, self.state) for action in actions]
+        places = {name: place for place, name in enumerate(dict.fromkeys(name for x in changes for name in x))}
+        wanted = [self.state[name].requires_grad_(True) for name in places]
+        try:
+            with torch.enable_grad(), OpenNorms():
+                numbers = chosen(self._run(), self.expected[number], rows)
+            directions = [{places[name]: x for name, x in change.items()} for change in changes]
+            return gradients(numbers, wanted, directions)
+        finally:
+            for tensor in wanted:
+                tensor.requires_grad_(False)
+
+    def _differences(self, number: int, actions: Sequence[SizedAction], rows: int) -> Tensor:
+        """``slopes`` of one draw by central differences of the outputs."""
+        columns, expected = [], self.expected[number]
+        for action in actions:
+            ends = [self.outputs(number, lambda x, a=action, by=by: a(x, by)) for by in (STEP, -STEP)]
+            up, down = (chosen(end, expected, rows) for end in ends)
+            columns.append((up - down) / (2 * STEP))
+        return torch.stack(columns, 1).nan_to_num(0.0, 0.0, 0.0)
+
+    @cached_property
+    def _goes_back(self) -> bool:
+        """Whether gradients tell what changes of all weights do; modules that detach tensors give others."""
+        floating = [name for name, tensor in self.state.items() if tensor.is_floating_point()]
+        factors = torch.rand(len(floating), generator=torch.Generator().manual_seed(2)).tolist()
+
+        def scale(state: State, by: float) -> dict[str, Tensor]:
+            pairs = zip(floating, factors, strict=True)
+            return {name: state[name].detach().double() * (1 + by * factor) for name, factor in pairs}
+
+        try:
+            found, expected = (find(0, [scale], 8) for find in (self._slopes, self._differences))
+        except FAILURES:  # modules that compute without gradients, or change weights in place
+            return False
+        return bool((found - expected).norm() <= CLOSE * expected.norm())
 
     @property
     def outputs_per_draw(self) -> int:
