@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from group_networks import (
     GPT,
     TOKENS,
+    Attention,
     Beside,
     Experts,
     Gated,
@@ -16,6 +17,7 @@ from group_networks import (
     Llama,
     PostNorm,
     Recurrent,
+    Residual,
     ResNeXt,
     mlp,
     resnet8,
@@ -177,3 +179,33 @@ def test_tied_tensors_move_as_one():
     assert torch.equal(moved["head.weight"], moved["tokens.weight"])
     with pytest.raises(ValueError, match="must hold the numbers of tokens.weight, to which it is tied"):
         group.apply((), module.state_dict() | {"head.weight": torch.zeros(20, 16)})
+
+
+def test_lines_of_a_deep_network_do_not_depend_on_its_inputs():
+    """Every convolution before a batch norm has its scales, however little its outputs depend on it."""
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        blocks = (Residual(4, 4, 1) for _ in range(6))
+        deep = nn.Sequential(nn.Conv2d(3, 4, 3), *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+        found.append(fastws.Group.trace(deep.eval(), torch.randn(1, 3, 16, 16)))
+    assert found[0].describe() == found[1].describe()
+    assert sum(line.id == "B1" for line in found[0].lines) == 2 * 12
+
+
+def test_modules_without_gradients_have_the_same_lines():
+    class Closed(nn.Sequential):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    names = [fastws.Group.trace(kind(*mlp()), x).describe() for kind in (nn.Sequential, Closed)]
+    assert names[0] == names[1] and "S+" in names[0]
+
+
+def test_a_free_bias_that_is_the_only_one_is_found():
+    attention = Attention(8, 2, bias=False)
+    attention.k = nn.Linear(8, 8)
+    group = fastws.Group.trace(attention, torch.randn(1, 5, 8))
+    assert [line.tensors for line in group.lines if line.id == "A8"] == [["k.bias"]]

@@ -1,13 +1,14 @@
 """All lines of a module: looked for in every group of its symmetry."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastws.group.finding import Memory, find_linear
+from fastws.group.finding import Memory, find_linear, hold
 from fastws.group.function import Function
 from fastws.group.inner import find_inner
 from fastws.group.lines import Inner, Linear, Matrices
@@ -24,9 +25,19 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
         for name, part in module.named_modules()
         if isinstance(part, _BatchNorm)
     }
+    memories = Memory(trusting=True), Memory(trusting=True)
+    lines, failed = search(symmetry, function, offsets, *memories)
+    if not hold(function, [line for memory in memories for line in memory.recalled]):
+        lines, failed = search(symmetry, function, offsets, Memory(), Memory())
+    return numbered(without_smaller(symmetry, lines)), failed
+
+
+def search(
+    symmetry: Symmetry, function: Function, offsets: Mapping[str, float], multiplied: Memory, permuted: Memory
+) -> tuple[list, list[str]]:
+    """All lines, and what failed; the memories say what was found in layers that are alike."""
     lines: list = []
     failed: list[str] = []
-    multiplied, permuted = Memory(), Memory()
     for group, pieces in enumerate(find_pieces(symmetry)):
         if pieces is None:
             failed.append(
@@ -46,11 +57,11 @@ def find_lines(module: nn.Module, symmetry: Symmetry, function: Function) -> tup
         )
         lines += found
         failed += failures
-        for search in (beside, streams):
-            found, failures = search(function, symmetry, across(symmetry, group, pieces), lines)
+        for look in (beside, streams):
+            found, failures = look(function, symmetry, across(symmetry, group, pieces), lines)
             lines += found
             failed += failures
-    return numbered(without_smaller(symmetry, lines)), failed
+    return lines, failed
 
 
 def streams(function: Function, symmetry: Symmetry, space: Space, lines: list) -> tuple[list, list[str]]:

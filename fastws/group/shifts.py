@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from fastws.group.finding import EXACT, tried
-from fastws.group.function import Function
+from fastws.group.finding import EXACT, NULL, TINY, tried
+from fastws.group.function import Function, SizedAction
 from fastws.group.lines import Linear, Matrices
 from fastws.group.places import Place, Space
 from fastws.layout.roles import bias_name
@@ -141,19 +141,41 @@ class Carried(Shift):
         return -self.places[0].get(state[self.places[0].name])[..., 0]
 
 
+def slopes_of(function: Function, lines: Sequence[Shift]) -> Tensor:
+    """The derivatives of outputs by the size of a random value of each line, the same for lines of one shape."""
+
+    def growing(line: Shift) -> SizedAction:
+        value = line.random(Generator().manual_seed(1))
+        return lambda state, by: line.act(state, value * by)
+
+    draws = max(2, -(-(len(lines) + 8) // max(1, function.outputs_per_draw)))
+    return function.slopes([growing(line) for line in lines], draws)
+
+
+def least_seen(lengths: Tensor) -> Tensor:
+    """The largest derivative that may be none."""
+    return (NULL * lengths.max()).clamp(min=TINY * 100)
+
+
 def find_free(function: Function, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> list[Shift]:
     """Biases of a group that may have any value, alone or together with a running mean."""
     flat = [place for place in space.places if len(shapes[place.name]) == 1]
-    means = [place for place in flat if place.name.endswith("running_mean")]
+    if not flat:
+        return []
+    slopes = slopes_of(function, [Free("A8", place.name, space.group, (place,)) for place in flat])
+    lengths = slopes.norm(dim=0)
+    means = [n for n, place in enumerate(flat) if place.name.endswith("running_mean")]
     lines: list[Shift] = []
-    for place in flat:
-        if place in means:
+    for number, place in enumerate(flat):
+        if number in means:
             continue
-        for together in ((place,), *((place, mean) for mean in means)):
-            line = Free("A8" if len(together) == 1 else "B2", place.name, space.group, together)
-            if tried(function, line) < EXACT:
-                lines.append(line)
-                break
+        if lengths[number] <= least_seen(lengths):
+            sets = [Free("A8", place.name, space.group, (place,))]
+        else:
+            pairs = [n for n in means if flat[n].extent == place.extent]
+            pairs = [n for n in pairs if (slopes[:, number] + slopes[:, n]).norm() <= NULL * lengths[number]]
+            sets = [Free("B2", place.name, space.group, (place, flat[n])) for n in pairs]
+        lines += [line for line in sets if tried(function, line) < EXACT][:1]
     return lines
 
 
@@ -175,6 +197,13 @@ def find_carried(function: Function, line: Linear, shapes: Mapping[str, tuple[in
 
 def find_ones(function: Function, space: Space, places: Sequence[Place]) -> Ones | None:
     """The places of a stream in which the same may be added to all units."""
-    lines = [Ones("N5", place.name, space.group, (place,)) for place in places]
+    lengths = slopes_of(function, [Ones("N5", place.name, space.group, (place,)) for place in places]).norm(dim=0)
+    likely = [place for place, length in zip(places, lengths, strict=True) if length <= least_seen(lengths)]
+    if not likely:
+        return None
+    ones = Ones("N5", likely[0].name, space.group, tuple(likely))
+    if tried(function, ones) < EXACT:
+        return ones
+    lines = [Ones("N5", place.name, space.group, (place,)) for place in likely]
     writers = tuple(line.places[0] for line in lines if tried(function, line) < EXACT)
     return Ones("N5", writers[0].name, space.group, writers) if writers else None

@@ -63,7 +63,7 @@ def chosen(outputs: Sequence[Tensor], expected: Sequence[Tensor], count: int) ->
 
 
 def gradients(numbers: Tensor, wanted: Sequence[Tensor], directions: Sequence[Mapping[int, Tensor]]) -> Tensor:
-    """The derivatives of numbers ``[n]`` along directions, each a change for some of the tensors ``wanted``: ``[n, d]``.
+    """The derivatives of numbers ``[n]`` along directions, each a change for some of the tensors wanted, ``[n, d]``.
 
     Raises what torch raises where a module cannot be derived.
     """
