@@ -33,7 +33,7 @@ from fastws.windows.population import cut
 LAYER = (256, 256, 3, 3)  # 2.4 MB
 ASKED = {"1,000 of 10 MB": (1000, 4), "100 of 100 MB": (100, 42)}  # files, and layers of each
 QUICK = {"200 of 10 MB": (200, 4), "20 of 100 MB": (20, 42)}
-SMALL = {"4 of 10 MB": (4, 4)}
+SMALL = {"2 of 2 MB": (2, 1)}
 WINDOWS, WINDOW, ROUNDS = 64, 256, 7
 DROP = 4  # MADV_DONTNEED
 
@@ -43,8 +43,10 @@ def make_files(folder: Path, count: int, layers: int) -> None:
     for file in tqdm(range(count), desc="making", leave=False):
         numbers = numbers.roll(1009, -3).add_(1e-3)
         state = {f"layer{layer:02}.weight": numbers[layer] for layer in range(layers)}
-        save_file(state | {"head.bias": torch.full((file + 1,), 1.0)[:1] * file}, folder / f"{file:04}.safetensors")
-    os.sync()
+        path = folder / f"{file:04}.safetensors"
+        save_file(state | {"head.bias": torch.tensor([float(file)])}, path)
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())  # what is not on disk is not dropped from memory
 
 
 def draw(hub: Hub, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,7 +61,7 @@ class Config:
     more: str | None = None  # folder of checkpoints, safetensors or torch files, that are one more family of the hub
     networks: int = 6  # of each family
     epochs: int = 15  # of their training
-    steps: int = 3000  # of SANE
+    steps: int = 1500  # of SANE
     token_size: int = 32  # weights per token
     window: int = 32  # tokens per sample
     seed: int = 0  # of the networks and of SANE

@@ -97,9 +97,10 @@ def open_hub(
         FileNotFoundError: If there is no such folder.
         ValueError: If no file of it can be read.
     """
-    root = Path(folder)
-    if span == "network":
-        raise ValueError(f"{root}: span must be row or layer for a hub, got network")
+    root, token_size = Path(folder), TOKEN_SIZE if token_size is None else token_size
+    if span == "network" or token_size < 1:
+        got = f"{span} and {token_size}"
+        raise ValueError(f"{root}: span must be row or layer, and token_size at least 1, for a hub, got {got}")
     models, left_out = read_models(root)
     groups: dict[tuple, list[Model]] = {}
     for model in models:
@@ -109,7 +110,7 @@ def open_hub(
     for (tensors, _), members in groups.items():
         try:
             if tensors not in layouts:
-                layouts[tensors] = make_layout(tensors, token_size or TOKEN_SIZE, norm, span)
+                layouts[tensors] = make_layout(tensors, token_size, norm, span)
         except ValueError as error:
             left_out |= {model.name: str(error).removeprefix("layout: ") for model in members}
             continue
@@ -205,15 +206,15 @@ def plain_of(found: Sequence[tuple[str, Header, Path]]) -> list[str]:
 
 def check_tensor(name: str, header: Header) -> None:
     """Raises ValueError if numbers are no weights as they stand, or lie where they cannot be read in place."""
-    dtype, quantised = header.dtype, is_quantised(name, header.dtype, len(header.shape))
-    name = repr(shorten(name))
-    if quantised or (dtype.is_floating_point and dtype not in NATIVE):
-        raise ValueError(f"weights must not be quantised, got {name} of {dtype}; dequantise it where it was made")
+    dtype, floating = header.dtype, header.dtype.is_floating_point
+    if is_quantised(name, dtype, len(header.shape)) or (floating and dtype not in NATIVE):
+        got = f"{shorten(name)!r} of {dtype}; dequantise it where it was made"
+        raise ValueError(f"weights must not be quantised, got {got}")
     if dtype.is_complex:
-        raise ValueError(f"weights must be real numbers, got {name} of {dtype}")
+        raise ValueError(f"weights must be real numbers, got {shorten(name)!r} of {dtype}")
     if dtype in NATIVE and header.begin % dtype.itemsize and header.end > header.begin:
         what = f"at a multiple of {dtype.itemsize} bytes, got byte {header.begin}; save it with safetensors again"
-        raise ValueError(f"numbers of {name} must begin {what}")
+        raise ValueError(f"numbers of {shorten(name)!r} must begin {what}")
 
 
 def make_layout(tensors: Sequence[tuple], token_size: int, norm: Literal["keep", "skip"], span: Span) -> Layout:
@@ -227,7 +228,7 @@ def make_layout(tensors: Sequence[tuple], token_size: int, norm: Literal["keep",
     for name, shape, dtype in tensors:
         entries.append(Entry(name, shape, dtype, roles[name], offset))
         offset += entries[-1].numel
-    layout = Layout(tuple(entries), {}, 1, norm, span=span).with_tokens(token_size)
+    layout = Layout(tuple(entries), {}, token_size, norm, span=span)
     if not layout.num_tokens:
         raise ValueError("network must have a layer beside norm layers, got none")
     return layout

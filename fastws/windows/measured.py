@@ -6,6 +6,7 @@ an architecture would change with what else lies in the folder. So each layer of
 as many numbers whatever its size: a function of the file alone, whoever asks and when.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastws.layout.moments import SMALLEST_STD
 from fastws.table import Row
 
-PIECES, PIECE = 4, 1024  # of the weights of a layer that has more numbers, evenly spread; the std is right to 1 %
+PIECES, PIECE = 2, 2048  # of the weights of a layer that has more numbers, evenly spread; the std is right to 1 %
 
 
 class Range(NamedTuple):
@@ -56,13 +57,10 @@ class Measured:
         widths = [weights.element_size() for weights in population.weights]
         pieces = [(r.first * widths[which], r.count * widths[which]) for which, found in ranges.values() for r in found]
         population.arena.prefetch(*zip(*pieces, strict=True))
-        for key, (which, found) in ranges.items():
-            numbers = torch.cat([population.weights[which][r.first : r.first + r.count] for r in found]).double()
-            numbers = numbers[numbers.isfinite()]
-            if len(numbers):
-                std = numbers.std(correction=min(1, len(numbers) - 1))
-                self.mean[key], self.std[key] = numbers.mean(), std if std > SMALLEST_STD else 1
-            self.known[key] = True
+        found = {key: mean_and_std(population.weights[which], pieces) for key, (which, pieces) in ranges.items()}
+        keys = torch.tensor([*found])
+        self.mean[keys], self.std[keys] = torch.tensor([*found.values()]).unbind(1)
+        self.known[keys] = True
 
     def clean(self, values: Tensor, model: Tensor) -> Tensor:
         """Windows ``[B, W, T]`` with 0 for what is not finite; a network that has such numbers is told of once."""
@@ -82,4 +80,17 @@ def sampled(layer: Row[int], base: int) -> list[Range]:
     begin = base + layer.weight_offset
     if count + len(biases) * layer.rows <= PIECES * PIECE or count <= PIECE:
         return [Range(begin, count), *biases]
-    return [Range(begin + (count - PIECE) * piece // (PIECES - 1), PIECE) for piece in range(PIECES)]
+    return [Range(begin + (count - PIECE) * (2 * piece + 1) // (2 * PIECES), PIECE) for piece in range(PIECES)]
+
+
+def mean_and_std(weights: Tensor, ranges: Sequence[Range]) -> tuple[float, float]:
+    """Of the numbers in ranges of a vector, of those that are finite; a std of 1 where they do not vary."""
+    numbers = torch.cat([weights[some.first : some.first + some.count] for some in ranges]).double()
+    variance, mean = (x.item() for x in torch.var_mean(numbers, correction=min(1, len(numbers) - 1)))
+    if not math.isfinite(variance):
+        numbers = numbers[numbers.isfinite()]
+        if not len(numbers):
+            return 0.0, 1.0
+        variance, mean = (x.item() for x in torch.var_mean(numbers, correction=min(1, len(numbers) - 1)))
+    std = math.sqrt(variance)
+    return mean, std if SMALLEST_STD < std < math.inf else 1.0

@@ -68,12 +68,6 @@ class Population(NamedTuple):
         return self.kinds[0].layout.token_size
 
     @property
-    def of_row(self) -> Tensor:
-        """The architecture of each row of the tables, int64 ``[sum L]``, on the CPU."""
-        counts = torch.tensor([len(kind.layout.table) for kind in self.kinds])
-        return torch.arange(len(counts)).repeat_interleave(counts)
-
-    @property
     def num_tokens(self) -> Tensor:
         """Tokens of each network, int64 ``[m]``, on the CPU."""
         return torch.tensor([kind.layout.num_tokens for kind in self.kinds])[self.kind]
@@ -252,11 +246,13 @@ def touched(population: Population, model: Tensor, start: Tensor, window: int) -
     """Views and rows of the tables, ``[P]`` each: every layer that a window has tokens of."""
     first, last = population.layers[model].unbind(1)
     tokens = population.tables[0][:, FIRST_TOKEN]
-    # tables lie one below the other: with the number of its architecture before it the first token of a row grows
-    place = population.kind[model] * LARGE
-    keys = tokens + population.of_row * LARGE
-    low = torch.searchsorted(keys, place + start, right=True) - 1
-    high = torch.searchsorted(keys, place + start + window)
+    # tables lie one below the other: with the number of its table before it the first token of a row grows
+    number = torch.zeros_like(tokens)
+    number[population.layers[:, 0]] = LARGE
+    number = number.cumsum(0)
+    keys, place = number + tokens, number[first] + start
+    low = torch.searchsorted(keys, place, right=True) - 1
+    high = torch.searchsorted(keys, place + window)
     low = torch.maximum(low, first)
     counts = torch.minimum(high, last) - low
     view = torch.arange(len(model)).repeat_interleave(counts)
