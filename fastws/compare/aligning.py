@@ -12,7 +12,7 @@ from fastws.compare.activations import match_activations
 from fastws.compare.modules import Network
 from fastws.compare.running import Checked, same_function
 from fastws.compare.states import Distance, State, comparable, distance, mean_of
-from fastws.group.group import Group
+from fastws.compare.tracing import trace_group, trace_symmetry
 from fastws.layout.layout import Layout
 from fastws.matching.match import match
 from fastws.matching.mean import match_to_mean
@@ -63,8 +63,8 @@ class Aligner:
         if how.continuous and how.by == "activations":
             raise ValueError("align: --continuous must be left out with --by activations, got both")
         self.network, self.how, self.x = network, how, x
-        self.group = Group.trace(network.module, network.inputs) if how.continuous else None
-        self.symmetry = self.group.symmetry if self.group else Symmetry.trace(network.module, network.inputs)
+        self.group = trace_group(network) if how.continuous else None
+        self.symmetry = self.group.symmetry if self.group else trace_symmetry(network)
 
     def pair(self, base: State, other: State) -> Aligned:
         """Gives the units of a network the order, and the signs, that bring it closest to another one.

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastws.compare.modules import Checkpoint, Words, require_network
+from fastws.compare.tracing import trace_group, trace_symmetry
 from fastws.files.atomic import write_file
-from fastws.group.group import Group
 from fastws.symmetry.exchange import Exported, to_axes_to_perm, to_perm_spec
 from fastws.symmetry.symmetry import Symmetry
 
@@ -39,11 +39,11 @@ def run(config: Config) -> None:
     checkpoint = Checkpoint.open(config.model)
     network = require_network(checkpoint, config)
     if config.whole:
-        group = Group.trace(network.module, network.inputs)
+        group = trace_group(network)
         symmetry = group.symmetry
         print(group.describe())
     else:
-        symmetry = Symmetry.trace(network.module, network.inputs)
+        symmetry = trace_symmetry(network)
         print(symmetry.describe())
     if config.out is not None:
         spec, notes = written(symmetry, config.format)

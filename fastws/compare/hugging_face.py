@@ -5,6 +5,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,17 @@ def make_hugging_face(folder: Path) -> tuple[nn.Module, Inputs]:
             tokens or images.
     """
     path = folder / CONFIG
+    kind, config = read_config(folder)
+    module = build(path, kind, config)
+    return module, example_inputs(path, module)
+
+
+def read_config(folder: Path) -> tuple[type[nn.Module], Any]:
+    """The class of modules that ``config.json`` of a folder names, and its configuration.
+
+    Raises ValueError as ``make_hugging_face`` does.
+    """
+    path = folder / CONFIG
     content = json.read(path)
     names = content.get("architectures") if isinstance(content, dict) else None
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
@@ -40,12 +52,18 @@ def make_hugging_face(folder: Path) -> tuple[nn.Module, Inputs]:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise ValueError(f"architecture must be one of transformers, got {shorten(name)!r}; {FACTORY}")
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        # caches of keys and values are outputs, which permutations of heads would change
-        config.use_cache = False
-        module = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     except FAILURES as error:
         raise ValueError(f"{path}: config must be that of a module of transformers, got {told(error)}") from error
-    return module, example_inputs(path, module)
+    # caches of keys and values are outputs, which permutations of heads would change
+    config.use_cache = False
+    return kind, config
+
+
+def build(path: Path, kind: Any, config: Any) -> nn.Module:
+    try:
+        return kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    except FAILURES as error:
+        raise ValueError(f"{path}: config must be that of a module of transformers, got {told(error)}") from error
 
 
 def example_inputs(path: Path, module: nn.Module) -> Inputs:

@@ -15,7 +15,7 @@ from fastws.compare.align_files import begun, model_paths, reading, record_of
 from fastws.compare.aligning import Matching
 from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, with_images
 from fastws.compare.lines import Statistics, mixed
-from fastws.compare.merging import Merged, merge, shares_of
+from fastws.compare.merging import Merged, merge_networks, shares_of
 from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
 from fastws.compare.running import load_state
 from fastws.files.atomic import write_file, write_json
@@ -86,10 +86,9 @@ def merge_files(config: Config) -> dict[str, Any]:
     network = require_network(models[0], with_images(config, examples))
     for model in models[1:]:
         require_fit(model, network)
-    merged = merge(
+    merged = merge_networks(
         [model.state for model in models],
-        network.module,
-        network.inputs,
+        network,
         weights=shares,
         align=config.align,
         matching=config,

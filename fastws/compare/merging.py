@@ -68,9 +68,23 @@ def merge(
         >>> all(torch.allclose(merged.state[name], x) for name, x in module.state_dict().items())
         True
     """
+    network = Network(deepcopy(module).eval().requires_grad_(False), example_inputs, "merge")
+    return merge_networks(states, network, weights, align, matching, data, statistics, precision)
+
+
+def merge_networks(
+    states: Sequence[State],
+    network: Network,
+    weights: Sequence[float] | None,
+    align: bool,
+    matching: Matching | None,
+    data: tuple[Tensor, Tensor] | None,
+    statistics: Statistics | Literal["best"],
+    precision: Precision,
+) -> Merged:
+    """``merge`` of networks whose module is in eval mode, without gradients."""
     shares = shares_of(weights, len(states))
     states = [{name: tensor.detach() for name, tensor in state.items()} for state in states]
-    network = Network(deepcopy(module).eval().requires_grad_(False), example_inputs, "merge")
     x = None if data is None else data[0]
     aligned = align_all(network, states, matching or Matching(), x) if align else []
     mixer = Mixer(network, [one.state for one in aligned] or states, x)

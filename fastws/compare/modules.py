@@ -75,6 +75,7 @@ class Network(NamedTuple):
     module: nn.Module  # in eval mode, with weights of its own: whose, says nobody
     inputs: Inputs  # that it takes, as ``Symmetry.trace`` does
     name: str  # what the user called it
+    folder: Path | None = None  # of transformers, whose config.json it was made from
 
 
 def find_network(checkpoint: Checkpoint, words: Words) -> Network | None:
@@ -87,7 +88,7 @@ def find_network(checkpoint: Checkpoint, words: Words) -> Network | None:
     if name is None and not (folder / CONFIG).is_file():
         return None
     if name is None:
-        found = Network(*make_hugging_face(folder), f"the module of {folder / CONFIG}")
+        found = Network(*make_hugging_face(folder), f"the module of {folder / CONFIG}", folder)
     elif ":" in name and name.partition(":")[0] not in LIBRARIES:
         found = Network(*make_network(name, (words.image_shape or SHAPES[0]), words.num_classes or 10), name)
     else:

@@ -11,14 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastws.compare.modules import Checkpoint, Network, Words, find_network
+from fastws.compare.tracing import trace_group, trace_symmetry
 from fastws.files.checkpoints import find_checkpoint
-from fastws.group.group import Group
 from fastws.group.lines import Scales
 from fastws.group.shifts import Shift
 from fastws.layout.layout import Layout
 from fastws.matching.match import match
 from fastws.matching.whole import match_whole
-from fastws.symmetry.symmetry import Symmetry
 from fastws.zoo.readers.checkpoints import find_checkpoints
 
 MOST_NULL = 32  # networks of a folder of strangers: 496 pairs
@@ -41,9 +40,9 @@ class Mover:
 
     def __init__(self, network: Network, layout: Layout, whole: bool = False):
         self.network, self.layout = network, layout
-        group = Group.trace(network.module, network.inputs) if whole else None
+        group = trace_group(network) if whole else None
         self.group = group if group is not None and group.lines else None
-        self.symmetry = group.symmetry if group is not None else Symmetry.trace(network.module, network.inputs)
+        self.symmetry = group.symmetry if group is not None else trace_symmetry(network)
         self.symmetry.require_same(layout)
         self.flips = any(self.symmetry.flips)
         self.scope = "permutations and signs" if self.flips else "permutations"
