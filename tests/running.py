@@ -1,12 +1,14 @@
 """How tests run things: in one thread, in two processes, and so that every state of the disk is kept."""
 
+import multiprocessing
 import os
+import runpy
 import shutil
 import socket
-import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
-from tempfile import TemporaryFile
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -21,24 +23,66 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run_two_processes(*command):
+# children of one process that has imported torch, which takes two seconds of each that begins anew
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["torch"])
+
+
+def start(work, *arguments, said=os.devnull, **environment):
+    """A process that runs a function of a module; what it prints goes to the file ``said``."""
+    given = work, arguments, str(said), os.environ | environment
+    process = CHILDREN.Process(target=begin, args=given, daemon=True)
+    process.start()
+    return process
+
+
+def begin(work, arguments, said, environment):
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def run_script(path, *words):
+    """``python path words``"""
+    sys.argv = [str(path), *map(str, words)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_code(code):
+    """``python -c code`` where torch is imported already."""
+    exec(code, {})
+
+
+def run_command(*words):
+    """``python -m fastws words``"""
+    sys.argv = ["fastws", *map(str, words)]
+    runpy.run_module("fastws", run_name="__main__")
+
+
+def finish(*processes, timeout=120):
+    """The exit codes of processes that are waited for."""
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]
+
+
+def run_two_processes(path, *words):
     """Runs a script in two processes that know of each other, as torchrun does."""
     with socket.socket() as server:
         server.bind(("", 0))
         port = server.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    environments = [os.environ | shared | {"RANK": number, "LOCAL_RANK": number} for number in "01"]
-    command = [sys.executable, *map(str, command)]
-    with ExitStack() as stack:
-        said = [stack.enter_context(TemporaryFile("w+")) for _ in environments]
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, number) for number in "01"]
         running = [
-            subprocess.Popen(command, env=env, stderr=file) for env, file in zip(environments, said, strict=True)
+            start(run_script, path, *words, said=file, RANK=file.name, LOCAL_RANK=file.name, **shared) for file in files
         ]
-        codes = [process.wait(timeout=120) for process in running]
-        if codes != [0, 0]:
-            for file in said:
-                file.seek(0)
-            raise AssertionError(f"exit codes {codes}: {' / '.join(file.read()[-1500:] for file in said)}")
+        codes = finish(*running)
+        assert codes == [0, 0], f"exit codes {codes}: {' / '.join(file.read_text()[-1500:] for file in files)}"
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from running import finish, run_code, start
+
 ROOT = Path(__file__).parents[1]
 # it keeps what it was asked, takes its time, and leaves a log as a run would; code 143 when it is asked to stop
 STUB = """#!/bin/bash
@@ -86,10 +88,10 @@ def test_other_runs_are_refused(tmp_path):
     assert status == 2 and "must be nern, zoo or hyperreps, got everything" in said and calls == []
 
 
-def test_no_library_of_the_command_line_is_needed():
+def test_no_library_of_the_command_line_is_needed(tmp_path):
     code = re.findall(r"from (fastws[\w.]*) import", (ROOT / "experiments/on_gpu.sh").read_text())
     banned = "; ".join(
         f"sys.modules[{name!r}] = None" for name in ("tyro", "docstring_parser", "typeguard", "matplotlib")
     )
     command = f"import sys; {banned}; import {', '.join(code)}"
-    subprocess.run([sys.executable, "-c", command], check=True)
+    assert finish(start(run_code, command, said=tmp_path / "said")) == [0], (tmp_path / "said").read_text()

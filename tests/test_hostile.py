@@ -7,8 +7,6 @@ import pickle
 import pickletools
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from running import finish, run_command, start
 from small_zoo import make_small_zoo
 from torch import nn
 
@@ -187,14 +186,13 @@ def test_text_is_escaped():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_command_says_how_to_resume(tmp_path, number):
     make_small_zoo(tmp_path / "zoo", widths=(3, 4, 2))
-    command = ["-m", "fastws", "train", "sane", "--zoo", tmp_path / "zoo", "--out", tmp_path / "run", "--size", "tiny"]
-    command += ["--steps", "1000000", "--device", "cpu", "--batch-size", "2", "--window", "4"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    words = ["train", "sane", "--zoo", tmp_path / "zoo", "--out", tmp_path / "run", "--size", "tiny"]
+    words += ["--steps", "1000000", "--device", "cpu", "--batch-size", "2", "--window", "4"]
+    process = start(run_command, *words, said=tmp_path / "said")
     while not (tmp_path / "run/log.jsonl").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    last = said.decode().strip().splitlines()[-1]
-    assert process.returncode == 128 + number and "run the same command again to resume" in last, said
-    assert b"Traceback" not in said
+    os.kill(process.pid, number)
+    codes, said = finish(process), (tmp_path / "said").read_text()
+    assert codes == [128 + number] and "run the same command again to resume" in said.strip().splitlines()[-1], said
+    assert "Traceback" not in said

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import one_thread, run_two_processes
+from running import finish, one_thread, run_script, run_two_processes, start
 from torch import nn
 
 from fastws.nern.optimizer import make_optimizer
@@ -158,13 +157,12 @@ def test_loop_stops_when_asked_and_resumes(reference, tmp_path, number, capsys):
 
 def test_loop_resumes_after_sigkill(reference, tmp_path):
     when = int.from_bytes(os.urandom(1)) % 30 + 2  # any step; that it does not matter which is the point
-    command = [sys.executable, __file__, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = start(run_script, __file__, tmp_path)
     while not (tmp_path / "log.jsonl").exists() or len(read_whole_lines(tmp_path)) <= when:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert finish(process) == [-signal.SIGKILL]
     with one_thread():
         train(replace(CONFIG, out=str(tmp_path)))
     assert_same_run(tmp_path, reference)

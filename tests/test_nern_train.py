@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -13,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from running import run_two_processes
+from running import finish, run_script, run_two_processes, start
 from test_nern import encode_position
 from torch import nn
 from torch.nn import functional as F
@@ -259,8 +258,7 @@ def test_resumed_run_is_the_same(ten_steps, tmp_path, monkeypatch):
 
 def test_killed_run_is_the_same(ten_steps, tmp_path):
     """SIGKILL behind an evaluation that wrote best.pt, of which checkpoint.pt does not know yet."""
-    command = [sys.executable, __file__, str(tmp_path), "kill"]
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
+    assert finish(start(run_script, __file__, tmp_path, "kill")) == [-signal.SIGKILL]
     assert (tmp_path / "best.pt").exists() and len(read_log(tmp_path, "train/loss")) > 4
     train(tmp_path, save_every=4)
     assert_same_runs(tmp_path, ten_steps)

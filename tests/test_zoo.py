@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import keep_moments
+from running import finish, keep_moments, start
 
 from fastws.files import atomic, parquet
 from fastws.layout.layout import Layout
@@ -256,31 +254,27 @@ def test_reader_follows_files_that_were_merged_while_it_opened(tmp_path, monkeyp
     assert_holds(Zoo.open(tmp_path), 10)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from test_zoo import *
-with ZooWriter(sys.argv[1], LAYOUT) as zoo:
-    for first in range(len(zoo), 10**6, 7):
-        zoo.append(numbered(first, 7), describe(first, 7))
-        print(first, flush=True)
-"""
+def write_without_end(path):
+    with ZooWriter(path, LAYOUT) as zoo:
+        for first in range(len(zoo), 10**6, 7):
+            zoo.append(numbered(first, 7), describe(first, 7))
+            print(first, flush=True)
 
 
 def test_killed_writer_leaves_a_zoo_and_no_lock(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), os.path.dirname(__file__)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(10):
-            line = process.stdout.readline()
-        while_written = Zoo.open(tmp_path)
-        assert_holds(while_written, len(while_written))
-        with pytest.raises(BlockingIOError, match=f"one process at a time may write it, process {process.pid} does"):
-            ZooWriter(tmp_path, LAYOUT)
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().split()
+    said, tmp_path = tmp_path / "said", tmp_path / "zoo"
+    process = start(write_without_end, tmp_path, said=said)
+    while not said.exists() or said.read_text().count("\n") < 10:
+        assert finish(process, timeout=0.001) == [None]
+    while_written = Zoo.open(tmp_path)
+    assert_holds(while_written, len(while_written))
+    with pytest.raises(BlockingIOError, match=f"one process at a time may write it, process {process.pid} does"):
+        ZooWriter(tmp_path, LAYOUT)
+    process.kill()
+    assert finish(process) == [-signal.SIGKILL]
     zoo = Zoo.open(tmp_path)
     assert_holds(zoo, len(zoo))
-    last = int(rest[-1] if rest else line)
+    last = int(said.read_text().rpartition("\n")[0].split()[-1])
     assert len(zoo) in (last + 7, last + 14)  # all that append has confirmed
     with ZooWriter(tmp_path, LAYOUT) as again:
         again.append(numbered(len(zoo), 1), describe(len(zoo), 1))

@@ -2,14 +2,16 @@
 
 import io
 import os
-import subprocess
-import sys
+import random
+import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import finish, start
 from test_zoo import LAYOUT, assert_holds, describe, numbered
 
 from fastws.files import atomic
@@ -111,27 +113,25 @@ def test_writer_may_die_at_any_byte(tmp_path_factory, things, data):
     assert sorted(file.name[:6] for file in path.iterdir()) == ["models", "weight", "zoo.js"]
 
 
-SCRIPT = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[2])
-from test_zoo import LAYOUT, numbered, describe
-from fastws.zoo import ZooWriter
-
-def write(path, pipe):
+def write_without_end(path, pipe):
     with ZooWriter(path, LAYOUT) as zoo:
         while True:
             zoo.append(numbered(len(zoo), 3), describe(len(zoo), 3))
-            os.write(pipe, b"%d\\n" % len(zoo))
+            os.write(pipe, b"%d\n" % len(zoo))
+
 
 def apply(path, pipe):
     try:
         writer = ZooWriter(path, LAYOUT)
-        os.write(pipe, b"accepted\\n")
+        os.write(pipe, b"accepted\n")
+        time.sleep(60)
+        writer.close()
     except BlockingIOError:
-        os.write(pipe, b"refused\\n")
-    time.sleep(60)
+        os.write(pipe, b"refused\n")
+        time.sleep(60)
 
-def start(work, path):
+
+def fork(work, path):
     reader, pipe = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -139,24 +139,26 @@ def start(work, path):
     os.close(pipe)
     return pid, reader
 
-chance = random.Random(0)
-children = [start(write, f"{sys.argv[1]}/{number}") for number in range(5)]
-children += [start(apply, f"{sys.argv[1]}/crowd") for _ in range(6)]
-answers = [os.read(reader, 9) for _, reader in children]  # all are at work
-for (pid, reader), answer in zip(children, answers):
-    time.sleep(chance.random() / 20)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    while part := os.read(reader, 2**16):
-        answer += part
-    print(answer.split()[-1].decode())
-"""
+
+def compete(folder):
+    """Prints the last answer of each of five writers and six that apply for one zoo, which are killed."""
+    chance = random.Random(0)
+    children = [fork(write_without_end, folder / str(number)) for number in range(5)]
+    children += [fork(apply, folder / "crowd") for _ in range(6)]
+    answers = [os.read(reader, 9) for _, reader in children]  # all are at work
+    for (pid, reader), answer in zip(children, answers, strict=True):
+        time.sleep(chance.random() / 20)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        while part := os.read(reader, 2**16):
+            answer += part
+        print(answer.split()[-1].decode())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_processes_that_compete_and_are_killed(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), os.path.dirname(__file__)]
-    answers = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    assert finish(start(compete, tmp_path, said=tmp_path / "said")) == [0]
+    answers = (tmp_path / "said").read_text().split()
     assert sorted(answers[5:]) == ["accepted", *["refused"] * 5]
     for number, confirmed in enumerate(map(int, answers[:5])):
         zoo = Zoo.open(tmp_path / str(number))

@@ -1,16 +1,13 @@
 """fastws zoo make: recipes, folders, kills, ranks."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 
 import numpy
 import pytest
 import torch
-from running import keep_moments
+from running import finish, keep_moments, run_command, start
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
@@ -211,13 +208,11 @@ def test_killed_command_resumes_to_the_same_zoo(tmp_path):
     config = tiny(tmp_path / "zoo", epochs=8, dropouts=(0.1,))
     options = ["--networks", "6", "--epochs", "8", "--limit", "96", "--threads", "1", "--wave", "4", "--seed", "1"]
     options += ["--activations", "tanh", "relu", "--dropouts", "0.1", "--optimizers", "adam"]
-    command = [sys.executable, "-m", "fastws", "zoo", "make", "--out", config.out, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
-        log = tmp_path / "zoo/log.jsonl"
-        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 4):
-            time.sleep(0.005)
-        process.kill()
-    assert process.returncode < 0, "the command was over before it was killed"
+    process, log = start(run_command, "zoo", "make", "--out", config.out, *options), tmp_path / "zoo/log.jsonl"
+    while process.is_alive() and (not log.exists() or log.read_text().count("\n") < 4):
+        time.sleep(0.005)
+    process.kill()
+    assert finish(process)[0] < 0, "the command was over before it was killed"
     done = len(Zoo.open(config.out))
     assert 12 <= done < 6 * 9
     assert_same(make(config), make(tiny(tmp_path / "whole", epochs=8, dropouts=(0.1,))))
@@ -279,22 +274,21 @@ def test_processes_make_one_zoo(tmp_path, monkeypatch):
     path = tmp_path / "zoo"
     words = "--networks 5 --optimizers sgd --lrs 0.1 --weight-decays 1e9 0 --sampling grid --epochs 2 --limit 96"
     words += " --threads 1 --wave 4 --seed 1 --activations tanh relu --dropouts 0 0.2"
-    command = [sys.executable, "-m", "fastws", "zoo", "make", "--out", str(path), *words.split()]
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        with monkeypatch.context() as patch:
-            patch.setenv("RANK", "0")
-            patch.setenv("WORLD_SIZE", "2")
-            patch.setattr(ranks, "ROWS", 4)
-            with monkeypatch.context() as dying:
-                dying.setattr(ranks, "read_parts", die_after(ranks.read_parts, 2))
-                with pytest.raises(KeyboardInterrupt):
-                    make(tiny(path, **options))
-            assert 0 < len(Zoo.open(path)) < 12 and process.poll() is None
-            joined = make(tiny(path, **options))
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err.decode()
-    assert b"states of" not in out and b"states/s" not in err  # the first process speaks for all
+    command = ["zoo", "make", "--out", path, *words.split()]
+    process = start(run_command, *command, said=tmp_path / "said", RANK="1", WORLD_SIZE="2")
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(ranks, "ROWS", 4)
+        with monkeypatch.context() as dying:
+            dying.setattr(ranks, "read_parts", die_after(ranks.read_parts, 2))
+            with pytest.raises(KeyboardInterrupt):
+                make(tiny(path, **options))
+        assert 0 < len(Zoo.open(path)) < 12 and process.is_alive()
+        joined = make(tiny(path, **options))
+    codes, said = finish(process), (tmp_path / "said").read_text()
+    assert codes == [0], said
+    assert "states of" not in said and "states/s" not in said  # the first process speaks for all
     alone = make(tiny(tmp_path / "alone", **options))
     assert joined.dropped == alone.dropped > 0 and len(joined) == len(alone)
     assert joined.splits == alone.splits
