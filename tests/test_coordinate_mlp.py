@@ -1,9 +1,9 @@
-import subprocess
 import sys
 
 import pytest
 import torch
 from on_host import compile_for_host, numbers, pointers
+from running import finish, run_code, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastws
@@ -27,6 +27,7 @@ CASES = [  # rows, h, hidden layers, outputs
     (37, 513, 2, 1),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TILE = 64  # rows and columns of Triton's blocks
 
 
 def example(count, width, depth, outputs, dtype=torch.float32, device="cpu", activation=0):
@@ -82,6 +83,8 @@ def assert_gradients_as_accurate(actual, grad, *args):
 def test_coordinate_mlp_is_the_reference(name, function, device, dtype, case):
     if (name, device, dtype) == ("triton", "cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter cannot multiply bfloat16")
+    if (name, device) == ("triton", "cpu"):  # interpreted: a whole block and a part, and two whole blocks and a part
+        case = min(case[0], TILE + 6), min(case[1], 2 * TILE + 2), *case[2:]
     args = example(*case, dtype, device)
     actual, kept = function(*args, False)
     assert actual.shape == (case[0], case[3]) and actual.dtype == dtype and kept.shape == (0,)
@@ -342,8 +345,9 @@ print(train(12288) - small)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
-def test_coordinate_mlp_stores_no_activations_of_many_rows():
-    output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout
+def test_coordinate_mlp_stores_no_activations_of_many_rows(tmp_path):
+    assert finish(start(run_code, MEMORY, said=tmp_path / "said")) == [0]
+    output = (tmp_path / "said").read_text()
     # four inputs and four outputs of activations of 8,192 rows would be 128 MiB, rows and predictions are 0.4
     assert float(output) < 40
 

@@ -1,5 +1,6 @@
 import copy
 import doctest
+import functools
 import json
 from collections import Counter
 
@@ -38,15 +39,17 @@ CASES = {
     # 8 or 13 convolutions and 2 hidden dense layers
     "VGG-11": (architectures.vgg, dict(width=4), [4, 8, 16, 16, 32, 32, 32, 32, 64, 64]),
     "VGG-16": (architectures.vgg, dict(depth=16, width=4), [4] * 2 + [8] * 2 + [16] * 3 + [32] * 6 + [64] * 2),
-    # a group per stage (the stem shares that of the first) and one inside each of the two blocks of a stage: 12, 2,880
-    "ResNet-18": (architectures.resnet, {}, R18 + R18 + R18),
+    # a group per stage (the stem shares that of the first) and one inside each of the two blocks of a stage, here of
+    # a quarter of the width: 12, 720
+    "ResNet-18": (architectures.resnet, dict(width=16), [w // 4 for w in R18 + R18 + R18]),
     # 4 stages and 3 + 4 + 6 + 3 blocks
     "ResNet-34": (architectures.resnet, dict(blocks=(3, 4, 6, 3), width=4), [w // 16 for w in R18 + R34]),
-    # the first block widens, so the stem is alone; 4 stages of 4 times the width; two groups inside each block
+    # a quarter of the width; the first block widens, so the stem is alone; 4 stages of 4 times the width; two groups
+    # inside each block
     "ResNet-50": (
         architectures.resnet,
-        dict(blocks=(3, 4, 6, 3), bottleneck=True),
-        [64] + [4 * w for w in R18] + R34 + R34,
+        dict(blocks=(3, 4, 6, 3), bottleneck=True, width=16),
+        [w // 4 for w in [64] + [4 * w for w in R18] + R34 + R34],
     ),
     # stem 8; block 1: 8 channels in 4 groups move as 4 pairs on both sides of the convolution; block 2: 16 as 4 fours
     "ResNeXt": (architectures.resnet, dict(blocks=(1, 1), width=8, bottleneck=True, groups=4), [8, 4, 32, 4, 64]),
@@ -60,11 +63,12 @@ CASES = {
     "CIFAR ResNet-56 A": (architectures.cifar_resnet, dict(depth=56, width=4), [4, 4, 8] + 9 * [4, 8, 16]),
     # stem 8; each of 5 layers a bottleneck of 16 and 4 new channels; transition of (8 + 2 * 4) / 2
     "DenseNet small": (architectures.densenet, {}, [8] + 5 * [16, 4] + [8]),
-    # stem 64; 58 layers of 128 and 32; transitions (64 + 6 * 32) / 2, (128 + 12 * 32) / 2, (256 + 24 * 32) / 2
+    # stem 64; 58 layers of 128 and 32; transitions (64 + 6 * 32) / 2, (128 + 12 * 32) / 2, (256 + 24 * 32) / 2; of all
+    # a quarter
     "DenseNet-121": (
         architectures.densenet,
-        dict(blocks=(6, 12, 24, 16), growth=32, first=64),
-        [64] + 58 * [128, 32] + [128, 256, 512],
+        dict(blocks=(6, 12, 24, 16), growth=8, first=16),
+        [w // 4 for w in [64] + 58 * [128, 32] + [128, 256, 512]],
     ),
     # a quarter of the width: stem 8, which is also the first depthwise layer; one group per stage, whose blocks share a
     # residual stream; 6 times its input inside every other block; 1280 / 4 at the end
@@ -116,6 +120,11 @@ def build(case):
     return function(**options)
 
 
+@functools.cache
+def traced(case):
+    return Symmetry.trace(*build(case))
+
+
 class Wrapped(nn.Module):
     """An operation on the output of a hidden layer."""
 
@@ -131,7 +140,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("case", CASES)
 def test_trace_finds_the_full_group(case):
     module, inputs = build(case)
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced(case)
     assert Counter(symmetry.sizes) == Counter(CASES[case][2])
     assert symmetry.unpermuted == []
     assert symmetry.verify(module, inputs, trials=1, seed=5) < 1e-10
@@ -139,7 +148,7 @@ def test_trace_finds_the_full_group(case):
 
 
 def test_trace_of_resnet18():
-    symmetry = Symmetry.trace(*architectures.resnet(width=16))
+    symmetry = traced("ResNet-18")
     assert len(symmetry.sizes) == 12 and symmetry.num_indices == sum(symmetry.sizes) == 2880 // 4
     assert symmetry.names[:2] == ("0.0.weight", "1.body.0.0.weight")
     assert unsigned_axes(symmetry, "1.body.0.0.weight") == (((1, 16, 1),), ((0, 16, 1),), None, None)
@@ -150,18 +159,18 @@ def test_trace_of_resnet18():
 
 
 def test_axes_as_segments():
-    flattened = Symmetry.trace(*architectures.zoo_cnn())
+    flattened = traced("CNN-s")
     (weight,) = (name for name, shape in flattened.shapes.items() if shape == (20, 36))
     assert unsigned_axes(flattened, weight) == (
         ((3, 20, 1),),
         ((2, 4, 9),),
     )  # a 3 x 3 image of each of 4 channels
-    heads = Symmetry.trace(*architectures.encoder())
+    heads = traced("encoder layer")
     assert unsigned_axes(heads, "layer.self_attn.in_proj_weight") == (((1, 2, 4),) * 3, ((0, 8, 1),))
-    dense = Symmetry.trace(*architectures.densenet())
+    dense = traced("DenseNet small")
     first, *new = (g for g, size in enumerate(dense.sizes) if size in (8, 4))
     assert unsigned_axes(dense, "2.bodies.0.0.2.weight")[1] == ((first, 8, 1), (new[0], 4, 1))
-    padded = Symmetry.trace(*architectures.cifar_resnet())
+    padded = traced("CIFAR ResNet-20 A")
     old, new = 0, padded.names.index("4.body.1.0.weight")
     assert unsigned_axes(padded, "4.body.1.0.weight")[0] == ((new, 8, 1), (old, 16, 1), (new, 8, 1))
     assert padded.sizes[new] == 16  # both sides together
@@ -223,7 +232,7 @@ def test_parametrized_weights(norm):
 @pytest.mark.parametrize("case", SMALL)
 def test_permute_is_permute_state_bit_for_bit(case):
     module, inputs = build(case)
-    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    symmetry, layout = traced(case), Layout.from_checkpoint(module)
     with torch.no_grad():
         randomise(module, 1)
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
@@ -252,7 +261,7 @@ def same_function(module, inputs, symmetry, layout, state):
 def test_order_of_tensors_does_not_matter(case, tmp_path):
     """A file lies in the order of names, a module in that of its layers."""
     module, inputs = build(case)
-    symmetry, module = Symmetry.trace(module, inputs), module.double().eval()
+    symmetry, module = traced(case), module.double().eval()
     inputs = inputs.double()
     with torch.no_grad():
         randomise(module, 3)
@@ -266,7 +275,7 @@ def test_order_of_tensors_does_not_matter(case, tmp_path):
 
 def test_ties_may_be_known_to_one_side_only():
     module, inputs = build("GPT tied")
-    symmetry, state = Symmetry.trace(module, inputs), module.state_dict()
+    symmetry, state = traced("GPT tied"), module.state_dict()
     (alias, name), *_ = symmetry.aliases.items()
     row = symmetry.random(1, seed=1)[0]
     apart = {key: tensor.clone() for key, tensor in state.items()}
@@ -308,7 +317,7 @@ def tokens_by_formula(flat, table, row, token_size):
 )
 def test_table_tokenizes_the_permuted_checkpoint(case):
     module, inputs = build(case)
-    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module, token_size=13)
+    symmetry, layout = traced(case), Layout.from_checkpoint(module, token_size=13)
     flat, (row,) = torch.randn(layout.num_weights), symmetry.random(1, seed=3)
     expected = layout.tokenize(symmetry.permute(flat, row, layout)).values
     assert torch.equal(tokens_by_formula(flat, symmetry.table(layout), row, 13), expected)
@@ -316,7 +325,7 @@ def test_table_tokenizes_the_permuted_checkpoint(case):
 
 @pytest.mark.parametrize("case", ["CNN-s", "CIFAR ResNet-20 A", "ViT fused", "GPT grouped queries"])
 def test_algebra_of_permutations(case):
-    symmetry = Symmetry.trace(*build(case))
+    symmetry = traced(case)
     a, b = symmetry.random(4, seed=0), symmetry.random(4, seed=0, offset=1)
     identity = symmetry.identity(4)
     assert a.shape == (4, symmetry.num_indices) and a.dtype == torch.int32 and not torch.equal(a, b)
@@ -329,7 +338,7 @@ def test_algebra_of_permutations(case):
 
 def test_compose_is_first_then_second():
     module, inputs = build("DenseNet small")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("DenseNet small")
     layout = Layout.from_checkpoint(module)
     flat = torch.randn(2, layout.num_weights)
     first, second = symmetry.random(2, seed=0), symmetry.random(2, seed=1)
@@ -340,7 +349,7 @@ def test_compose_is_first_then_second():
 
 def test_permute_accepts_single_rows_and_groups_only():
     module, inputs = build("ViT fused")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("ViT fused")
     layout = Layout.from_checkpoint(module)
     flat = torch.randn(2, layout.num_weights)
     rows = symmetry.random(2)
@@ -354,7 +363,7 @@ def test_permute_accepts_single_rows_and_groups_only():
 
 def test_permute_gradients():
     module, inputs = build("group norm")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("group norm")
     layout = Layout.from_checkpoint(module)
     flat = torch.randn(layout.num_weights, dtype=torch.float64, requires_grad=True)
     row = symmetry.random(1, seed=4)[0]
@@ -366,7 +375,7 @@ def test_permute_gradients():
 @pytest.mark.parametrize("method", ["permute", "random", "inverse", "compose", "identity"])
 def test_symmetry_compiles_at_first_use(method):
     module, inputs = build("DenseNet small")
-    symmetry, layout = Symmetry.trace(module, inputs), Layout.from_checkpoint(module)
+    symmetry, layout = traced("DenseNet small"), Layout.from_checkpoint(module)
     flat, rows = torch.randn(2, layout.num_weights), symmetry.random(2)
     call = {
         "permute": lambda symmetry: symmetry.permute(flat, rows, layout),
@@ -383,9 +392,9 @@ def test_symmetry_compiles_at_first_use(method):
 
 def test_json_round_trip():
     module, inputs = build("DenseNet small")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("DenseNet small")
     restored = Symmetry.from_dict(json.loads(json.dumps(symmetry.to_dict())))
-    assert restored == symmetry and restored != Symmetry.trace(*build("CNN-s"))
+    assert restored == symmetry and restored != traced("CNN-s")
     layout, rows = Layout.from_checkpoint(module), symmetry.random(2)
     flat = torch.randn(2, layout.num_weights)
     assert torch.equal(restored.permute(flat, restored.random(2), layout), symmetry.permute(flat, rows, layout))
@@ -504,7 +513,7 @@ def test_tied_and_recurrent_weights():
         ((0, 6, 1),),
         ((0, 6, 1),),
     )
-    tied = Symmetry.trace(*architectures.gpt())
+    tied = traced("GPT tied")
     assert tied.aliases == {"head.weight": "tokens.weight"} and unsigned_axes(tied, "head.weight") == unsigned_axes(
         tied, "tokens.weight"
     )
@@ -546,7 +555,7 @@ def wrong(symmetry, name, axis, segments):
 @pytest.mark.parametrize("case", ["CNN-s", "ViT fused", "DenseNet small", "group norm"])
 def test_verify_notices_every_forgotten_axis(case):
     module, inputs = build(case)
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced(case)
     for name, axes in symmetry.axes.items():
         for axis, segments in enumerate(axes):
             if segments is not None and len(axes) - (axis == 0) > 0:
@@ -555,7 +564,7 @@ def test_verify_notices_every_forgotten_axis(case):
 
 def test_verify_notices_a_wrong_group():
     module, inputs = build("CNN-s")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("CNN-s")
     forged = wrong(symmetry, "9.weight", 0, ((0, 8, 1), (None, 12, 1)))
     assert forged.verify(module, inputs) > 1e-3
     with pytest.raises(ValueError, match="from group 0"):
@@ -572,7 +581,7 @@ def test_modules_are_left_alone():
 
 
 def test_other_layouts_are_refused():
-    symmetry = Symmetry.trace(*build("CNN-s"))
+    symmetry = traced("CNN-s")
     with pytest.raises(ValueError, match=r"layout must hold 0.weight \[8, 1, 5, 5\], got 0.weight \[6, 3, 5, 5\]"):
         symmetry.table(Layout.from_checkpoint(build("CNN2")[0]))
     with pytest.raises(ValueError, match="layout must hold 11.bias .10., got no tensor of this name"):
@@ -590,7 +599,7 @@ def test_other_layouts_are_refused():
 
 def test_wrong_arguments_are_named():
     module, inputs = build("CNN-s")
-    symmetry = Symmetry.trace(module, inputs)
+    symmetry = traced("CNN-s")
     layout = Layout.from_checkpoint(module)
     flat = layout.flatten(module)
     with pytest.raises(ValueError, match=r"permutations must be \[.., 38\] or \[.., 38\] int32, got \[1, 7\]"):
