@@ -165,7 +165,7 @@ def build(folder, count):
         batch = nern.Batch(drawn, images if weights[1] else None, weights)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = nern.compute_losses(config, job, model, batch)["loss"]
-        loop.differentiate(loss, model, None)
+        loop.differentiate(loss, model, optimizer, None)
         optimizer.step()
         return loss
 

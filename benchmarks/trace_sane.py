@@ -44,7 +44,7 @@ def make_step(size: str, batch: int = 32) -> Callable[[int], None]:
         loop.set_one_cycle(optimizer, config, number)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             metrics = sane.losses(config, model, sane.draw(config, source, "train", number))
-        loop.differentiate(metrics["loss"], model, config.clip)
+        loop.differentiate(metrics["loss"], model, optimizer, config.clip)
         optimizer.step()
 
     return step
