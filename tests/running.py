@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import socket
 import sys
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ def begin(work, arguments, said, environment):
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have processes in the background ignore it
     torch.set_num_threads(1)
     work(*arguments)
 
