@@ -1,5 +1,7 @@
 """Triton kernel of fastws::token_views."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -105,7 +107,7 @@ def source_of(table, l, row, f, vectors, PERMUTE: tl.constexpr):  # noqa: E741
     return tl.where(is_weight, source, bias + bias_row), negative, target
 
 
-@triton.jit(do_not_specialize=["noise", "erase_threshold", "erase_value", "seed", "offset"])
+@triton.jit(do_not_specialize=["noise", "erase_threshold", "erase_value", "behind", "seed", "offset"])
 def _token_views_kernel(
     weights,
     table,
@@ -126,6 +128,7 @@ def _token_views_kernel(
     noise,
     erase_threshold,
     erase_value,
+    behind,
     seed,
     offset,
     BLOCK: tl.constexpr,
@@ -136,6 +139,7 @@ def _token_views_kernel(
     ERASE: tl.constexpr,
     ADDITIVE: tl.constexpr,
     ERASE_BLOCK: tl.constexpr,
+    ERASE_NORMAL: tl.constexpr,
 ):
     """values[b, w, e], the formula of fastws/ops/token_views.py.
 
@@ -187,6 +191,8 @@ def _token_views_kernel(
         x = x * (1.0 + noise * normals(seed.to(tl.int64), draw, entry))
     if ADDITIVE:
         x = x + tl.load(additive + layers_of) * normals(seed.to(tl.int64), draw + NEW_DRAWS, entry)
+    if ERASE_NORMAL:
+        erase_value = normals(seed.to(tl.int64), draw + NEW_DRAWS, behind + entry).to(x.dtype)
     if ERASE:
         word = word_of(seed.to(tl.int64), draw + 1, entry)
         x = tl.where(word.to(tl.int64) < erase_threshold, erase_value, x)
@@ -236,10 +242,11 @@ def token_views(
             lengths_of = block_threshold, shortest, longest
             _draw_blocks_kernel[(batch,)](tensors[1], tensors[3], blocks, *lengths_of, seed, offset)
         sizes = permutations.shape[1], token_size, window
-        random = float(noise), erase_threshold, float(erase_value), seed, offset
+        behind = triton.cdiv(values.numel(), 8) * 8
+        random = float(noise), erase_threshold, float(erase_value), behind, seed, offset
         block = triton.next_power_of_2(token_size)
         switches = permutations.shape[1] > 0, len(scale) > 0, len(shift) > 0, noise > 0, erase_threshold > 0
-        switches += additive is not None, block_threshold > 0
+        switches += additive is not None, block_threshold > 0, math.isnan(erase_value)
         outputs = blocks, values, lengths, positions
         _token_views_kernel[(batch * window,)](*tensors, *outputs, *sizes, *random, block, *switches)
     return values, lengths, positions

@@ -140,6 +140,26 @@ def test_augmented_views_are_those_of_the_reference(
     assert not actual[0][padding].any() and not actual[0][padding].signbit().any()
 
 
+@pytest.mark.parametrize("name, function, device", implementations("token_views"))
+@pytest.mark.parametrize("dtype, span, token_size", [(torch.float32, "row", 17), (torch.float64, "network", 64)])
+def test_what_is_erased_may_become_normals(name, function, device, dtype, span, token_size):
+    args = example(token_size, 5, dtype, device, signed=True, scale=True, span=span)
+    noise = torch.full((len(args[1]),), 0.3, device=device)
+    random = 0.1, 2**30, 5, 2**33, torch.float32, noise
+
+    def view(value, block):
+        return function(*args, *random, value, block, 2**22, 2**23)[0]
+
+    for block in (0, 2**32):
+        normals, zeros = view(torch.nan, block), view(0.0, block)
+        erased = normals != zeros
+        assert torch.equal(normals[~erased], zeros[~erased]) and not zeros[erased].any()
+        assert_as_accurate(
+            normals, lambda *x: token_views_reference(*x)[0], *args, *random, torch.nan, block, 2**22, 2**23
+        )
+        assert 0.7 < normals[erased].std() < 1.3 and abs(normals[erased].mean()) < 0.3
+
+
 def test_blocks_are_those_that_the_docstring_states():
     """Of the flat vector of each permuted network, whatever tokens span; other draws have the numbers they had."""
     seed, offset, shortest, longest = 7, 3, 0.1, 0.4

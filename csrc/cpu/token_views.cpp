@@ -365,6 +365,7 @@ std::tuple<Tensor, Tensor, Tensor> token_views_cpu(const Tensor& weights, const 
                            .additive = additive ? additive->const_data_ptr<float>() : nullptr,
                            .noise = float(noise),
                            .erase_value = erase_value,
+                           .behind = (batch * window * token_size + 7) / 8 * 8,
                            .erase_threshold = erase_threshold,
                            .block_threshold = block_threshold,
                            .shortest = shortest,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -38,16 +39,17 @@ FASTWS_CLONES void apply_noise(wide_t* x, int64_t size, float noise, uint64_t se
   }
 }
 
-// x[t] = value where the word of entry first + t is below the threshold.
-template <typename wide_t>
-FASTWS_CLONES void erase(wide_t* x, int64_t size, int64_t threshold, wide_t value, uint64_t seed, uint64_t offset,
-                         int64_t first) {
+// x[t] = value[t * step] where the word of entry first + t is below the threshold.
+template <int step, typename wide_t>
+FASTWS_CLONES void erase(wide_t* x, int64_t size, int64_t threshold, const wide_t* value, uint64_t seed,
+                         uint64_t offset, int64_t first) {
   uint32_t words[kWords];
   for (int64_t begin = first / 4 * 4; begin < first + size; begin += kWords) {
     draw_words(seed, offset, begin / 4, kWords / 4, words);
     const int64_t from = begin > first ? begin : first;
     const int64_t to = begin + kWords < first + size ? begin + kWords : first + size;
-    for (int64_t i = from; i < to; ++i) x[i - first] = words[i - begin] < threshold ? value : x[i - first];
+    for (int64_t i = from; i < to; ++i)
+      x[i - first] = words[i - begin] < threshold ? value[(i - first) * step] : x[i - first];
   }
 }
 
@@ -62,7 +64,8 @@ constexpr int64_t kTries = 10, kCounters = 6;      // of a block that would pass
 struct Options {
   const float *scale, *shift, *additive;  // per row of the table, or null
   float noise;
-  double erase_value;
+  double erase_value;  // NaN: normals of the draw of additive noise, from entry behind on
+  int64_t behind;
   int64_t erase_threshold, block_threshold, shortest, longest;
   uint64_t seed, offset;
 
@@ -111,13 +114,27 @@ class Augmentation {
       if (noise > 0)
         apply_noise<true>(x + (begin - first), end - begin, noise, o.seed, kNewDraws + 2 * o.offset, begin);
     }
-    const wide_t value = wide_t(o.erase_value);
-    if (o.erase_threshold > 0) erase(x, size, o.erase_threshold, value, o.seed, 2 * o.offset + 1, first);
-    for (const Range& range : erased_) std::fill(x + (range.begin - first), x + (range.end - first), value);
+    if (std::isnan(o.erase_value)) {
+      std::vector<wide_t> normals(size);
+      apply_noise<true>(normals.data(), size, 1, o.seed, kNewDraws + 2 * o.offset, o.behind + first);
+      erase_to<1>(x, size, first, normals.data());
+    } else {
+      const wide_t value = wide_t(o.erase_value);
+      erase_to<0>(x, size, first, &value);
+    }
     parts_.clear(), erased_.clear();
   }
 
  private:
+  // Every entry gets a value of its own, or all the same.
+  template <int step, typename wide_t>
+  void erase_to(wide_t* x, int64_t size, int64_t first, const wide_t* value) {
+    const Options& o = options_;
+    if (o.erase_threshold > 0) erase<step>(x, size, o.erase_threshold, value, o.seed, 2 * o.offset + 1, first);
+    for (const Range& range : erased_)
+      for (int64_t i = range.begin - first; i < range.end - first; ++i) x[i] = value[i * step];
+  }
+
   struct Part {
     int64_t entry;  // the first; it ends where the next part begins
     float noise;

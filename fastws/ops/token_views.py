@@ -32,7 +32,7 @@ class Erasing(NamedTuple):
     block: float = 0.0  # probability with which a block of a network is erased: weights that follow each other
     shortest: float = 0.02  # least and largest length of a block, as parts of the network; published, for vectors
     longest: float = 0.33
-    value: float = 0.0  # of what is erased
+    value: float | None = 0.0  # of what is erased; None: a standard normal for each entry
 
 
 def token_views(
@@ -74,7 +74,8 @@ def token_views(
     view: word 0 says whether a block is erased, words ``2 + 2 * t`` and ``3 + 2 * t`` its length and its first weight,
     in the first of ten tries t in which it ends before the end of the network. With ``u = (word >> 8) * 2**-24`` and a
     network of n weights these are ``int(n * (shortest + (longest - shortest) * u))`` and ``int(n * u)``, in units of
-    2**-24. Blocks count the flat vector of the permuted network, up to the last weight that is in a token.
+    2**-24. Blocks count the flat vector of the permuted network, up to the last weight that is in a token. Normals that
+    stand for what is erased are those of additive noise from the next multiple of 8 behind its last on.
 
     A zoo of several architectures is one vector ``weights`` ``[A]``, with ``base`` and ``layers`` saying where each
     network begins and which rows of the stacked tables are its layout. Tokens past the end of a network are padding.
@@ -158,7 +159,7 @@ def token_views(
         offset,
         dtype or weights.dtype,
         additive,
-        erase.value,
+        math.nan if erase.value is None else erase.value,
         round(erase.block * 2**32),
         round(erase.shortest * 2**24),
         round(erase.longest * 2**24),
@@ -176,7 +177,7 @@ def check_augmentation(noise: Noise, erase: Erasing) -> None:
         raise ValueError(
             f"token_views: erase.block must be in [0, 1], and shortest not above longest in [0, 1], got {got}"
         )
-    if not math.isfinite(erase.value):
+    if erase.value is not None and not math.isfinite(erase.value):
         raise ValueError(f"token_views: erase.value must be finite, got {erase.value}")
 
 
@@ -263,6 +264,10 @@ def token_views_reference(
     if additive is not None:
         normals = normal_reference(seed, NEW_DRAWS + 2 * offset, values.numel(), device).view(values.shape)
         values = values + additive[layer] * normals
+    if math.isnan(erase_value):
+        behind = -(-values.numel() // 8) * 8
+        normals = normal_reference(seed, NEW_DRAWS + 2 * offset, behind + values.numel(), device)
+        erase_value = normals[behind:].view(values.shape).to(wide)
     if erase_threshold > 0:
         words = philox_reference(seed, 2 * offset + 1, values.numel(), device).view(values.shape)
         values = torch.where(words < erase_threshold, erase_value, values)

@@ -91,7 +91,7 @@ class Config(loop.Config):
     additive: float | None = None  # std of what is added to weights, in units of their layer's std
     erase: float = 0.0  # share of the weights that are erased, each on its own
     block_erase: float | None = None  # probability that 2 to 33 % of the weights, one block, are erased
-    erase_value: float = 0.0  # what erased weights are set to
+    erase_value: float | None = 0.0  # what erased weights are set to; None: standard normals
     code_noise: float | None = None  # std of what is added to codes, in units of their std over the batch
     target: Literal["view", "clean"] = "view"  # reconstruct what the encoder saw, or the same without noise and erasing
 

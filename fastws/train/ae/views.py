@@ -25,7 +25,7 @@ class Augmentation(NamedTuple):
     additive: float = 0.0  # std of what is added, in units of ``sigma``
     erase: float = 0.0  # share of the weights that become ``erase_value``
     block_erase: float = 0.0  # probability that a block of following weights becomes ``erase_value``
-    erase_value: float = 0.0
+    erase_value: float | None = 0.0  # None: a standard normal for each
     flips: bool = True  # signs of neurons, at random where they are permuted and keep the function
 
 
