@@ -11,11 +11,10 @@ from scipy.stats import kendalltau
 from small_zoo import make_small_zoo
 
 import fastws
-from fastws.downstream import predict
+from fastws.downstream import optional, predict
 from fastws.downstream.probes import (
     extract,
     intervals,
-    optional,
     published,
     ridge,
     scores,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastws
-from fastws.downstream import evaluate, populations
+from fastws.downstream import evaluate, optional, populations
 from fastws.downstream.representation import load
 from fastws.downstream.sampling import flow, generators, sample
 from fastws.train.ae import train as ae
@@ -279,6 +279,19 @@ def test_halo_is_what_a_sane_sees_beside(zoo, models, tmp_path):
         for n in (0, 1)
     ]
     assert not torch.equal(made[0].weights, made[1].weights)
+
+
+def test_neighbours_by_umap(monkeypatch):
+    """Points between anchors of two clusters, in whose coordinates they are drawn; or a sentence."""
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="sample: umap-learn must be installed for manifold umap, got none; pip"):
+        generators.neighbour(torch.randn(40, 6), 5, generator(), "umap")
+    monkeypatch.undo()
+    pytest.importorskip("umap")
+    anchors = torch.randn(40, 6) + 20 * (torch.arange(40) % 2)[:, None]
+    points = generators.neighbour(anchors, 50, generator(), "umap").points
+    assert points.shape == (50, 6) and points.isfinite().all() and points.dtype == anchors.dtype
+    assert points.min() > anchors.min() - 10 and points.max() < anchors.max() + 10
 
 
 # --- candidates

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastws.downstream.probes import optional
+from fastws.downstream import optional
 
 Kernel = Literal["linear", "poly", "rbf", "sigmoid", "cosine"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)

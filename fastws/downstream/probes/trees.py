@@ -8,7 +8,7 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from fastws.downstream.probes import optional
+from fastws.downstream import optional
 from fastws.downstream.probes.ridge import Probe, Splits, r_squared
 from fastws.downstream.probes.softmax import UNKNOWN, Classified
 

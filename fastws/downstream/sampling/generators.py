@@ -5,16 +5,19 @@ device, from a generator of random numbers that it is given. Where a point was m
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
 
+from fastws.downstream import optional
+
 REFERENCE_SEED = 42  # of the released sampler of KDE
 BANDWIDTH = 0.002  # of the published KDE of codes that a tanh bounds
 TOKEN_BANDWIDTH = 0.2  # of the published KDE of SANE's tokens
 MANIFOLD = 3  # dimensions of the plane in which neighbours are looked for
+Manifold = Literal["pca", "umap"]
 
 
 class Drawn(NamedTuple):
@@ -109,16 +112,30 @@ def average(anchors: Tensor, count: int, together: int, generator: torch.Generat
     return Drawn(torch.stack([anchors[chosen].mean(0) for chosen in order]), order.cpu())
 
 
-def neighbour(anchors: Tensor, count: int, generator: torch.Generator) -> Drawn:
-    """Uniform in a cube around all anchors in the plane of their three widest directions, and back from there.
+def neighbour(anchors: Tensor, count: int, generator: torch.Generator, manifold: Manifold = "pca") -> Drawn:
+    """Uniform in a cube around all anchors in three dimensions that they were brought to, and back from there.
 
-    As S_Neigh of arXiv 2209.14733, with principal components in place of UMAP: one range for all three axes.
+    S_Neigh of arXiv 2209.14733: one range for all three axes. ``"umap"`` is as released (arXiv 1802.03426, 15
+    neighbours, least distance 0.01), by umap-learn; ``"pca"`` are principal components in its place.
+
+    Raises:
+        ValueError: If umap-learn is not installed.
     """
+    if manifold == "umap":
+        make = optional.load("umap", "umap-learn", "umap", "manifold umap", "sample").UMAP
+        options = {"n_neighbors": min(15, len(anchors) - 1), "min_dist": 0.01, "random_state": REFERENCE_SEED}
+        fitted = make(n_components=MANIFOLD, n_jobs=1, **options).fit(anchors.cpu().numpy())
+        z = torch.from_numpy(fitted.embedding_).to(anchors)
+        points = torch.from_numpy(fitted.inverse_transform(in_cube(z, count, generator).cpu().numpy()))
+        return Drawn(points.to(anchors), nobody(count))
     space = Components.of(anchors, MANIFOLD)
-    z = space.project(anchors)
+    return Drawn(space.restore(in_cube(space.project(anchors), count, generator)), nobody(count))
+
+
+def in_cube(z: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform between the least and the largest of all numbers in ``z`` ``[n, k]``: ``[count, k]``."""
     low, high = z.min(), z.max()
-    drawn = torch.rand((count, z.shape[1]), generator=generator, device=z.device, dtype=z.dtype)
-    return Drawn(space.restore(low + (high - low) * drawn), nobody(count))
+    return low + (high - low) * torch.rand((count, z.shape[1]), generator=generator, device=z.device, dtype=z.dtype)
 
 
 class Components(NamedTuple):

@@ -62,6 +62,7 @@ class Config:
     bandwidth: float | None = None  # kde: std of the noise, in reference mode as it is, else in units of the anchors'
     prior_std: float = 10.0  # prior: std of codes, which are normal around zero, whatever the anchors are
     noise: float = 0.2  # noise: std, in units of the std of a layer's weights, or of a code's entry
+    manifold: generators.Manifold = "pca"  # neighbour: how anchors are brought to three dimensions
     together: int = 2  # average: anchors of each mean
     components: int = 64  # pca, flow, gan: leading principal components; 0: all
     flow: Literal["stopped", "deepweightflow"] = "stopped"  # flow: by held-out loss; or all components, as released
@@ -233,7 +234,7 @@ def draw(
     if method == "prior":
         return generators.prior(cloud, count, config.prior_std, generator), {}
     if method == "neighbour":
-        return generators.neighbour(cloud, count, generator), {}
+        return generators.neighbour(cloud, count, generator, config.manifold), {}
     if method == "kde":
         return density(config, representation, codes, count, generator)
     if method == "noise":
