@@ -18,6 +18,7 @@ from fastws.group.group import Group
 from fastws.group.lines import Inner, Linear, Matrices, Move, Pairs, Scales
 from fastws.group.places import Place, across, find_pieces
 from fastws.group.streams import Rotation
+from fastws.signed import split
 
 State = dict[str, Tensor]
 
@@ -59,7 +60,7 @@ def find_units(group: Group) -> list[Units]:
         folded = {fold.line.key for line in turning if isinstance(line, Rotation) for fold in line.folds}
         signs = [line for line in mine if isinstance(line, Scales) and line.signed and line.units == 1]
         inner = tuple(line for line in mine if isinstance(line, Linear) and line.units > 1)
-        flips = not (inner or signs) and group.permutes
+        flips = not inner and group.permutes
         found.append(
             Units(
                 number,
@@ -120,6 +121,14 @@ def fit(
     return left @ right
 
 
+def row_of(group: Group, units: Units, chosen: Tensor) -> Tensor:
+    """The row of permutations that moves the units of one group; signs count where the group has any."""
+    symmetry = group.symmetry
+    row, start = symmetry.identity()[0, : symmetry.starts[-1]].clone(), symmetry.starts[units.group]
+    row[start : start + len(chosen)] = chosen if symmetry.flips[units.group] else split(chosen)[0]
+    return symmetry.expand(row)
+
+
 def signs_of(line: Linear, others: Sequence[Linear]) -> list[Scales]:
     """The lines of signs of the positions that a line permutes."""
     held = {(part.place.name, part.place.axis) for part in line.parts}
@@ -148,6 +157,10 @@ class Visitor:
         """The inner product of the weights of both."""
         return sum(self._product(name, tensor) for name, tensor in self.state.items())
 
+    def squares(self, state: State) -> float:
+        """The sum of squares of the weights of a network."""
+        return sum(float(x.square().sum()) for name, x in state.items() if name not in self.group.statistics)
+
     def _product(self, name: str, tensor: Tensor) -> float:
         return 0.0 if name in self.group.statistics else float((self.reference[name] * tensor).sum())
 
@@ -160,15 +173,15 @@ class Visitor:
         before, count = self.state, len(self.moves)
         self.state = dict(before)
         if units.turning is not None:
-            self._do(units.turning.key, self._turn(units.turning, known))
+            self.move(units.turning.key, self._turn(units.turning, known))
         else:
             if self.group.permutes:
                 row, identity = self._assignment(units, known), self.group.symmetry.identity()[0]
-                self._do("P", None if torch.equal(row, identity) else row)
+                self.move("P", None if torch.equal(row, identity) else row)
             for line, value in self._inside(units, self.state, known):
-                self._do(line.key, value)
+                self.move(line.key, value)
             for line in units.signs:
-                self._do(line.key, fit(line, line.parts, self.reference, self.state, known))
+                self.move(line.key, fit(line, line.parts, self.reference, self.state, known))
         changed = [name for name, tensor in self.state.items() if tensor is not before[name]]
         gain = sum(self._product(name, self.state[name]) - self._product(name, before[name]) for name in changed)
         if known is None and gain <= least:
@@ -176,7 +189,8 @@ class Visitor:
             return 0.0
         return gain
 
-    def _do(self, key: str, value: Tensor | None) -> None:
+    def move(self, key: str, value: Tensor | None) -> None:
+        """Does one move; None does nothing."""
         if value is not None:
             move = Move(key, value)
             self.state = self.group.act((move,), self.state)
@@ -218,22 +232,16 @@ class Visitor:
         if units.inner:
             similarity, signs = self._by_shifts(units, seen, known), None
         else:
-            similarity, signs = self._by_units(units, seen)
+            similarity, signs = self.worth(units, seen)
+            similarity = similarity if signs is None else similarity + signs.abs()
         best = assign(similarity)
         chosen = best.int()
         if signs is not None:
             chosen = torch.where(signs.gather(1, best[:, None])[:, 0] < 0, ~chosen, chosen)
-        return self._row(units, chosen)
+        return row_of(self.group, units, chosen)
 
-    def _row(self, units: Units, chosen: Tensor) -> Tensor:
-        """The row of permutations that moves the units of one group."""
-        symmetry = self.group.symmetry
-        row, start = symmetry.identity()[0, : symmetry.starts[-1]].clone(), symmetry.starts[units.group]
-        row[start : start + len(chosen)] = chosen
-        return symmetry.expand(row)
-
-    def _by_units(self, units: Units, seen: list[Place]) -> tuple[Tensor, Tensor | None]:
-        """What each unit of the other network is worth in each place, and the sign in which it is."""
+    def worth(self, units: Units, seen: list[Place]) -> tuple[Tensor, Tensor | None]:
+        """What each unit of the other network is worth in each place ``[n, n]``, and beside it in either sign."""
         sets = [{part.place for part in line.parts if part.power % 2} for line in units.signs]
         sets = [some for n, some in enumerate(sets) if not any(some & other for other in sets[:n])]
         signed = frozenset().union(*sets) | units.negated
@@ -248,8 +256,7 @@ class Visitor:
             similarity = similarity + total(some).abs()
         if not units.negated:
             return similarity, None
-        flipped = total(units.negated - frozenset().union(*sets))
-        return similarity + flipped.abs(), flipped
+        return similarity, total(units.negated - frozenset().union(*sets))
 
     def _by_shifts(self, units: Units, seen: list[Place], known: Collection[str] | None) -> Tensor:
         """What each pairing of units is worth once what is inside of them is matched: all units are shifted at once."""
@@ -259,7 +266,7 @@ class Visitor:
         everyone = torch.arange(size)
         for shift in range(size):
             paired = (everyone + shift) % size
-            row = self._row(units, paired.int())
+            row = row_of(self.group, units, paired.int())
             moved = {name: self.group.symmetry.permute_tensor(name, tensor, row) for name, tensor in state.items()}
             for line, value in self._inside(units, moved, known):
                 moved |= line.act(moved, value)
