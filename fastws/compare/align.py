@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from fastws.compare.align_blocks import Aligning, goes_by_blocks
 from fastws.compare.align_files import begun, model_paths, places_of, reading, record_of
 from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
 from fastws.compare.evaluating import Data, load_examples, with_images
@@ -33,6 +34,7 @@ class Config(Words, Matching, Data):
     models: Annotated[tuple[str, ...], tyro.conf.Positional]  # checkpoints, Hugging Face folders, or folders full
     out: str  # folder to write: the only model's folder itself, else a file or folder in it for each model
 
+    by_blocks: bool | None = None  # of transformers a block at a time, where memory is short; by default of large ones
     to: str | None = None  # checkpoint whose coordinates are taken; by default those that fit the mean of all models
 
     def __post_init__(self):
@@ -95,6 +97,9 @@ def aligned_models(
         base = Checkpoint.open_whole(config.to)
     for path in tqdm([path for path in places if path not in done], desc="align", unit=" networks"):
         model = Checkpoint.open_whole(path)
+        if base and goes_by_blocks(config.by_blocks, model, words, config):
+            yield path, write_by_blocks(config, base, model, places[path])
+            continue
         # what has a name is one module for all networks that it fits, while config.json is that of one network
         if network is None or words.architecture is None or difference(model, network.module):
             network = require_network(model, words)
@@ -117,6 +122,16 @@ def write(config: Config, model: Checkpoint, found: Aligned, checked: Checked, p
         return report
     with rewritten_folder(model.path, place, found.state) as (new, report["left_out"]):
         write_json(record_of(new, folder), fields)
+    return report
+
+
+def write_by_blocks(config: Config, base: Checkpoint, model: Checkpoint, place: Path) -> dict[str, Any]:
+    """Aligns, checks and writes a network a block at a time; what was found of it."""
+    aligned, folder = Aligning(base, model, config.continuous), model.path.is_dir()
+    report = {"model": str(model.path), "to": config.to}
+    with rewritten_folder(model.path, place, aligned) as (new, left):
+        report |= aligned.report() | {"left_out": left}
+        write_json(record_of(new, folder), {"config": plain(config), "report": report})
     return report
 
 
