@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastws
+from fastws.commands.hub_symmetry import find_symmetry
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install .[hf]")
 
@@ -53,3 +54,22 @@ def test_symmetry_of_a_model_permutes_its_saved_folder(make, tmp_path):
     with torch.no_grad():
         before, after = (network(**inputs)[0] for network in (model, other))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_models_of_a_hub_are_traced_with_two_blocks(tmp_path):
+    for name, kind in {"llama": "LlamaForCausalLM", "bert": "BertForMaskedLM"}.items():
+        torch.manual_seed(0)
+        deep = SMALL | {"num_hidden_layers": 5}
+        model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**deep)).eval()
+        model.save_pretrained(tmp_path / name)
+        config = (tmp_path / name / "config.json").read_text()
+        layout = fastws.Layout.from_checkpoint(tmp_path / name)
+        symmetry = find_symmetry(config, layout)
+        assert symmetry.sizes.count(20) == 5
+        moved = symmetry.permute(layout.flatten(tmp_path / name), symmetry.random(1, seed=1)[0], layout)
+        with torch.no_grad():
+            before = model(IDS)[0]
+            model.load_state_dict(layout.unflatten(moved), strict=False)
+            torch.testing.assert_close(model(IDS)[0], before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="config must"):
+        find_symmetry(config.replace("BertForMaskedLM", "NoSuchModel"), layout)

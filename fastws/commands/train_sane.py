@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastws
+from fastws.commands.hub_symmetry import find_symmetry
 from fastws.downstream.encoder import Encoder
 from fastws.downstream.evaluate import ANY, conditioning_images, job_of
 from fastws.downstream.populations import measure
@@ -27,7 +28,7 @@ CONDITIONED = 2000  # training images, at most, from which batch norms get stati
 
 
 def run(config: Config) -> None:
-    sane.run(config, make_look)
+    sane.run(config, make_look, find_symmetry)
 
 
 def make_look(config: Config, zoo: Zoo, extra: dict[str, Any]) -> Look:

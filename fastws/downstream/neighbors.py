@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastws.downstream.embed import load_embeddings
 from fastws.downstream.hub import load_hub, require_one
-from fastws.windows.hub import read_models
+from fastws.windows.headers import read_models
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.zoo import Zoo
 

@@ -5,7 +5,7 @@ follows from names and shapes as in every layout. Numbers that are no floats hav
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,42 +13,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastws.files.arena import PAGE, map_files
-from fastws.files.checkpoints import is_safetensors, read_index
-from fastws.files.limits import DAMAGED
-from fastws.files.names import plain_names
-from fastws.files.safetensors import Contents, Header, read_contents
-from fastws.files.state_dict import is_quantised
-from fastws.layout.entries import NATIVE, Entry, Span
+from fastws.files.arena import map_files
+from fastws.layout.entries import Entry, Span
 from fastws.layout.layout import Layout
 from fastws.layout.roles import bias_name, infer_roles
+from fastws.symmetry.symmetry import Symmetry
 from fastws.table import table_columns
-from fastws.terminal import shorten
 from fastws.windows.duplicates import find_duplicates
+from fastws.windows.headers import Model, read_models
 from fastws.windows.measured import Measured
 from fastws.windows.population import OFFSETS, Kind, Population
-from fastws.zoo.readers.checkpoints import find_checkpoints
-from fastws.zoo.readers.collect import printable
 
 TOKEN_SIZE = 288  # weights per token unless it is said: published for networks of many sizes
 
 
-class File(NamedTuple):
-    """Where the numbers of a file of a network are."""
-
-    path: Path
-    data: int  # byte at which they begin
-    size: int  # of the file
-
-
-class Model(NamedTuple):
-    """A network, as the headers of its files tell of it."""
-
-    name: str  # path in the folder
-    files: tuple[File, ...]
-    begin: int  # byte of the first file, a multiple of 8, from which places are counted
-    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-    places: tuple[int, ...]  # first byte of each tensor; each file begins at a page behind the one before
+Trace = Callable[[str, Layout], Symmetry]  # from the text of config.json; raises ValueError where none is known
 
 
 class Hub(NamedTuple):
@@ -83,6 +62,7 @@ def open_hub(
     norm: Literal["keep", "skip"] = "skip",
     span: Span = "row",
     standardize: bool = True,
+    trace: Trace | None = None,
 ) -> Hub:
     """Opens all safetensors files of a folder and those in it; checkpoints of several files by their index.
 
@@ -92,6 +72,7 @@ def open_hub(
         norm: Whether norm layers have tokens.
         span: What a token may span, at most a layer.
         standardize: Whether the layers of each network get mean 0 and std 1; see ``Measured``.
+        trace: Finds the symmetry of an architecture, once for each, from the ``config.json`` beside a file.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -101,13 +82,13 @@ def open_hub(
     if span == "network" or token_size < 1:
         got = f"{span} and {token_size}"
         raise ValueError(f"{root}: span must be row or layer, and token_size at least 1, for a hub, got {got}")
-    models, left_out = read_models(root)
+    models, left_out = read_models(root, with_configs=trace is not None)
     groups: dict[tuple, list[Model]] = {}
     for model in models:
-        groups.setdefault((model.tensors, model.places), []).append(model)
+        groups.setdefault((model.tensors, model.places, model.config), []).append(model)
     layouts: dict[tuple, Layout] = {}
-    kept, kinds = [], []
-    for (tensors, _), members in groups.items():
+    kept, kinds, symmetries = [], [], {}
+    for (tensors, _, config), members in groups.items():
         try:
             if tensors not in layouts:
                 layouts[tensors] = make_layout(tensors, token_size, norm, span)
@@ -117,7 +98,9 @@ def open_hub(
         twins = find_duplicates([[(file.path, file.data) for file in model.files] for model in members])
         left_out |= {members[a].name: f"holds the same numbers as {members[b].name}" for a, b in twins.items()}
         kept.append([model for number, model in enumerate(members) if number not in twins])
-        kinds.append(Kind.of(layouts[tensors]))
+        if config and (tensors, config) not in symmetries:
+            symmetries[tensors, config] = find_symmetry(trace, members[0], layouts[tensors])
+        kinds.append(Kind.of(layouts[tensors], symmetries.get((tensors, config))))
     if not kept:
         why = "".join(f"; {name}: {reason}" for name, reason in list(left_out.items())[:1])
         raise ValueError(f"{root}: hub must hold a safetensors file that can be read, got none{why}")
@@ -125,6 +108,14 @@ def open_hub(
     models = list(chain(*kept))
     digest = hashlib.sha256(repr([(model.name, model.tensors, model.places) for model in models]).encode()).hexdigest()
     return Hub(root, tuple(model.name for model in models), population, dict(sorted(left_out.items())), digest)
+
+
+def find_symmetry(trace: Trace, model: Model, layout: Layout) -> Symmetry | None:
+    try:
+        return trace(model.config, layout)
+    except ValueError as error:
+        print(f"note: permutations of {model.name} and those like it are not known: {error}")
+        return None
 
 
 def split_models(hub: Hub) -> tuple[Tensor, Tensor]:
@@ -136,85 +127,6 @@ def split_models(hub: Hub) -> tuple[Tensor, Tensor]:
     val = sorted(order[: -(-len(order) // 7) if len(order) > 2 else 0])
     rows = torch.arange(len(order))
     return rows[~torch.isin(rows, torch.tensor(val, dtype=torch.int64))], torch.tensor(val, dtype=torch.int64)
-
-
-# --- what the headers tell
-
-
-def read_models(root: Path) -> tuple[list[Model], dict[str, str]]:
-    """The networks of a folder by the headers of their files, sorted by name, and what cannot be read, and why."""
-    if not root.is_dir():
-        got = "a file" if root.exists() else "nothing"
-        raise FileNotFoundError(f"{root}: hub must be a folder of safetensors files, got {got}")
-    search = find_checkpoints(root)
-    left_out = {name_in(root, Path(skip.path)): skip.reason for skip in search.skipped}
-    models, others = [], []
-    for path in search.files:
-        name = name_in(root, path)
-        if not is_safetensors(path):
-            others.append(name)
-            continue
-        try:
-            models.append(read_model(name, path))
-        except (OSError, *DAMAGED) as error:
-            left_out[name] = " ".join(str(error).removeprefix(f"{path}: ").split()) or "damaged"
-    what = "must be a safetensors file; fastws.load_checkpoint and safetensors.torch.save_file make one of it"
-    return models, left_out | {name: what for name in others}
-
-
-def name_in(root: Path, path: Path) -> str:
-    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
-
-
-def read_model(name: str, path: Path) -> Model:
-    """Raises ValueError, or OSError, if files are damaged or hold what has no tokens."""
-    index = read_index(path) if path.suffix == ".json" else None
-    paths = [path] if index is None else list(dict.fromkeys(index.values()))
-    contents = {file: read_contents(file) for file in paths}
-    files, begins, end = [], {}, 0
-    for file, one in contents.items():
-        files.append(File(file, one.data, one.size))
-        begins[file] = end
-        end += -(-one.size // PAGE) * PAGE
-    begin = files[0].data & -8 if files else 0
-    tensors, places = [], []
-    for (old, header, file), plain in zip(found := list(list_tensors(contents, index)), plain_of(found), strict=True):
-        check_tensor(old, header)
-        if header.dtype in NATIVE:
-            tensors.append((plain, header.shape, header.dtype))
-            places.append(begins[file] + header.begin - begin)
-    return Model(name, tuple(files), begin, tuple(tensors), tuple(places))
-
-
-def list_tensors(
-    contents: Mapping[Path, Contents], index: Mapping[str, Path] | None
-) -> Iterator[tuple[str, Header, Path]]:
-    if index is None:
-        ((file, one),) = contents.items()
-        yield from ((name, header, file) for name, header in one.headers.items())
-        return
-    for name, file in index.items():
-        if name not in contents[file].headers:
-            raise ValueError(f"{shorten(name)!r} must be in {file.name}, which does not hold it")
-        yield name, contents[file].headers[name], file
-
-
-def plain_of(found: Sequence[tuple[str, Header, Path]]) -> list[str]:
-    plain = plain_names(name for name, _, _ in found)
-    return [plain[name] for name, _, _ in found]
-
-
-def check_tensor(name: str, header: Header) -> None:
-    """Raises ValueError if numbers are no weights as they stand, or lie where they cannot be read in place."""
-    dtype, floating = header.dtype, header.dtype.is_floating_point
-    if is_quantised(name, dtype, len(header.shape)) or (floating and dtype not in NATIVE):
-        got = f"{shorten(name)!r} of {dtype}; dequantise it where it was made"
-        raise ValueError(f"weights must not be quantised, got {got}")
-    if dtype.is_complex:
-        raise ValueError(f"weights must be real numbers, got {shorten(name)!r} of {dtype}")
-    if dtype in NATIVE and header.begin % dtype.itemsize and header.end > header.begin:
-        what = f"at a multiple of {dtype.itemsize} bytes, got byte {header.begin}; save it with safetensors again"
-        raise ValueError(f"numbers of {shorten(name)!r} must begin {what}")
 
 
 def make_layout(tensors: Sequence[tuple], token_size: int, norm: Literal["keep", "skip"], span: Span) -> Layout:

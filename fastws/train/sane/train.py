@@ -31,7 +31,7 @@ from fastws.train.sane.batches import (
 from fastws.train.sane.behaviour import Behaviour
 from fastws.train.sane.config import Config
 from fastws.windows.ahead import Ahead
-from fastws.windows.hub import Hub, open_hub
+from fastws.windows.hub import Hub, Trace, open_hub
 from fastws.windows.places import LAYER_TYPES, PARTS
 from fastws.windows.zoos import Group
 from fastws.zoo.format.zoo import Zoo
@@ -42,10 +42,14 @@ Look = Callable[[nn.Module], loop.Metrics]  # at a model while it is trained
 MakeLook = Callable[[Config, Zoo, dict[str, Any]], Look]  # from the first zoo and what is saved with the model
 
 
-def run(config: Config, make_look: MakeLook | None = None) -> None:
-    """Trains; ``make_look`` comes from above, because trainers know nothing of what samples from what they learn."""
+def run(config: Config, make_look: MakeLook | None = None, trace: Trace | None = None) -> None:
+    """Trains.
+
+    ``make_look`` and ``trace``, see ``open_hub``, come from above: trainers know nothing of what samples from what they
+    learn, nor of other libraries.
+    """
     with processes.join(config.device) as device:
-        networks = [Zoo.open(folder) for folder in config.zoo] if config.hub is None else find_hub(config)
+        networks = [Zoo.open(folder) for folder in config.zoo] if config.hub is None else find_hub(config, trace)
         metrics = train(config, networks, device, make_look)
         if processes.rank() == 0:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -53,8 +57,9 @@ def run(config: Config, make_look: MakeLook | None = None) -> None:
             print(f"model and log: {Path(config.out) / 'checkpoint.pt'}, {Path(config.out) / 'log.jsonl'}")
 
 
-def find_hub(config: Config) -> Hub:
+def find_hub(config: Config, trace: Trace | None = None) -> Hub:
     options = {name: getattr(config, name) for name in ("token_size", "norm", "span")}
+    options |= {"trace": None if config.permute == "none" else trace}
     return open_hub(config.hub, standardize=config.standardize and config.statistic != "none", **options)
 
 
@@ -167,7 +172,9 @@ def describe(config: Config, source: Source, model: SANEConfig, hub: Hub | None 
     extra["networks"] = {split: len(source.rows(split)) for split in ("train", "val")}
     if hub is not None:
         # first, so that it is what is named where another hub is found
-        return {"hub": {"digest": hub.digest, "standardize": hub.population.measured.standardize}} | extra
+        permuted = sum(kind.symmetry is not None for kind in source.population.kinds)
+        standardized = hub.population.measured.standardize
+        return {"hub": {"digest": hub.digest, "standardize": standardized, "permuted": permuted}} | extra
     return extra | ({"others": kinds[1:]} if len(kinds) > 1 else {})
 
 
