@@ -11,7 +11,6 @@ from torch import nn
 from fastws.cli import main
 from fastws.layout.layout import Layout
 from fastws.runs import processes
-from fastws.symmetry.blocks import extend, find_blocks, is_extended, plain
 from fastws.symmetry.symmetry import Symmetry
 from fastws.train.sane import batches
 from fastws.train.sane import train as sane
@@ -247,46 +246,14 @@ def test_config_is_checked(fields, message):
 # --- permutations
 
 
-class Blocks(nn.Module):
-    """Residual blocks, the second of which may be unlike the third."""
-
-    def __init__(self, depth, turn=False):
-        super().__init__()
-        self.begin, self.end = nn.Linear(3, 6), nn.Linear(6, 2)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)) for _ in range(depth))
-        self.turn = turn
-
-    def forward(self, x):
-        x = self.begin(x)
-        for number, block in enumerate(self.blocks):
-            x = x + block(x.cumsum(1) if self.turn and number == 2 else x)
-        return self.end(x)
-
-
-def test_symmetries_of_two_blocks_go_on_in_deep_networks():
-    x = torch.randn(2, 3)
-    two, three, five = (Symmetry.trace(Blocks(depth), x) for depth in (2, 3, 5))
-    prefix = find_blocks(five.shapes, 5)
-    assert prefix == "blocks" and is_extended(three, two, prefix) and is_extended(five, two, prefix)
-    deep = extend(two, five.shapes, prefix)
-    assert sorted(deep.sizes) == [5] * 5 + [6] and plain(deep) == plain(five)
-    network = Blocks(5)
-    layout = Layout.from_checkpoint(network)
-    moved = deep.permute(layout.flatten(network), deep.random(1, seed=3)[0], layout)
-    other = Blocks(5)
-    other.load_state_dict(layout.unflatten(moved))
-    torch.testing.assert_close(other(x), network(x))
-    assert not is_extended(Symmetry.trace(Blocks(3, turn=True), x), two, prefix)
-    with pytest.raises(ValueError, match="must be like a tensor of two blocks"):
-        extend(two, five.shapes | {"blocks.4.0.weight": (7, 6)}, prefix)
-    with pytest.raises(ValueError, match="names must count 4 blocks in one place, got 0"):
-        find_blocks(five.shapes, 4)
+def perceptron():
+    return nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
 def test_models_with_a_config_are_permuted_and_others_stay(tmp_path, capsys):
     for name, config in {"a": {"deep": 1}, "b": {"deep": 1, "dtype": "x"}, "c": {"deep": 2}, "d": None}.items():
         (tmp_path / name).mkdir()
-        save_file(Blocks(2).state_dict(), tmp_path / name / "model.safetensors")
+        save_file(perceptron().state_dict(), tmp_path / name / "model.safetensors")
         if config is not None:
             (tmp_path / name / "config.json").write_text(json.dumps(config))
     asked = []
@@ -295,7 +262,7 @@ def test_models_with_a_config_are_permuted_and_others_stay(tmp_path, capsys):
         asked.append(json.loads(config))
         if asked[-1] == {"deep": 2}:
             raise ValueError("not known")
-        return Symmetry.trace(Blocks(2), torch.randn(2, 3))
+        return Symmetry.trace(perceptron(), torch.randn(2, 3))
 
     hub = open_hub(tmp_path, token_size=7, standardize=False, trace=trace)
     assert asked == [{"deep": 1}, {"deep": 2}] and not hub.left_out

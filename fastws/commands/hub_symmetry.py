@@ -1,23 +1,24 @@
 """Symmetries of the models of a hub, where ``config.json`` beside a file names a network that transformers makes."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
+from torch import nn
 
 from fastws.compare.hugging_face import CONFIG, make_hugging_face
+from fastws.compare.modules import Network
+from fastws.compare.tracing import by_few_blocks
+from fastws.group.group import Group
 from fastws.layout.layout import Layout
-from fastws.symmetry.blocks import block_of, extend, find_blocks, is_extended
+from fastws.symmetry.copies import Inputs
 from fastws.symmetry.symmetry import Symmetry
 
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what configs call the number of blocks
-LARGEST = 50_000_000  # weights of a network that is traced: in float64, several times over
+LARGEST = 50_000_000  # weights of what is traced: in float64, several times over
 
 
 def find_symmetry(config: str, layout: Layout) -> Symmetry:
-    """The symmetry of a network, traced with two blocks and with three, which must be one another's continuation.
+    """The symmetry of a network, of which two blocks of each kind are traced where it has more.
 
     Args:
         config: The text of ``config.json``.
@@ -25,27 +26,42 @@ def find_symmetry(config: str, layout: Layout) -> Symmetry:
 
     Raises:
         ValueError: If there is none to be found: transformers is not installed, or does not make this network, whose
-            tensors have other names or shapes, or it is too large, or blocks are not alike.
+            tensors have other names or shapes, or it is too large.
     """
-    content = json.loads(config)
-    depth = next((content[name] for name in DEPTHS if isinstance(content.get(name), int)), 0)
-    shapes = {entry.name: entry.shape for entry in layout.entries if entry.offset >= 0 and entry.numel}
-    if depth <= 3:
-        require_small(sum(entry.numel for entry in layout.entries if entry.name in shapes))
-        found = trace(content)
-        found.table(layout)
-        return found
-    prefix = find_blocks(shapes, depth)
-    require_small(sum(e.numel for e in layout.entries if e.name in shapes and (block_of(e.name, prefix) or 0) < 3))
-    two, three = (trace(shallow(content, depth, blocks)) for blocks in (2, 3))
-    strange = [name for name in shapes if (block_of(name, prefix) or 0) < 2 and name not in two.shapes]
-    if strange:
-        raise ValueError(f"tensors must have the names of the network that transformers makes, got {strange[0]}")
-    if not is_extended(three, two, prefix):
-        raise ValueError("blocks must be alike, got a third one whose units move otherwise than those of the second")
-    found = extend(two, shapes, prefix)
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Path(folder, CONFIG).write_text(config)
+        try:
+            found = trace(Path(folder), layout)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"{Path(folder, CONFIG)}: ")) from None
     found.table(layout)
     return found
+
+
+def trace(folder: Path, layout: Layout) -> Symmetry:
+    # without numbers first: what a config claims may be larger than the file beside it
+    with torch.device("meta"):
+        module, inputs = make_hugging_face(folder)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for entry in layout.entries:
+        if entry.offset >= 0 and own.get(entry.name) != entry.shape:
+            what = f"{entry.name} {list(entry.shape)}"
+            raise ValueError(f"tensors must be those of the network that transformers makes, got {what}")
+    if (count := count_weights(module)) > layout.num_weights:
+        raise ValueError(f"network must have all its {count:,} weights in the file, got {layout.num_weights:,}")
+    network = Network(module, inputs, folder.name, folder)
+    group = by_few_blocks(network, trace_small)
+    if group is not None:
+        return group.symmetry
+    # with few blocks, or such as are not alike
+    require_small(count)
+    return Symmetry.trace(*make_hugging_face(folder))
+
+
+def trace_small(module: nn.Module, inputs: Inputs) -> Group:
+    require_small(count_weights(module))
+    return Group(Symmetry.trace(module, inputs))
 
 
 def require_small(count: int) -> None:
@@ -53,26 +69,5 @@ def require_small(count: int) -> None:
         raise ValueError(f"network must have {LARGEST:,} weights at most in what is traced, got {count:,}")
 
 
-def shallow(content: dict[str, Any], depth: int, blocks: int) -> dict[str, Any]:
-    """A config with fewer blocks; lists with an entry for each block are cut too."""
-
-    def cut(name: str, value: Any) -> Any:
-        if name in DEPTHS and value == depth:
-            return blocks
-        return value[:blocks] if isinstance(value, list) and len(value) == depth else value
-
-    return {name: cut(name, value) for name, value in content.items()}
-
-
-def trace(content: dict[str, Any]) -> Symmetry:
-    """The symmetry of the network that a config names, which is made without its numbers first, to see its size."""
-    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Path(folder, CONFIG).write_text(json.dumps(content))
-        try:
-            with torch.device("meta"):
-                module, _ = make_hugging_face(Path(folder))
-            require_small(sum(parameter.numel() for parameter in module.parameters()))
-            return Symmetry.trace(*make_hugging_face(Path(folder)))
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix(f"{Path(folder, CONFIG)}: ")) from None
+def count_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
