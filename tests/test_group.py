@@ -53,6 +53,11 @@ CASES = {
     "post-norm": (PostNorm(), X, {"N1": 1, "N5": 1}),
     "projected lstm": (Recurrent(2), torch.linspace(-3, 3, 18).sin().view(1, 6, 3), {"L": 1}),
     "group norm": (GroupNormed(), IMAGE, {}),
+    "bias before a batch norm": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3)).eval(),
+        X,
+        {"B1": 2, "B2": 1},
+    ),
     "resnet": (resnet8(), IMAGE, {"B1": 18, "B3": 6}),
 }
 GROUPS = {}

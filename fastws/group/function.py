@@ -109,13 +109,14 @@ class Function:
                 break
         return max(errors)
 
-    def slopes(self, actions: Sequence[SizedAction], draws: int) -> Tensor:
+    def slopes(self, actions: Sequence[SizedAction], draws: int, enough: int | None = None) -> Tensor:
         """The derivatives of outputs by the size of each action, ``[n, actions]``.
 
-        Outputs of all draws are relative to the largest of their tensor; of many some random sums are taken.
+        Outputs of all draws are relative to the largest of their tensor; of many, ``enough`` random sums are taken, by
+        default as many as tell all null vectors.
         """
         self.draw(draws)
-        rows = -(-(len(actions) + SPARE) // draws)
+        rows = -(-(enough or len(actions) + SPARE) // draws)
         find = self._slopes if self._goes_back else self._differences
         return torch.cat([find(number, actions, rows) for number in range(draws)])
 
