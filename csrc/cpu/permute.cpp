@@ -23,20 +23,19 @@ template <bool kInverse, bool kSigned, typename scalar_t>
 void permute_rows(const Layer& layer, const int32_t* permutations, const scalar_t* from, scalar_t* to, int64_t begin,
                   int64_t end) {
   const int64_t length = layer.row_length;
-  const int32_t* out = layer.first_out < 0 ? nullptr : permutations + layer.first_out;
+  const int32_t *out = permutation_at(permutations, layer.first_out),
+                *in = permutation_at(permutations, layer.first_in);
   from += layer.weight_offset, to += layer.weight_offset;
-  if (out == nullptr && layer.first_in < 0)
-    return copy(from + begin * length, to + begin * length, (end - begin) * length);
+  if (out == nullptr && in == nullptr) return copy(from + begin * length, to + begin * length, (end - begin) * length);
   NearRow<scalar_t> near;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t other = out == nullptr ? row : kSigned ? index_of(out[row]) : out[row];
     const int32_t negative = kSigned && out != nullptr ? sign_of(out[row]) : 0;
     const scalar_t* source = from + (kInverse ? row : other) * length;
     scalar_t* target = to + (kInverse ? other : row) * length;
-    const int32_t* in = permutations + layer.first_in;
-    if (layer.first_in < 0 && negative == 0) {
+    if (in == nullptr && negative == 0) {
       copy(source, target, length);
-    } else if (layer.first_in < 0) {
+    } else if (in == nullptr) {
       copy_signed(source, target, length, negative);
     } else if constexpr (kInverse) {
       move_row<true, kSigned, scalar_t>(target, source, in, layer.block, layer.units, negative, 0, length);

@@ -26,6 +26,11 @@ inline void copy_signed(const scalar_t* __restrict from, scalar_t* __restrict to
   }
 }
 
+// The permutation that begins at a place of a row of them; null where nothing moves.
+inline const int32_t* permutation_at(const int32_t* permutations, int64_t place) {
+  return permutations && place >= 0 ? permutations + place : nullptr;
+}
+
 // Entries begin to end of a row whose input units are permuted: out[f - begin] = row[...], the formula of
 // docs/design.md; with Inverse the same addresses are written instead of read: row[...] = out[f - begin]. A block of a
 // size known to the compiler is a few vector moves. Signed: units say whether they are negated, negative whether the

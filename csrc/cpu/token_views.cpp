@@ -58,9 +58,9 @@ void gather(const scalar_t* weights, const scalar_t* from, const Layer& layer, c
             bool has_signs, const Place& place, int64_t count, scalar_t* to) {
   const int64_t begin = place.entry, end = std::min(begin + count, layer.row_length);
   const int32_t negative = has_signs ? negated(permutations, layer.first_out, place.row) : 0;
-  const int32_t* in = permutations + layer.first_in;
+  const int32_t* in = permutation_at(permutations, layer.first_in);
   if (end > begin) {
-    if (!permutations || layer.first_in < 0)
+    if (!in)
       negative ? copy_signed(from + begin, to, end - begin, negative) : copy(from + begin, to, end - begin);
     else if (has_signs)
       move_row<false, true, scalar_t>(from, to, in, layer.block, layer.units, negative, begin, end);
@@ -88,18 +88,18 @@ template <typename scalar_t>
 void gather_rows(const scalar_t* weights, const Layer& layer, const int32_t* permutations, bool has_signs,
                  const Place& place, int64_t count, scalar_t* to) {
   const int64_t length = layer.row_length;
-  const bool moves_rows = permutations && layer.first_out >= 0, moves_units = permutations && layer.first_in >= 0;
+  const int32_t *out = permutation_at(permutations, layer.first_out),
+                *in = permutation_at(permutations, layer.first_in);
   const scalar_t* from = weights + layer.weight_offset;
-  if (!moves_rows && !moves_units) return copy(from + place.row * length + place.entry, to, count);
-  const int32_t *out = permutations + layer.first_out, *in = permutations + layer.first_in;
+  if (!out && !in) return copy(from + place.row * length + place.entry, to, count);
   int64_t row = place.row, begin = place.entry;
   for (int64_t size; count > 0; to += size, count -= size, ++row, begin = 0) {
     size = std::min(count, length - begin);
-    const int32_t entry = moves_rows ? out[row] : int32_t(row), negative = sign_of(entry);
+    const int32_t entry = out ? out[row] : int32_t(row), negative = sign_of(entry);
     const scalar_t* const source = from + index_of(entry) * length;
-    if (!moves_units && size < kFew)
+    if (!in && size < kFew)
       copy_signed(source + begin, to, size, negative);
-    else if (!moves_units)
+    else if (!in)
       negative ? copy_signed(source + begin, to, size, negative) : copy(source + begin, to, size);
     else if (has_signs)
       move_row<false, true, scalar_t>(source, to, in, layer.block, layer.units, negative, begin, begin + size);
