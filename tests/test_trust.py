@@ -97,6 +97,13 @@ def test_permutations_out_of_range_are_refused(value, width):
         views(zoo, SYMMETRY.table(LAYOUT), wrong[1:])
 
 
+@pytest.mark.parametrize("start", [10**6, 2**31, 2**59 + 1, 2**60 - 3, 2**62 - 110, 2**62])  # times 16 they wrap around
+def test_views_behind_the_end_are_padding(start):
+    arguments = EXAMPLES["token_views"] | {"start": torch.tensor([0, start, start])}
+    values, lengths, positions = torch.ops.fastws.token_views(*arguments.values())
+    assert lengths[0].all() and not lengths[1:].any() and not positions[1:].any() and not values[1:].any()
+
+
 def test_networks_past_the_end_of_a_zoo_of_several_architectures_are_refused():
     zoo, several = torch.randn(3 * P), {"base": torch.tensor([0, P, 2 * P])}
     several["layers"] = torch.tensor([[0, len(LAYOUT.table)]] * 3)

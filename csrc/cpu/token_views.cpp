@@ -201,7 +201,10 @@ class Maker {
     token_ = views_.start[view] + token;
     const int64_t size = views_.token_size, l = find_layer(views_.table, first_, last_, token_, 0);
     const Layer& layer = views_.table[l];
-    const int64_t entry = (token_ - layer.first_token) * size + (layer.dense() ? layer.chunks : 0);
+    // tokens far behind the end, which are padding, would make a product that wraps around and points before the
+    // weights
+    const int64_t behind = layer.rows * layer.stride(size) / size + 2;
+    const int64_t entry = std::min(token_ - layer.first_token, behind) * size + (layer.dense() ? layer.chunks : 0);
     place_ = {l, entry / layer.stride(size), entry % layer.stride(size)};
     from_ = nullptr;
     block_ = options_.draw_block(view, views_.extents[view]);
