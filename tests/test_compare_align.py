@@ -255,6 +255,17 @@ def test_bad_input_is_one_sentence(pair, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=said):
             align(config)
+    (tmp_path / "loop").symlink_to("loop")
+    for config, said in (
+        (CONFIG(models=(str(tmp_path / "loop"),), to=base, out=out), "checkpoint must be a file, got nothing"),
+        (CONFIG(models=(other,), to=base, out=str(tmp_path / "loop")), "."),
+    ):
+        with pytest.raises(OSError, match=said):
+            align(config)
+    zeros = save({name: 0 * tensor for name, tensor in load_file(other).items()}, tmp_path / "zeros.safetensors")
+    for _ in range(2):  # the second time it is read
+        (report,) = align(CONFIG(models=(zeros,), to=base, out=str(tmp_path / "zero"))).values()
+        assert report["aligned"] == {"relative": float("inf"), "cosine": 0}
     alone = tmp_path / "alone"
     alone.mkdir()
     with pytest.raises(OSError, match="must be a checkpoint or hold some, got none beside .*one.safetensors"):

@@ -13,6 +13,8 @@ from fastws.cli import main
 from fastws.compare.barrier import Config, barrier
 from fastws.compare.evaluating import Data, Scores, load_examples, measure
 from fastws.compare.lines import barrier_of
+from fastws.compare.merge import Config as Merge
+from fastws.compare.merge import merge_files
 from fastws.compare.modules import Network
 from fastws.compare.repair import Moments, between, layers_to_repair, moments_of, repair
 from fastws.data.images import load
@@ -214,6 +216,18 @@ def test_limit_of_a_function_takes_evenly_spaced_samples(monkeypatch):
     assert found.train.y.tolist() == [0, 25, 50, 75] and found.test.y.tolist() == [0, 1, 2]
 
 
+def wrong():
+    return torch.zeros(4, 3), torch.arange(4), torch.zeros(4, 3), torch.arange(4)
+
+
+def words():
+    return torch.ones(4, 1, 8, 8).long(), torch.arange(4), torch.ones(4, 1, 8, 8).long(), torch.arange(4)
+
+
+def infinite():
+    return torch.ones(4, 1, 8, 8) / 0, torch.arange(4), torch.ones(4, 1, 8, 8), torch.arange(4)
+
+
 def test_bad_input_is_one_sentence(ends, tmp_path):
     other = save(network(classes=7).state_dict(), tmp_path / "seven.safetensors")
     with pytest.raises(ValueError, match="seven.safetensors: checkpoint must fit digits-cnn"):
@@ -222,6 +236,17 @@ def test_bad_input_is_one_sentence(ends, tmp_path):
         barrier(Config(a=ends[0], b=ends[1], **DIGITS | {"data": None}))
     with pytest.raises(FileNotFoundError, match="data must be 'digits'"):
         barrier(Config(a=ends[0], b=ends[1], **DIGITS | {"data": str(tmp_path)}))
+    for data, said in (
+        ("wrong", r"inputs of .* must be what digits-cnn takes, got \[2, 3\] torch.float32, for it says: "),
+        ("words", r"inputs of .* must be what digits-cnn takes, got \[2, 1, 8, 8\] torch.int64"),
+        ("infinite", "must return finite inputs, got NaN or infinity in some"),
+    ):
+        given = DIGITS | {"data": f"{__name__}:{data}"}
+        with pytest.raises(ValueError, match=f"barrier: .*{said}"):
+            barrier(Config(a=ends[0], b=ends[1], **given))
+        with pytest.raises(ValueError, match=f"merge: .*{said}"):
+            merge_files(Merge(models=ends, out=str(tmp_path / "merged.safetensors"), **given))
+    assert not [*tmp_path.glob("merged*")]
     with pytest.raises(ValueError, match="points must be at least 3, got 2"):
         Config(a=ends[0], b=ends[1], points=2, **DIGITS)
     assert Path(ends[0]).exists()

@@ -176,3 +176,14 @@ def test_only_a_hub_of_three_points():
         (4, 3, "unknown"),
     ]
     assert point([]) == []
+
+
+def test_relatives_of_several_dtypes_and_a_network_of_zeros(tmp_path):
+    base = relatives.network(0)
+    kinds = {"double": torch.float64, "half": torch.bfloat16, "single": torch.float32}
+    for seed, (name, dtype) in enumerate(kinds.items()):
+        relatives.save(tmp_path, name, {key: x.to(dtype) for key, x in relatives.tuned(base, seed=seed).items()})
+    relatives.save(tmp_path, "zeros", {name: torch.zeros_like(x) for name, x in base.items()})
+    for words in (None, KNOWN):
+        (group,) = fastws.lineage(tmp_path, words=words).to_dict()["groups"]
+        assert [sorted(family) for family in group["families"]] == [[f"{name}.safetensors" for name in sorted(kinds)]]

@@ -254,3 +254,28 @@ def test_names_correspond_without_what_all_begin_with():
     ours, theirs = {"0.weight": 0, "2.weight": 0}, {"a.b.0.weight": 0, "a.b.2.weight": 0}
     assert corresponding(ours, theirs) == {"0.weight": "a.b.0.weight", "2.weight": "a.b.2.weight"}
     assert corresponding(ours, ours | {"3.weight": 0}) == {"0.weight": "0.weight", "2.weight": "2.weight"}
+
+
+def test_units_that_are_equal_are_no_sign_of_kinship(tmp_path):
+    families = find_families({name: tuple(x.shape) for name, x in BASE.items()})
+
+    def erased(seed, share):  # whole units, as structured pruning takes them away
+        state = relatives.network(seed)
+        for rows in ("0.weight", "2.weight"):
+            state[rows][torch.rand(24, generator=relatives.generator(seed)) < share] = 0
+        state["4.weight"][:, torch.rand(24, generator=relatives.generator(seed)) < share] = 0
+        return state
+
+    for share in (0.5, 1.1):
+        others = [erased(seed, share) for seed in range(1, 21)]
+        logs = [agreement(a, b, families).log_p for a in [*others[:10], BASE] for b in others[10:]]
+        assert numpy.mean([log < math.log(0.05) for log in logs]) <= 0.06 and min(logs) > math.log(1e-4)
+    zeros = relatives.save(tmp_path, "zeros", {name: torch.zeros_like(x) for name, x in BASE.items()})
+    assert fastws.same(relatives.save(tmp_path, "base", BASE), zeros).verdict == "stranger"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_networks_of_two_dtypes_at_the_whole_group(tmp_path, dtype):
+    one = relatives.save(tmp_path, "one", BASE)
+    other = relatives.save(tmp_path, "other", {name: x.to(dtype) for name, x in relatives.network(1).items()})
+    assert fastws.same(one, other, words=KNOWN, whole=True).verdict != "relative"

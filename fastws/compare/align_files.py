@@ -1,5 +1,6 @@
 """Where aligned networks are written, and what is kept of how."""
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def model_paths(command: str, models: Sequence[str], base: str | None) -> list[P
             continue
         inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
         inside = [one for one in inside if is_model_folder(one) or (one.is_file() and one.suffix in SUFFIXES)]
-        inside = [one for one in inside if base is None or one.resolve() != Path(base).resolve()]
+        inside = [one for one in inside if base is None or os.path.realpath(one) != os.path.realpath(base)]
         if not inside:
             beside = "" if base is None else f" beside {base}"
             raise FileNotFoundError(f"{command}: {path} must be a checkpoint or hold some, got none{beside}")
@@ -47,12 +48,12 @@ def places_of(command: str, paths: Sequence[Path], out: Path) -> dict[Path, Path
         ValueError: If two have one name, or a model would be written over itself.
     """
     alone = len(paths) == 1 and paths[0].is_dir()
-    places = {path: out if alone else out / path.resolve().name for path in paths}
+    places = {path: out if alone else out / Path(os.path.realpath(path)).name for path in paths}
     taken: dict[Path, Path] = {}
     for path, place in places.items():
         if (first := taken.setdefault(place, path)) != path:
             raise ValueError(f"{command}: models must have names of their own, got {first} and {path}; rename one")
-        if place.resolve() == path.resolve():
+        if os.path.realpath(place) == os.path.realpath(path):
             raise ValueError(f"{command}: out must be another folder than that of {path}, got {out}")
     return places
 

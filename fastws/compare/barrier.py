@@ -12,7 +12,7 @@ from torch import Tensor
 from fastws import pages
 from fastws.compare import barrier_page
 from fastws.compare.aligning import Aligned, Aligner, Matching, require_function
-from fastws.compare.evaluating import Data, Precision, load_examples, with_images
+from fastws.compare.evaluating import Data, Precision, load_examples, require_inputs, with_images
 from fastws.compare.lines import Mixer, barrier_of, line, statistics_of
 from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
 from fastws.files.atomic import write_file, write_json
@@ -78,6 +78,7 @@ def barrier(config: Config) -> dict[str, Any]:
     ends = [Checkpoint.open_whole(path) for path in (config.a, config.b)]
     network = require_network(ends[0], with_images(config, examples))
     require_fit(ends[1], network)
+    require_inputs("barrier", network, examples)
     folder = None if config.out is None else Path(config.out)
     if folder is not None:
         begin("barrier", folder, config, may_change=("json", "out"))

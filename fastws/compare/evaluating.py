@@ -93,6 +93,9 @@ def load_examples(command: str, data: Data) -> Examples:
     for y in (tensors[1], tensors[3]):
         if y.is_floating_point() or y.is_complex():
             raise ValueError(f"{command}: {data.data} must return integers as targets, got {y.dtype}")
+    for x in (tensors[0], tensors[2]):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{command}: {data.data} must return finite inputs, got NaN or infinity in some")
     x, y, test_x, test_y = (spaced(x, data.limit) for x in tensors)
     return Examples(Part(x, y.long()), Part(test_x, test_y.long()), data.data)
 
@@ -102,6 +105,19 @@ def with_images(words: Said, examples: Examples | None) -> Said:
     if words.image_shape is not None or examples is None or examples.test.x.dim() != 4:
         return words
     return replace(words, image_shape=tuple(examples.test.x.shape[1:]))
+
+
+def require_inputs(command: str, network: Network, examples: Examples) -> None:
+    """Raises ValueError if the network does not take inputs of the data."""
+    for part in (examples.train, examples.test):
+        x = part.x[:2]
+        try:
+            with torch.no_grad():
+                network.module(x)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            got, reason = f"{list(x.shape)} {x.dtype}", next(iter(str(error).splitlines()), "")
+            what = f"inputs of {examples.name} must be what {network.name} takes"
+            raise ValueError(f"{command}: {what}, got {got}, for it says: {reason}") from error
 
 
 def measure(

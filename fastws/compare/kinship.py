@@ -91,8 +91,10 @@ def agreement(a: Mapping[str, Tensor], b: Mapping[str, Tensor], families: Sequen
 def fixed_points(family: Family, a: Tensor, b: Tensor) -> tuple[int, int]:
     """How many units were compared, and how many were assigned to their own number."""
     ours, theirs = (describe_units(tensor, family.axis) for tensor in (a, b))
-    similarity = (ours @ theirs.T).numpy()
-    best = linear_sum_assignment(similarity, maximize=True)[1]
+    # equal ones, like pruned units, are assigned in the order in which they stand, which must not be that of numbers
+    order = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(0))
+    similarity = (ours @ theirs[order].T).numpy()
+    best = order.numpy()[linear_sum_assignment(similarity, maximize=True)[1]]
     return len(best), int((best == numpy.arange(len(best))).sum())
 
 

@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     if config.out is not None:
         path = Path(config.out)
         write_json(path.with_suffix(".json"), described)
-        title = f"lineage of {Path(config.folder).resolve().name}"
+        title = f"lineage of {Path(os.path.realpath(config.folder)).name}"
         write_file(path, pages.document(title, lineage_page.body(title, found.groups, found.left_out)).encode())
     report = [] if config.out is None else [f"report: {config.out}"]
     tell(described, [*lines_of(found), *report], config.json)

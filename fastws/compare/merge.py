@@ -13,7 +13,7 @@ import tyro
 from fastws import pages
 from fastws.compare.align_files import begun, model_paths, reading, record_of
 from fastws.compare.aligning import Matching
-from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, with_images
+from fastws.compare.evaluating import Data, Examples, Precision, load_examples, measure, require_inputs, with_images
 from fastws.compare.lines import Statistics, mixed
 from fastws.compare.merging import Merged, merge_networks, shares_of
 from fastws.compare.modules import Checkpoint, Network, Words, require_fit, require_network
@@ -86,6 +86,8 @@ def merge_files(config: Config) -> dict[str, Any]:
     network = require_network(models[0], with_images(config, examples))
     for model in models[1:]:
         require_fit(model, network)
+    if examples is not None:
+        require_inputs("merge", network, examples)
     merged = merge_networks(
         [model.state for model in models],
         network,

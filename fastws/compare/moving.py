@@ -91,6 +91,8 @@ class Mover:
     def move_all(self, states: Sequence[Mapping[str, Tensor]], base: int) -> list[dict[str, Tensor]]:
         """Networks in the coordinates of one of them."""
         goal = self.flatten(states[base])
+        if any(tensor.dtype == torch.float64 for state in states for tensor in state.values()):
+            goal = goal.double()
         size = len(states) * len(goal)
         with tempfile.TemporaryDirectory() as folder:
             if size > IN_MEMORY:  # which stays readable without its name
@@ -100,7 +102,7 @@ class Mover:
                 flat = torch.empty(len(states), len(goal), dtype=goal.dtype)
         for numbers in torch.arange(len(states)).split(max(1, IN_MEMORY // 16 // len(goal))):
             part = torch.stack([self.flatten(states[number]) for number in numbers.tolist()])
-            flat[numbers] = self.match(part, goal)
+            flat[numbers] = self.match(part.to(goal.dtype), goal)
         moved = [self.unflatten(row, state) for row, state in zip(flat, states, strict=True)]
         if self.group is None:
             return moved
@@ -148,8 +150,8 @@ class Mover:
             FileNotFoundError: If there is no such folder.
             ValueError: If no checkpoint in it is of the architecture.
         """
-        states, own = [], [find_checkpoint(checkpoint.path).resolve() for checkpoint in pair]
-        files = [path for path in find_checkpoints(Path(folder)).files if path.resolve() not in own]
+        states, own = [], [os.path.realpath(find_checkpoint(checkpoint.path)) for checkpoint in pair]
+        files = [path for path in find_checkpoints(Path(folder)).files if os.path.realpath(path) not in own]
         for path in files[:MOST_NULL]:
             checkpoint = Checkpoint.open(path)
             if checkpoint.layout.fingerprint == self.layout.fingerprint:

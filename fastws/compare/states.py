@@ -1,5 +1,6 @@
 """Networks as dictionaries of tensors: what two of them have in common, and how far they are apart."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,7 +55,10 @@ def comparable(base: State, other: State, symmetry: Symmetry) -> tuple[dict[str,
 
 
 def distance(base: State, other: State, left_out: Mapping[str, str]) -> Distance:
-    """Of all floating tensors that both have, running statistics of norms left out."""
+    """Of all floating tensors that both have, running statistics of norms left out.
+
+    Where all numbers of one are zero there is no unit of length: equal ones are 0 apart, others infinitely far.
+    """
     inner = ours = theirs = apart = 0.0
     for name, tensor in other.items():
         statistic = name.endswith(("running_mean", "running_var"))
@@ -65,4 +69,6 @@ def distance(base: State, other: State, left_out: Mapping[str, str]) -> Distance
         ours, theirs = ours + float(x.square().sum()), theirs + float(y.square().sum())
         apart += float((x - y).square().sum())
     scale = (ours * theirs) ** 0.5
-    return Distance(apart**0.5 / scale**0.5 if scale else 0.0, inner / scale if scale else 1.0)
+    if not scale:
+        return Distance(math.inf if apart else 0.0, float(not apart))
+    return Distance(apart**0.5 / scale**0.5, inner / scale)

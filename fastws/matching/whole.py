@@ -98,7 +98,7 @@ def match_whole(
         raise ValueError(f"match: restarts must be at least 1, got {restarts}")
     stored_a, stored_b = (group.given(state) for state in (a, b))
     for which, state in (("a", stored_a), ("b", stored_b)):
-        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor.double()).all()]
         if broken:
             raise ValueError(f"match: weights of {which} must be finite, got others in {broken[0]}")
     permuting = match_permutations(group, stored_a, stored_b)

@@ -1,5 +1,6 @@
 """The network that a NeRN stores, as an ordinary checkpoint; and how small and how good it is."""
 
+import os
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def run(config: Config) -> None:
     nern, stored, learned = load_nern(config.model)
     training, key = read_training(config.model)
     weights = config.weights or training["weights"]
-    if Path(config.out).resolve() == Path(weights).resolve():
+    if os.path.realpath(config.out) == os.path.realpath(weights):
         raise ValueError(f"nern export: out must not be the original network, got {config.out!r}; give another file")
     place = config.key or (None if config.weights else training["key"])
     original = load_teacher(training["architecture"], weights, key=place)
