@@ -65,6 +65,12 @@ def one_sentence(command: str = "fastws") -> Iterator[None]:
             if os.environ.get("FASTWS_DEBUG") == "1":
                 raise
             sys.exit(f"fastws: {escape(describe(error))}")
+        except RuntimeError as error:
+            # torch has no class of its own for memory that a CPU has not
+            lacking = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+            if not lacking or os.environ.get("FASTWS_DEBUG") == "1":
+                raise
+            sys.exit(f"fastws: {escape(describe(MemoryError(str(error).splitlines()[0])))}")
 
 
 def describe(error: Exception) -> str:

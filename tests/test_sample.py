@@ -240,7 +240,7 @@ def test_what_cannot_be_sampled_is_said_before_anything_is_written(zoo, models, 
         assert not (tmp_path / "out").exists()
 
     refused("train split with activation gelu, got none", activation="gelu")
-    refused("train split with .*, got none", epochs=(7, 9))
+    refused("train split of epochs 7 to 9, got none", epochs=(7, 9))
     refused("by must be a property of .* to take the best by", best=0.5, by="nothing")
     refused(
         "model must be a checkpoint of fastws train ae or train sane, got no file", FileNotFoundError, model="none.pt"

@@ -8,6 +8,7 @@ from torch import nn
 import fastws
 from fastws.downstream import encoder as encoders
 from fastws.downstream import evaluate, populations
+from fastws.downstream.embed import Config as Embedding
 from fastws.downstream.representation import load
 from fastws.downstream.sampling import sample
 from fastws.nn.sane import SANE, SANEConfig
@@ -215,3 +216,13 @@ def test_another_depth_is_sampled_around_its_own_networks(tmp_path):
         wide = make_small_zoo(tmp_path / "wide", widths=(6, 30, 3))
         sample.sample(config(wide, tmp_path / "none", model=str(path / "checkpoint.pt")))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("tokens", [5, 500])
+def test_halos_are_not_negative_however_long_the_network(tokens):
+    with pytest.raises(ValueError, match="halo must be in .* got -1"):
+        encoders.chunk(tokens, 8, -1)
+    with pytest.raises(ValueError, match="halo must be at least 0, got -1"):
+        sample.Config(zoo="z", out="o", method="kde", model="m", halo=-1)
+    with pytest.raises(ValueError, match="halo must be at least 0, got -1"):
+        Embedding(model="m", hub="h", out="o.safetensors", halo=-1)

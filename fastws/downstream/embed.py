@@ -54,6 +54,8 @@ class Config:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"embed: batch_size must be at least 1, got {self.batch_size}")
+        if self.halo is not None and self.halo < 0:
+            raise ValueError(f"embed: halo must be at least 0, got {self.halo}")
         require_one("embed", self.zoo, self.hub)
         if self.hub is not None:
             require_room(self.out, self.pool)

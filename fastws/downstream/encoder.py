@@ -219,7 +219,7 @@ def chunk(num_tokens: int, window: int, halo: int | None) -> tuple[Tensor, int, 
         tokens of the windows, ``[N]``. A window that would begin before the sequence begins with it, and one that
         would end behind it ends with it.
     """
-    if halo is None or num_tokens <= window:
+    if halo is None or (num_tokens <= window and halo >= 0):
         return torch.zeros(1, dtype=torch.int64), num_tokens, torch.arange(num_tokens)
     content = window - 2 * halo
     if halo < 0 or content < 1:

@@ -46,6 +46,9 @@ def choose_anchors(config: Choice, zoo: Zoo, representation: Representation | No
     """The states to sample from: of the training split, of one activation, the best of them."""
     properties, known = zoo.properties, zoo.properties.column_names
     train, held_out = (states(config, zoo, split) for split in ("train", "val"))
+    if not len(train):
+        epochs = "" if config.epochs is None else " of epochs {} to {}".format(*config.epochs)
+        raise ValueError(f"sample: zoo must hold states of the train split{epochs}, got none in {zoo.path}")
     said = [f"{zoo.path}"]
     activation = None
     if "activation" in known:
@@ -71,7 +74,7 @@ def choose_anchors(config: Choice, zoo: Zoo, representation: Representation | No
         train = train[finite & (values >= bound)]
         said.append(f"best {config.best:.0%} by {by}{overstated(zoo, by, config.best, values[finite])}")
     if not len(train):
-        what = f"states of the train split with {', '.join(said[1:]) or 'these epochs'}"
+        what = f"states of the train split with {', '.join(said[1:])}"
         raise ValueError(f"sample: zoo must hold {what}, got none in {zoo.path}")
     aligned = config.aligned
     if aligned is None:

@@ -101,6 +101,8 @@ class Config:
             raise ValueError("sample: data must be given with architecture, got none; give --data")
         if self.halo is not None and self.model is None:
             raise ValueError(f"sample: halo must be left out without a model, got {self.halo}")
+        if self.halo is not None and self.halo < 0:
+            raise ValueError(f"sample: halo must be at least 0, got {self.halo}")
         if self.condition == 1:
             raise ValueError("sample: condition must be 0, or at least 2 images, got 1")
 
