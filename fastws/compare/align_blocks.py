@@ -79,9 +79,8 @@ class Aligning(Mapping[str, Tensor]):
         self.checked: set[int] = set()
         self.error = self.rounding = 0.0
         self.units = self.still = 0
-        self.sums = torch.zeros(
-            2, 4, dtype=torch.float64
-        )  # before and after: inner product, squares, of the difference
+        # before and after: inner product, squares, and that of the difference
+        self.sums = torch.zeros(2, 4, dtype=torch.float64)
 
     def _load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         held = ({n: state[n] for n in self.names[number] if n in state} for state in (self.base, self.model))
