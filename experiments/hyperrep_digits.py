@@ -24,12 +24,15 @@ class Config:
     networks: int = 400  # of the zoo
     count: int = 200  # networks of each set
     passes: int = 100  # of the autoencoder over the training networks
+    more: tuple[int, ...] = (1,)  # epochs of training after which samples are measured again
+    sets: tuple[str, ...] = tuple(hyperrep.SETS)  # names of hyperrep.py
+    baselines: bool = True  # curves of noise, averages and PCA + Gaussian in the report
     smoke: bool = False  # a few networks, to see that everything works; its numbers mean nothing
     device: str | None = None  # cpu, cuda, cuda:1; by default cuda where there is one
 
 
 def run(config: Config) -> None:
-    smoke = {"sets": hyperrep.SMOKE, "count": 12, "baselines": False} if config.smoke else {"count": config.count}
+    smoke = {"sets": hyperrep.SMOKE, "count": 12, "baselines": False} if config.smoke else {}
     epochs = 2 if config.smoke else 25
     zoo = MakeConfig(
         out=str(Path(config.out, "zoo")),
@@ -45,7 +48,8 @@ def run(config: Config) -> None:
             states=(max(1, epochs - 4), epochs),
             model={"passes": 2 if config.smoke else config.passes},
             device=config.device,
-            **smoke,
+            more=config.more,
+            **{"sets": config.sets, "count": config.count, "baselines": config.baselines} | smoke,
         )
     )
 

@@ -40,9 +40,9 @@ def zoo(tmp_path_factory):
     return make_small_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def read_losses(out, split="train"):
+def read_losses(out, split="train", name="loss"):
     records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()[1:]]
-    return [record[f"{split}/loss"] for record in records if f"{split}/loss" in record]
+    return [record[f"{split}/{name}"] for record in records if f"{split}/{name}" in record]
 
 
 def load_weights(out):
@@ -120,6 +120,7 @@ def test_two_processes_equal_one(ten_steps, tmp_path):
     run_two_processes(__file__, tmp_path)
     for split in ("train", "val"):
         assert read_losses(tmp_path, split) == pytest.approx(read_losses(ten_steps, split), rel=1e-5)
+    assert read_losses(tmp_path, "val", "r2") == pytest.approx(read_losses(ten_steps, "val", "r2"), rel=1e-4)
     # Adam divides by the root of tiny second moments, which magnifies rounding
     torch.testing.assert_close(load_weights(tmp_path), load_weights(ten_steps), rtol=1e-3, atol=1e-4)
 

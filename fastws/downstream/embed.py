@@ -223,14 +223,14 @@ def load_embeddings(path: str | Path, rows: int, layout: fastws.Layout) -> Tenso
             told = parse((file.metadata() or {}).get("fastws", "{}"), "what it says of itself")
             made_for = told.get("fingerprint", layout.fingerprint)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise ValueError(f"predict: {path} must be a file that fastws embed wrote, got {error}") from error
+        raise ValueError(f"embeddings: {path} must be a file that fastws embed wrote, got {error}") from error
     if embeddings is None or embeddings.dim() != 2 or len(embeddings) != rows:
         got = "none" if embeddings is None else list(embeddings.shape)
-        raise ValueError(f"predict: {path} must hold embeddings [{rows}, E], one per row of the zoo, got {got}")
+        raise ValueError(f"embeddings: {path} must hold embeddings [{rows}, E], one per row of the zoo, got {got}")
     if made_for != layout.fingerprint:
         what = f"of the architecture {layout.fingerprint} of the zoo, got those of {made_for}"
-        raise ValueError(f"predict: {path} must hold embeddings {what}")
+        raise ValueError(f"embeddings: {path} must hold embeddings {what}")
     if not embeddings.isfinite().all():
         row = int((~embeddings.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"predict: {path} must hold finite embeddings, got others first in row {row}")
+        raise ValueError(f"embeddings: {path} must hold finite embeddings, got others first in row {row}")
     return embeddings

@@ -227,7 +227,8 @@ def losses(config: Config, model: nn.Module, batch: Batch, behaviour: Behaviour 
         terms = metrics | {"structure": reconstruction}
         metrics["loss"] = behaviour.combine(config.gamma, terms, torch.is_grad_enabled())
     if not torch.is_grad_enabled():
-        metrics["r2"] = 1 - fastws.masked_mse(*windows, normalize="batch")
+        # of the whole batch, however many processes share it: a ratio of sums is not a mean of ratios
+        metrics["r2"] = 1 - fastws.masked_mse(*map(processes.gather, windows), normalize="batch")
     return metrics
 
 
