@@ -58,7 +58,8 @@ class Plan:
     count: int = 200  # networks of each set
     more: tuple[int, ...] = (1,)  # epochs of training after which samples are measured again
     model: dict[str, Any] = field(default_factory=dict)  # options of the learner
-    other_data: str | None = None  # a data set that samples are trained on as well
+    other_data: str | None = None  # a data set, or its folder, that samples are trained on as well
+    other_limit: int | None = None  # images of each part of it
     judged: bool = True  # whether distances to training networks are measured as well
     baselines: bool = True  # of zoo compare
     device: str | None = None
@@ -130,9 +131,10 @@ def measure_set(plan: Plan, name: str, common: dict[str, Any]) -> dict[str, floa
     trained = make(training)
     found = {f"epoch {epoch}": accuracy_of(trained, epoch) for epoch in (0, *plan.more)}
     if plan.other_data is not None:
-        other = replace(training, out=f"{out}-{plan.other_data}", data=plan.other_data, validation=0, limit=None)
+        name = Path(plan.other_data).name
+        other = replace(training, out=f"{out}-{name}", data=plan.other_data, validation=0, limit=plan.other_limit)
         trained = make(other)
-        found |= {f"{plan.other_data} epoch {epoch}": accuracy_of(trained, epoch) for epoch in (0, *plan.more)}
+        found |= {f"{name} epoch {epoch}": accuracy_of(trained, epoch) for epoch in (0, *plan.more)}
     return found
 
 

@@ -24,6 +24,9 @@ class Config:
     networks: int = 400  # of the zoo
     count: int = 200  # networks of each set
     passes: int = 100  # of the autoencoder over the training networks
+    large: bool = False  # images of 28 x 28 pixels and CNN-s, which then can be trained on MNIST too
+    transfer: str | None = None  # folder of images that samples are trained on as well, with large
+    transfer_limit: int | None = None  # of its training and test images
     more: tuple[int, ...] = (1,)  # epochs of training after which samples are measured again
     sets: tuple[str, ...] = tuple(hyperrep.SETS)  # names of hyperrep.py
     baselines: bool = True  # curves of noise, averages and PCA + Gaussian in the report
@@ -39,7 +42,7 @@ def run(config: Config) -> None:
         networks=80 if config.smoke else config.networks,
         epochs=epochs,
         seed=config.seed,
-        **hyperrep.ALIKE,
+        **hyperrep.ALIKE | ({"data": "digits28", "architecture": "cnn-s"} if config.large else {}),
     )
     hyperrep.run(
         hyperrep.Plan(
@@ -49,6 +52,8 @@ def run(config: Config) -> None:
             model={"passes": 2 if config.smoke else config.passes},
             device=config.device,
             more=config.more,
+            other_data=config.transfer,
+            other_limit=config.transfer_limit,
             **{"sets": config.sets, "count": config.count, "baselines": config.baselines} | smoke,
         )
     )

@@ -140,7 +140,7 @@ def take(args, recipe, g):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", [*SHAPES, *ODD])
 def test_small_cnn_step_is_training_of_each_network_alone(name, dtype, tolerance, device):
-    args, recipe = example(name, G=13, S=20 if name == "cnn-l" else 50, dtype=dtype, device=device)
+    args, recipe = example(name, G=13, S=50, dtype=dtype, device=device)
     weights, _, _, losses, correct = fastws.small_cnn_step(*args, **recipe)
     errors = []
     for g in range(0, 13, 6 if name == "cnn-l" else 3):
