@@ -7,8 +7,8 @@ Predicted: a step takes 0.7 s. The first view of a batch reads 9.4 MB in 32 stre
 permuted rows: 32 x 256 pieces of 1.2 kB from anywhere in layers of up to 9.4 MB, of which nearly each is a page of its
 own that is read when it is needed, one after the other: 8,192 times 60 to 100 us of a disk, 0.5 to 0.8 s. Both are
 done by a thread while the step before computes, so it is the longer of the two: 0.7 to 0.8 of the speed where a
-processor is free for the thread, and as much less as it is not. Measured: a step of 0.31 s, since attention has a
-kernel now, 0.17 s for a batch from the disk, whose pages take 20 us each, and 0.77 of the speed.
+processor is free for the thread, and as much less as it is not. Both turned out shorter, the step because attention
+has a kernel now; RESULTS.md has the times.
 
 Rows: ``resident`` and ``streamed`` are steps with their data path; ``.., data`` is the data path alone.
 

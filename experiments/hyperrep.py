@@ -22,6 +22,7 @@ from fastws.zoo import Zoo, make
 from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig
 from fastws.zoo.making.make import Config as MakeConfig
+from fastws.zoo.making.make import config_of
 
 ALIKE = {  # a recipe of digits networks from which something can be learned: signs, and weight decay
     "activations": ("tanh",),
@@ -63,6 +64,12 @@ class Plan:
     judged: bool = True  # whether distances to training networks are measured as well
     baselines: bool = True  # of zoo compare
     device: str | None = None
+
+
+def describe_given(folder: str) -> MakeConfig:
+    """The configuration of a zoo that is there already."""
+    zoo = Zoo.open(folder)
+    return replace(config_of(zoo.path, zoo.provenance), out=folder)
 
 
 def run(plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ zoo of small ResNets first.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
 from fastws.zoo.making.make import Config as MakeConfig
-from fastws.zoo.making.make import config_of
 
 IMAGES = 500  # from which batch norms get new statistics
 NEW = {"condition": IMAGES}
@@ -116,8 +115,7 @@ def run(config: Config) -> dict[str, Any]:
 def describe_zoo(config: Config) -> MakeConfig:
     """The configuration of the zoo: of the one that is given, or of a small one to make."""
     if config.zoo is not None:
-        zoo = Zoo.open(config.zoo)
-        return replace(config_of(zoo.path, zoo.provenance), out=config.zoo)
+        return hyperrep.describe_given(config.zoo)
     out = str(Path(config.out, "zoo"))
     recipe = {"activations": ("relu",), "inits": ("kaiming_normal",), "dropouts": (0.0,), "batch_size": 16}
     recipe |= {"optimizers": ("momentum",), "lrs": (0.1,), "weight_decays": (5e-4,)}

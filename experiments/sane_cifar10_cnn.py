@@ -7,7 +7,7 @@ See hyperrep.py for what is done. The same command goes on where a stopped run w
 it lies. --smoke is a minute's run on digits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ import hyperrep
 import tyro
 
 from fastws.terminal import one_sentence
-from fastws.zoo import Zoo
 from fastws.zoo.making.make import Config as MakeConfig
-from fastws.zoo.making.make import config_of
 
 KDE = {"method": "kde", "model": True, "best": 0.3}
 SETS = {  # name: how it is sampled; sub keeps the best fifth of its candidates, boot does so three times
@@ -99,8 +97,7 @@ def run(config: Config) -> dict[str, Any]:
 def describe_zoo(config: Config) -> MakeConfig:
     """The configuration of the zoo: of the one that is given, or of one to make."""
     if config.zoo is not None:
-        zoo = Zoo.open(config.zoo)
-        return replace(config_of(zoo.path, zoo.provenance), out=config.zoo)
+        return hyperrep.describe_given(config.zoo)
     out = str(Path(config.out, "zoo"))
     if config.smoke:
         return MakeConfig(out=out, networks=80, epochs=2, seed=config.seed, **hyperrep.ALIKE)

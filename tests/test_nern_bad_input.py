@@ -1,7 +1,6 @@
 """What ``fastws train nern`` refuses, each with one sentence, and nothing half done."""
 
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 import torch
@@ -126,8 +125,7 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(tmp_path):
     path, refused = tmp_path / "strange.pt", 0
     whole = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     plain = {name: value for name, value in whole["extra"].items() if name != "rows"}
-    # every place, and every second of 15 damages of it
-    for place, value, broken in islice(damaged(plain), 0, None, 2):
+    for place, value, broken in damaged(plain):
         torch.save({"model": whole["model"], "extra": broken | {"rows": whole["extra"]["rows"]}}, path)
         try:
             model, stored, _ = load_nern(path)
@@ -135,4 +133,4 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(tmp_path):
         except ValueError as error:
             assert "\n" not in str(error), (place, value)
             refused += 1
-    assert refused > 150
+    assert refused > 300

@@ -380,14 +380,14 @@ def test_checkpoints_from_strangers_are_refused_or_harmless(checkpoint, zoo, tmp
     statistics = {"mean": whole["extra"]["mean"], "std": whole["extra"]["std"]}
     strange = [whole["extra"] | broken for _, _, broken in damaged(plain)]
     strange += [whole["extra"] | {name: x} for name in statistics for x in (torch.zeros(3), -torch.ones(6), None)]
-    for extra in strange[::4]:  # every place, with about four of 15 damages
+    for extra in strange:
         torch.save(whole | {"extra": extra}, tmp_path / "strange.pt")
         try:
             embed.embed(encoders.load_encoder(tmp_path / "strange.pt"), zoo, halo=None)
         except ValueError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 75
+    assert refused > 300
 
 
 def test_targets_must_be_properties(zoo):

@@ -138,6 +138,14 @@ def test_trained_flow_draws_from_the_distribution():
     torch.testing.assert_close(drawn.T.cov(), points.T.cov(), rtol=0.25, atol=0.25)
 
 
+def test_flow_of_a_normal_distribution_is_a_normal_distribution():
+    points, held_out = torch.randn(8000, 2), torch.randn(100, 2)
+    trained = flow.train_flow(generators.Components.of(points, 0), points, held_out, generator(), steps=250)
+    drawn = flow.follow(trained._replace(integration_steps=8), 4000, 1.0, generator()).points
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(2), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.std(0), torch.ones(2), rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("source", [1.0, 0.01])
 def test_flow_of_the_closed_form_ends_on_training_points(source):
     """The minimiser of the loss over few points leads back to them: v(z, t) = (sum_i p_i z_i - z) / (1 - t)."""

@@ -10,6 +10,7 @@ from fastws.testing import devices, implementations
 
 CASES = [  # dtype, token size, batch: tokens shorter than rows, whole rows with bias, longer than rows
     (torch.float32, 17, 3),
+    (torch.float32, 1, 1),
     (torch.float32, 64, 0),
     (torch.float64, 28, 2),
     (torch.float16, 64, 1),
@@ -199,7 +200,7 @@ def test_out_is_what_is_returned(op, norm, batch, device):
 
 
 @pytest.mark.parametrize("op", INTO)
-@pytest.mark.parametrize("dtype, token_size, batch", [*CASES, (torch.float32, 1, 1)])  # and tokens of one entry
+@pytest.mark.parametrize("dtype, token_size, batch", CASES)
 def test_every_implementation_writes_into_out(op, dtype, token_size, batch):
     for _, function, device in implementations(f"{op}_out"):
         flat, table, layout = example(token_size, batch, dtype, device, norm="skip")

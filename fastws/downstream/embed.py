@@ -69,13 +69,12 @@ def run(config: Config) -> None:
         run_hub(config, device)
         return
     model, zoo = load(config.model, device), Zoo.open(config.zoo)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    with one_writer(Path(config.out)), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with one_writer(Path(config.out)), precision_of(config, device):
         if isinstance(model, Tokens):
             encoder = suit(model.encoder, zoo)
-            halo = None if config.one_pass else default_halo(encoder) if config.halo is None else config.halo
             options = {"batch_size": config.batch_size, "pool": config.pool, "aligned": config.aligned}
-            embeddings, vectors = embed(encoder, zoo, halo=halo, **options), pool_shape(encoder, config.pool)[0]
+            embeddings = embed(encoder, zoo, halo=halo_of(config, encoder), **options)
+            vectors = pool_shape(encoder, config.pool)[0]
         elif config.pool != "mean":
             what = f"mean for {config.model}, whose networks have one code each, got {config.pool}"
             raise ValueError(f"embed: pool must be {what}")
@@ -93,16 +92,27 @@ def run(config: Config) -> None:
     print(f"embeddings {list(embeddings.shape)}: {config.out}")
 
 
+def precision_of(config: Config, device: torch.device) -> torch.autocast:
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def halo_of(config: Config, encoder: Encoder) -> int | None:
+    """Tokens on both sides of a chunk; None encodes each network in one pass."""
+    if config.one_pass:
+        return None
+    return default_halo(encoder) if config.halo is None else config.halo
+
+
 def run_hub(config: Config, device: torch.device) -> None:
     model = load(config.model, device)
     if not isinstance(model, Tokens):
         raise ValueError(f"embed: model must be of fastws train sane for a hub, got one of train ae: {config.model}")
     hub = open_for(model.encoder, config.hub)
     print(*hub.describe(), sep="\n")
-    halo = None if config.one_pass else default_halo(model.encoder) if config.halo is None else config.halo
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    with one_writer(Path(config.out)), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        embedded = embed_hub(model.encoder, hub, halo=halo, batch_size=config.batch_size, pool=config.pool)
+    halo, options = halo_of(config, model.encoder), {"batch_size": config.batch_size, "pool": config.pool}
+    with one_writer(Path(config.out)), precision_of(config, device):
+        embedded = embed_hub(model.encoder, hub, halo=halo, **options)
         for name, reason in embedded.left_out.items():
             print(f"left out: {name}: {reason}")
         if not embedded.models:

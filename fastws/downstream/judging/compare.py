@@ -254,7 +254,7 @@ def set_scene(config: Config, zoo: Zoo, anchors: Anchors) -> tuple[Scene, Tensor
     rows = states_of(zoo, "train", anchors.activation)
     rows = rows_of_epochs(zoo, rows, config.epochs, "zoo compare")
     held_out = states_of(zoo, "test", anchors.activation, last=True)
-    if len(held_out) < SMALLEST:  # nothing was learned from those of the validation split either
+    if len(held_out) < SMALLEST:  # models are not trained on those of val, of which only a flow asks when to stop
         held_out = torch.cat([held_out, states_of(zoo, "val", anchors.activation, last=True)])
     by = next((name for name in BY if name in zoo.properties.column_names), None)
     if config.best < 1 and by is not None:  # as accurate as the anchors have to be

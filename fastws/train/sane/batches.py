@@ -53,10 +53,7 @@ def make_source(config: Config, zoos: Zoo | Sequence[Zoo], device: torch.device)
     """The networks to train and to validate on, on the device if they fit there."""
     zoos = [zoos] if isinstance(zoos, Zoo) else list(zoos)
     layouts = layouts_of(zoos, config.token_size, config.norm, config.span)
-    longest = max(layout.num_tokens for layout in layouts)
-    window = min(PRESETS[config.size]["window"], longest) if config.window is None else config.window
-    if window > longest:
-        raise ValueError(f"train sane: window must be at most the {longest} tokens of a network, got {window}")
+    window = window_of(config, max(layout.num_tokens for layout in layouts))
     for zoo in zoos:
         if config.permute != "none" and zoo.symmetry is None:
             raise ValueError(
@@ -84,12 +81,17 @@ def make_hub_source(config: Config, hub: Hub) -> Source:
     train, val = split_models(hub)
     if len(train) < 2:
         raise ValueError(f"train sane: hub must have 2 models to train on, got {len(train)} in {hub.path}")
-    longest = int(population.num_tokens.max())
+    window = window_of(config, int(population.num_tokens.max()))
+    group = Group(hub.path.name, train, val)
+    return Source(population, (group,), window, describe_places(config, population))
+
+
+def window_of(config: Config, longest: int) -> int:
+    """Tokens of a window, of networks of which the longest has so many."""
     window = min(PRESETS[config.size]["window"], longest) if config.window is None else config.window
     if window > longest:
         raise ValueError(f"train sane: window must be at most the {longest} tokens of a network, got {window}")
-    group = Group(hub.path.name, train, val)
-    return Source(population, (group,), window, describe_places(config, population))
+    return window
 
 
 def describe_places(config: Config, population: Population) -> Places | None:
