@@ -19,8 +19,9 @@ from fastws.files.atomic import write_json
 from fastws.train.ae import train as ae
 from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, make
-from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.alignment import ALIGNMENT
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import config_of
 

@@ -23,8 +23,9 @@ from fastws.downstream.sampling.behaviour import classification, teach
 from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo, make
-from fastws.zoo.align import ALIGNMENT, align, aligned_rows
 from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.alignment import ALIGNMENT, aligned_rows
 from fastws.zoo.making.make import Config as MakeConfig
 
 STATES = 5  # of each network that are learned from, the last ones

@@ -23,7 +23,7 @@ from fastws.downstream.probes.ridge import fit_probes
 from fastws.files.atomic import write_json
 from fastws.terminal import one_sentence
 from fastws.zoo import Zoo
-from fastws.zoo.align import ALIGNMENT, aligned_rows
+from fastws.zoo.alignment import ALIGNMENT, aligned_rows
 from fastws.zoo.making.make import Config as ZooConfig
 from fastws.zoo.making.make import make
 from fastws.zoo.survey.diversity import tensor_offsets

@@ -42,8 +42,9 @@ from fastws.nern.orders import load_orders, network_orders, save_orders
 from fastws.runs.log import Log
 from fastws.runs.stages import read as read_stage
 from fastws.zoo import ReadOptions, read_checkpoints, read_hub, read_pickle, read_ray, read_unterthiner
-from fastws.zoo.align import Alignment, align
 from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.alignment import Alignment
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.readers.record import read_report
 

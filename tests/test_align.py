@@ -32,7 +32,8 @@ from fastws.symmetry.verify import randomise
 from fastws.train.sane import batches
 from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, ZooWriter
-from fastws.zoo.align import ALIGNMENT, CANONICAL, Alignment, Config, align, aligned_rows
+from fastws.zoo.align import Config, align
+from fastws.zoo.alignment import ALIGNMENT, CANONICAL, Alignment, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.making.architectures import build
 from fastws.zoo.readers.checkpoints import read_checkpoints
@@ -422,7 +423,7 @@ def test_rows_are_aligned_part_by_part(tmp_path, monkeypatch):
     align(Config(zoo=str(zoo.path)))
     rows = torch.tensor([17, 3, 3, 0, 10, 16, 5])
     expected = aligned_rows(zoo, rows)
-    monkeypatch.setattr("fastws.zoo.align.ROWS_AT_ONCE", 2 * zoo.layout.num_weights)
+    monkeypatch.setattr("fastws.zoo.alignment.ROWS_AT_ONCE", 2 * zoo.layout.num_weights)
     assert torch.equal(aligned_rows(zoo, rows), expected)
     assert aligned_rows(zoo, []).shape == (0, zoo.layout.num_weights)
 

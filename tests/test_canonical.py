@@ -14,7 +14,8 @@ import fastws
 from fastws.layout.layout import Layout
 from fastws.matching.canonical import canonical, canonical_hashes, order_of
 from fastws.symmetry.symmetry import Symmetry
-from fastws.zoo.align import Alignment, Config, align, aligned_rows
+from fastws.zoo.align import Config, align
+from fastws.zoo.alignment import Alignment, aligned_rows
 
 FORMS = ["l2", "lexicographic"]
 

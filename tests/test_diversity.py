@@ -9,7 +9,8 @@ from torch.nn.functional import cosine_similarity
 import fastws
 from fastws.zoo import Zoo, ZooWriter
 from fastws.zoo.align import Config as AlignConfig
-from fastws.zoo.align import align, aligned_rows
+from fastws.zoo.align import align
+from fastws.zoo.alignment import aligned_rows
 from fastws.zoo.making.make import Config as MakeConfig
 from fastws.zoo.making.make import make
 from fastws.zoo.survey import diversity

@@ -9,6 +9,7 @@ import torch
 import fastws
 from fastws.downstream.judging import compare as compare_zoos
 from fastws.downstream.judging import judged as judging
+from fastws.downstream.judging import scene
 from fastws.downstream.judging.memorisation import Judge
 from fastws.downstream.populations import Measured
 from fastws.downstream.sampling.sample import Config as SampleConfig
@@ -34,7 +35,7 @@ def zoo(tmp_path_factory):
 
 def judged_by(zoo):
     flips = zoo.symmetry.flips
-    training, held_out = (compare_zoos.states_of(zoo, split, "tanh") for split in ("train", "test"))
+    training, held_out = (scene.states_of(zoo, split, "tanh") for split in ("train", "test"))
     return Judge(zoo.rows(training), zoo.rows(held_out), zoo.symmetry, zoo.layout, flips), flips
 
 

@@ -13,8 +13,9 @@ from fastws.downstream.sampling import flow, generators, sample
 from fastws.train.ae import train as ae
 from fastws.train.sane import train as sane
 from fastws.zoo import Zoo, make
-from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.alignment import ALIGNMENT
 from fastws.zoo.making.make import Config as MakeConfig
 
 pytestmark = pytest.mark.usefixtures("in_one_thread")

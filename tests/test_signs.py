@@ -13,7 +13,8 @@ from fastws.matching.match import match, objective
 from fastws.matching.mean import match_to_mean
 from fastws.symmetry.symmetry import Symmetry
 from fastws.symmetry.verify import randomise
-from fastws.zoo.align import Alignment, Config, align, aligned_rows
+from fastws.zoo.align import Config, align
+from fastws.zoo.alignment import Alignment, aligned_rows
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo
 

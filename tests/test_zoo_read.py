@@ -35,7 +35,7 @@ from fastws.zoo import (
     read_unterthiner,
     sequence_pairs,
 )
-from fastws.zoo.align import Alignment
+from fastws.zoo.alignment import Alignment
 from fastws.zoo.making.architectures import build
 from fastws.zoo.readers import collect, record, states
 from fastws.zoo.readers.read import Config

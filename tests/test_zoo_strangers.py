@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_zoo import make_small_zoo
 
-from fastws.zoo.align import ALIGNMENT, Config, align, aligned_rows
+from fastws.zoo.align import Config, align
+from fastws.zoo.alignment import ALIGNMENT, aligned_rows
 from fastws.zoo.format.manifest import MANIFEST
 from fastws.zoo.format.writer import ZooWriter
 from fastws.zoo.format.zoo import Zoo

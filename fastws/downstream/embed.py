@@ -22,7 +22,7 @@ from fastws.files.atomic import write_atomically, write_tensors
 from fastws.files.json import parse
 from fastws.files.lock import one_writer
 from fastws.files.safetensors import open_tensors
-from fastws.zoo.align import rows_of
+from fastws.zoo.alignment import rows_of
 from fastws.zoo.format.zoo import Zoo
 
 

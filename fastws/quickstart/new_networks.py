@@ -14,8 +14,9 @@ from fastws.downstream.judging import compare as compare_zoos
 from fastws.downstream.sampling import sample
 from fastws.train.ae import train as ae
 from fastws.zoo import Zoo, make
-from fastws.zoo.align import ALIGNMENT, align
 from fastws.zoo.align import Config as AlignConfig
+from fastws.zoo.align import align
+from fastws.zoo.alignment import ALIGNMENT
 from fastws.zoo.making.make import Config as MakeConfig
 
 STATES = 5  # of each network that are learned from, the last ones

@@ -34,7 +34,8 @@ from fastws.runs.stages import TIMES, stage
 from fastws.train import files
 from fastws.train.sane import train as sane
 from fastws.zoo.align import Config as AlignConfig
-from fastws.zoo.align import align, aligned_rows, rows_of
+from fastws.zoo.align import align
+from fastws.zoo.alignment import aligned_rows, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import Config as ZooConfig
 from fastws.zoo.making.make import make

@@ -13,7 +13,7 @@ from fastws.layout.entries import Span
 from fastws.layout.layout import Layout
 from fastws.layout.moments import Statistic, layer_scales
 from fastws.windows.population import Kind, Population, make_population
-from fastws.zoo.align import Alignment, permutations_of, rows_of
+from fastws.zoo.alignment import Alignment, permutations_of, rows_of
 from fastws.zoo.format.zoo import Zoo
 
 GIGABYTE = 10**9

@@ -15,7 +15,7 @@ from fastws.downstream.probes.features import WEIGHTS_AT_ONCE, layer_statistics,
 from fastws.downstream.probes.spectra import layer_spectra
 from fastws.downstream.representation import Tokens, load
 from fastws.layout.layout import Layout
-from fastws.zoo.align import rows_of
+from fastws.zoo.alignment import rows_of
 from fastws.zoo.format.zoo import Zoo
 
 Features = Literal["statistics", "weights", "chunk", "spectra", "kpca", "umap"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastws.downstream.judging.statistics import selection_optimism
 from fastws.downstream.representation import Representation
-from fastws.zoo.align import ALIGNMENT, aligned_rows
+from fastws.zoo.alignment import ALIGNMENT, aligned_rows
 from fastws.zoo.format.rows import last_rows, rows_of_epochs
 from fastws.zoo.format.zoo import Zoo
 

@@ -23,7 +23,7 @@ from fastws.train import files, loop
 from fastws.train.ae.plateau import Plateau
 from fastws.train.ae.presets import PRESETS, Preset
 from fastws.train.ae.views import CODE, Augmentation, Batch, Source, choose, view
-from fastws.zoo.align import aligned_rows
+from fastws.zoo.alignment import aligned_rows
 from fastws.zoo.format.rows import rows_of_epochs
 from fastws.zoo.format.zoo import Zoo
 

@@ -21,7 +21,7 @@ from fastws.ops.layer_statistics import layer_statistics
 from fastws.ops.small_cnn_step import small_cnn_logits
 from fastws.small_cnn.table import ACTIVATIONS
 from fastws.table import table_columns
-from fastws.zoo.align import aligned_rows, find_alignment, rows_of
+from fastws.zoo.alignment import aligned_rows, find_alignment, rows_of
 from fastws.zoo.format.zoo import Zoo
 from fastws.zoo.making.make import config_of, prepare
 from fastws.zoo.making.recipes import check_choices

@@ -8,7 +8,7 @@ import pyarrow
 
 from fastws import pages
 from fastws.runs.begun import former_names
-from fastws.zoo.align import Alignment, find_alignment
+from fastws.zoo.alignment import Alignment, find_alignment
 from fastws.zoo.format.parts import is_number
 from fastws.zoo.format.rows import last_rows
 from fastws.zoo.format.zoo import Zoo
